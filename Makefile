@@ -1,0 +1,47 @@
+# make train   install into .venv, then cold start, RL, evaluation and report of CONFIG
+# make test    install, then lint, format check, types and all tests
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+ARGS ?=
+
+BIN := $(CURDIR)/.venv/bin
+# DeepSpeed looks for ninja on PATH. Recipes name their programs by path all the same.
+export PATH := $(BIN):$(PATH)
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
+SOURCES = atpo_fast kernels/atpo_kernels tests bench .ci/venv.py setup.py
+
+.PHONY: train test lint format bench clean
+
+train: .venv/installed
+	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: .venv/installed-dev
+	for script in bench/bench_*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+
+clean:
+	rm -rf build dist *.egg-info kernels/build kernels/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find atpo_fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: installed again when what is to be installed changes.
+.venv/installed: pyproject.toml setup.py constraints.txt .ci/venv.py
+	$(PYTHON) .ci/venv.py
+	@echo "installing into .venv (minutes; some GB)"
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing the development tools"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@

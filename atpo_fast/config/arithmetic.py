@@ -1,0 +1,77 @@
+"""The batch arithmetic of a run in words, for `--dry-run` and the head of the log."""
+
+from __future__ import annotations
+
+from atpo_fast.config.load import read_deepspeed
+from atpo_fast.config.schema import Config
+
+
+def batch_arithmetic(config: Config) -> str:
+    """What a run amounts to, a line each: trajectories, mini-batches, path length, steps, ranks; then warnings.
+
+    Raises ConfigError when the DeepSpeed file cannot be read.
+    """
+    return "\n".join([*_counts(config), *_warnings(config)])
+
+
+def longest_path(config: Config) -> int:
+    """Tokens of the longest possible trajectory, prompt included."""
+    return config.data.max_prompt_tokens + config.rollout.max_response_tokens
+
+
+def minibatches_per_step(config: Config) -> int:
+    """Optimizer steps per rollout batch."""
+    return config.train.questions_per_step // config.train.questions_per_minibatch
+
+
+def _counts(config: Config) -> list[str]:
+    train, rollout, leaves = config.train, config.rollout, config.rollout.leaves
+    minibatches = minibatches_per_step(config)
+    ranks = f"{_count(config.ranks, 'rank')}" if config.ranks else "one rank per GPU"
+    stage = read_deepspeed(config).get("zero_optimization", {}).get("stage", 0)
+    return [
+        f"{_count(train.questions_per_step, 'question')} × {_count(leaves, 'leaf', 'leaves')}"
+        f" = {_count(train.questions_per_step * leaves, 'trajectory', 'trajectories')},"
+        f" {_count(minibatches, 'mini-batch', 'mini-batches')} of {train.questions_per_minibatch * leaves}",
+        f"{_tree_shape(config)}",
+        f"longest path: {config.data.max_prompt_tokens} prompt + {rollout.max_response_tokens} response"
+        f" = {longest_path(config)} tokens; rows of at most {train.max_tokens} tokens",
+        f"{_count(train.steps, 'step')} × {_count(minibatches, 'mini-batch', 'mini-batches')}"
+        f" = {_count(train.steps * minibatches, 'optimizer step')};"
+        f" {_every('evaluation', train.eval_every)}, {_every('checkpoint', train.save_every)}",
+        f"{ranks} on device {config.device}, DeepSpeed ZeRO stage {stage} ({config.deepspeed})",
+    ]
+
+
+def _tree_shape(config: Config) -> str:
+    rollout = config.rollout
+    chains = _count(rollout.initial_chains, "chain")
+    if rollout.strategy == "chain":
+        return f"search: {chains} per question, no expansion; tools: {', '.join(config.tools.names)}"
+    return (
+        f"search: {chains} + {_count(rollout.expansion_rounds, 'round')} × {rollout.expansions_per_round} expansions"
+        f" per question ({rollout.strategy}); tools: {', '.join(config.tools.names)}"
+    )
+
+
+def _warnings(config: Config) -> list[str]:
+    path, lines = longest_path(config), []
+    if path > config.train.max_tokens:
+        lines.append(
+            f"warning: a path may have {path} tokens but a row only train.max_tokens={config.train.max_tokens}; "
+            "a trajectory must fit into a row"
+        )
+    if config.model.path is None and path > config.model.max_positions:
+        lines.append(
+            f"warning: a path may have {path} tokens but the random model only "
+            f"model.max_positions={config.model.max_positions}"
+        )
+    return lines
+
+
+def _count(n: int, one: str, many: str | None = None) -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def _every(what: str, steps: int) -> str:
+    return f"{what} every {_count(steps, 'step')}" if steps else f"{what} at the end"

@@ -1,0 +1,362 @@
+"""The whole configuration, typed; legality is checked when it is built (see `load.py` for YAML and overrides)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_config = dataclass(config=_STRICT, kw_only=True)
+
+
+@_config
+class DataConfig:
+    """Where questions, passages and the tokenizer come from."""
+
+    source: Literal["world", "files"] = "files"
+    """world: the embedded world, made from a seed. files: data files on disk."""
+    train_files: list[str] = Field(default_factory=list)
+    """Question files (.json, .jsonl, .parquet, each also .gz), relative to `root`."""
+    eval_files: list[str] = Field(default_factory=list)
+    """Question files for evaluation."""
+    corpus_files: list[str] = Field(default_factory=list)
+    """Passage files, or question files whose paragraphs are taken as passages."""
+    root: str = "."
+    """Folder that the files are relative to; the environment variable ATPO_DATA overrides it."""
+    max_train_questions: int | None = Field(default=None, ge=1)
+    """Use only the first so many training questions."""
+    max_eval_questions: int | None = Field(default=None, ge=1)
+    """Use only the first so many evaluation questions."""
+    prompt: Literal["published", "short"] = "published"
+    """published: the AT2PO system prompt. short: the bare question, for models trained from scratch."""
+    max_prompt_tokens: int = Field(default=2000, ge=1)
+    """A longer prompt is an error that names the question."""
+
+
+@_config
+class WorldConfig:
+    """The embedded world (used when data.source is `world`)."""
+
+    entities: int = Field(default=60, ge=10)
+    """Number of entities."""
+    relations: int = Field(default=5, ge=2)
+    """Number of relations; every entity has every relation."""
+    max_hops: int = Field(default=3, ge=1, le=4)
+    """Questions need 1 to this many look-ups."""
+    train_questions: int = Field(default=2000, ge=1)
+    """Training questions."""
+    test_questions: int = Field(default=200, ge=1)
+    """Test questions; none of their compositions is in training."""
+    demonstrations: int = Field(default=4000, ge=1)
+    """Scripted demonstrations for the cold start."""
+    good_fraction: float = Field(default=0.3, ge=0, le=1)
+    """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
+    seed: int = 0
+    """Seed of the world itself; the run's seed is separate."""
+
+
+@_config
+class ModelConfig:
+    """The policy model."""
+
+    path: str | None = None
+    """Folder with a Hugging Face model and tokenizer; none: a random model of the sizes below."""
+    reference_path: str | None = None
+    """Reference policy for the KL term; none: the policy as it was at the start of RL."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter dtype of the policy."""
+    attention: Literal["auto", "tree", "sdpa"] = "auto"
+    """Attention over packed rows."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward instead of keeping its activations."""
+    hidden_size: int = Field(default=128, ge=8)
+    """Random model: width."""
+    layers: int = Field(default=4, ge=1)
+    """Random model: depth."""
+    heads: int = Field(default=4, ge=1)
+    """Random model: query heads."""
+    kv_heads: int = Field(default=2, ge=1)
+    """Random model: key/value heads."""
+    head_dim: int = Field(default=32, ge=2)
+    """Random model: width of a head."""
+    intermediate_size: int = Field(default=384, ge=8)
+    """Random model: width of the MLP."""
+    vocab_size: int = Field(default=8192, ge=64)
+    """Random model on files: size of the byte-level BPE tokenizer trained on them (ignored by the world)."""
+    max_positions: int = Field(default=2048, ge=16)
+    """Random model: longest path in tokens."""
+    tie_embeddings: bool = True
+    """Random model: share input and output embeddings."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Random model: standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
+
+
+@_config
+class ToolsConfig:
+    """The tools of the environment."""
+
+    names: list[Literal["search", "python"]] = Field(default_factory=lambda: ["search"])
+    """Tools offered, each called by its tag."""
+    call_limit: int = Field(default=6, ge=1)
+    """Tool calls per trajectory; the next one is answered with the published notice."""
+    retries: int = Field(default=3, ge=0)
+    """Further tries after a call that raised, timed out or answered nothing."""
+    timeout_seconds: float = Field(default=120.0, gt=0)
+    """Longest time one try may take."""
+    workers: int = Field(default=32, ge=1)
+    """Tool calls run at once."""
+    search_backend: Literal["bm25", "http"] = "bm25"
+    """bm25: in process over the corpus. http: a retrieval server."""
+    search_url: str = "http://127.0.0.1:8000/retrieve"
+    """Address of the retrieval server."""
+    top_k: int = Field(default=3, ge=1)
+    """Passages per search."""
+    passage_chars: int = Field(default=1000, ge=1)
+    """A passage is cut to so many characters."""
+    max_result_tokens: int = Field(default=2000, ge=16)
+    """A longer tool result is cut."""
+
+
+@_config
+class RolloutConfig:
+    """Tree search."""
+
+    engine: Literal["transformers"] = "transformers"
+    """Inference engine."""
+    strategy: Literal["entropy", "random", "chain"] = "entropy"
+    """How the tree is expanded."""
+    initial_chains: int = Field(default=10, ge=1)
+    """Chains from the root (M)."""
+    expansion_rounds: int = Field(default=2, ge=0)
+    """Rounds of expansion (L)."""
+    expansions_per_round: int = Field(default=6, ge=0)
+    """Turns re-sampled in a round (K)."""
+    samples_per_tree: int | None = Field(default=None, ge=1)
+    """Leaves kept per question; none: M + L*K (chain: M)."""
+    branch_penalty: float = Field(default=0.05, ge=0)
+    """alpha of the expansion score."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature; also used by the loss."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling."""
+    top_k: int = Field(default=0, ge=0)
+    """Top-k sampling; 0 is off."""
+    max_turn_tokens: int | None = Field(default=None, ge=1)
+    """Longest action of one turn; none: only the response limit."""
+    max_response_tokens: int = Field(default=6192, ge=1)
+    """Longest trajectory after the prompt, tool results included."""
+    cache_tokens: int = Field(default=262144, ge=64)
+    """Budget of the prefix cache, in tree tokens."""
+    cache_dtype: Literal["model", "float32"] = "model"
+    """Dtype of the engine's weights and cache."""
+
+    @property
+    def leaves(self) -> int:
+        """Trajectories per question."""
+        if self.samples_per_tree is not None:
+            return self.samples_per_tree
+        extra = 0 if self.strategy == "chain" else self.expansion_rounds * self.expansions_per_round
+        return self.initial_chains + extra
+
+
+@_config
+class RewardConfig:
+    """Outcome reward of a trajectory."""
+
+    metric: Literal["em", "f1"] = "em"
+    """What a well-formed answer earns."""
+    format_penalty: float = -1.0
+    """Reward of a trajectory that breaks the format."""
+    tool_bonus: float = Field(default=0.1, ge=0)
+    """Added to F1 when both tools were used (the published rule); only with search and python together."""
+    turn_cost: float = Field(default=0.0, ge=0)
+    """Subtracted per tool call."""
+
+
+@_config
+class CreditConfig:
+    """From leaf rewards to advantages."""
+
+    method: Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"] = "at2po"
+    """at2po: per turn. The others: per trajectory."""
+    leaf_norm: bool = True
+    """Standardise leaf rewards within the tree first (at2po)."""
+    value: Literal["child_softmax", "child_mean", "leaf_mean"] = "child_softmax"
+    """Value of an inner turn (at2po)."""
+    advantage: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
+    """Advantage of a turn (at2po)."""
+    k: int = Field(default=4, ge=1)
+    """k of passk."""
+
+
+@_config
+class ObjectiveConfig:
+    """The policy objective: a preset and departures from it."""
+
+    preset: Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"] = (
+        "at2po"
+    )
+    """Published objective to start from."""
+    level: Literal["token", "turn", "sequence"] | None = None
+    """Ratio level; none: the preset's (likewise below)."""
+    clip: Literal["hard", "dual", "soft", "soft_high", "sapo", "cispo"] | None = None
+    """Clip family."""
+    clip_low: float | None = Field(default=None, ge=0)
+    """Lower clip range."""
+    clip_high: float | None = Field(default=None, ge=0)
+    """Upper clip range."""
+    aggregation: (
+        Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
+        | None
+    ) = None
+    """How tokens are averaged."""
+    denominator: Literal["global", "local"] | None = None
+    """Over what the averages run."""
+    kl: Literal["none", "k1", "k2", "k3", "low_var"] | None = None
+    """KL estimator."""
+    kl_coef: float | None = Field(default=None, ge=0)
+    """Weight of the KL term."""
+    entropy_coef: float | None = Field(default=None, ge=0)
+    """Weight of the entropy bonus."""
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Cap of the truncated importance weights."""
+
+
+@_config
+class OptimConfig:
+    """The optimizer."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decay."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up; constant afterwards."""
+
+
+@_config
+class SFTConfig:
+    """The cold start."""
+
+    steps: int = Field(default=300, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=64, ge=1)
+    """Demonstrations per step."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate (linear warm-up, cosine decay)."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Steps of warm-up."""
+    demonstrations: str | None = None
+    """JSONL file of demonstrations; none: the world's own."""
+
+
+@_config
+class TrainConfig:
+    """The RL loop."""
+
+    steps: int = Field(default=100, ge=1)
+    """Rollout batches; a batch is one step, whatever its number of mini-batches."""
+    questions_per_step: int = Field(default=64, ge=1)
+    """Questions rolled out per step, over all ranks."""
+    questions_per_minibatch: int = Field(default=8, ge=1)
+    """Questions per optimizer step, over all ranks."""
+    max_tokens: int = Field(default=16384, ge=16)
+    """Tokens of a packed row (a micro-batch)."""
+    old_logprobs: Literal["rollout", "recompute"] = "recompute"
+    """Old log-probs: the engine's, or a no-gradient pass of the trainer before the first update."""
+    eval_every: int = Field(default=20, ge=0)
+    """Steps between evaluations; 0: only at the end."""
+    save_every: int = Field(default=50, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: continue from the newest checkpoint of the run folder when there is one."""
+    save_trees: int = Field(default=2, ge=0)
+    """Trees per step written out for the report."""
+
+    def __post_init__(self) -> None:
+        if self.questions_per_step % self.questions_per_minibatch:
+            raise ValueError(
+                f"train.questions_per_step={self.questions_per_step} must be a multiple of "
+                f"train.questions_per_minibatch={self.questions_per_minibatch}"
+            )
+
+
+@_config
+class EvalConfig:
+    """Evaluation: greedy, one chain a question."""
+
+    batch_size: int = Field(default=200, ge=1)
+    """Questions answered at once."""
+
+
+@_config
+class LoggingConfig:
+    """Where metrics go, beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events (needs tensorboard)."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs wandb)."""
+    progress: Literal["auto", "live", "plain", "off"] = "auto"
+    """live: a display that redraws; plain: a line per step; auto: live on a terminal."""
+
+
+@_config
+class Config:
+    """A run."""
+
+    run_dir: str = "runs/default"
+    """Folder of everything the run writes."""
+    seed: int = 0
+    """Seed of sampling, data order and initial weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the run happens."""
+    ranks: int = Field(default=1, ge=0)
+    """Processes to launch; 0: one per GPU."""
+    deepspeed: str = "configs/deepspeed/zero3.json"
+    """DeepSpeed JSON: stage and offload. Batch sizes, precision, clipping and the optimizer come from here."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Questions and passages."""
+    world: WorldConfig = Field(default_factory=WorldConfig)
+    """The embedded world."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The policy."""
+    tools: ToolsConfig = Field(default_factory=ToolsConfig)
+    """The environment's tools."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """Tree search."""
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    """Outcome reward."""
+    credit: CreditConfig = Field(default_factory=CreditConfig)
+    """Advantages."""
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    """Loss."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimizer of RL."""
+    sft: SFTConfig = Field(default_factory=SFTConfig)
+    """Cold start."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """RL loop."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Evaluation."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    """Metrics."""
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, for YAML and JSON."""
+    from dataclasses import asdict
+
+    return asdict(config)

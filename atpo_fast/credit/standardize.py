@@ -1,0 +1,34 @@
+"""Group means and standard deviations of weighted samples."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+EPSILON = 1e-6
+
+Floats = NDArray[np.float64]
+
+
+def group_mean_std(
+    values: Floats,  # (S,)
+    multiplicity: Floats,  # (S,) how often each value counts
+    group: NDArray[np.int64],  # (S,) group number
+    *,
+    ddof: int,
+) -> tuple[Floats, Floats, Floats]:
+    """(S,) mean, standard deviation and size of each entry's group.
+
+    `ddof` 0 is the population, 1 the sample standard deviation; it is 0 where the group has too few values. A group
+    of equal values has exactly the standard deviation 0.
+    """
+    _, index = np.unique(group, return_inverse=True)
+    size = np.bincount(index, weights=multiplicity)
+    # deviations from one member of the group: equal values give exactly 0
+    origin = np.zeros(len(size))
+    origin[index] = values
+    centred = values - origin[index]
+    shift = np.bincount(index, weights=multiplicity * centred) / np.maximum(size, 1.0)
+    squares = np.bincount(index, weights=multiplicity * (centred - shift[index]) ** 2)
+    std = np.sqrt(squares / np.maximum(size - ddof, 1.0))
+    return (origin + shift)[index], std[index], size[index]

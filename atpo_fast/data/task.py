@@ -1,0 +1,119 @@
+"""A task: questions, passages, tokenizer and prompts, from the embedded world or from files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from atpo_fast.config.schema import Config
+from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
+from atpo_fast.data.questions import Passage, Question
+from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
+from atpo_fast.data.rows import DataError
+from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
+from atpo_fast.environment.search import BM25Search
+from atpo_fast.tree.turn_tree import TurnTree
+from atpo_fast.world import make_demonstrations, make_tokenizer, make_world
+
+Notes = dict[str, float | str]
+
+
+@dataclass(slots=True, kw_only=True)
+class Task:
+    """What a run works on.
+
+    `demonstrations` are chains for the cold start (none for files). `encode_prompt` gives the token ids of a
+    question's prompt. `notes` are facts a reader of the results needs: counts, what was dropped, guess rates.
+    """
+
+    train: list[Question]
+    test: list[Question]
+    passages: list[Passage]
+    tokenizer: PreTrainedTokenizerBase
+    encode_prompt: Callable[[Question], list[int]]
+    demonstrations: list[TurnTree] = field(default_factory=list)
+    notes: Notes = field(default_factory=dict)
+
+
+def load_task(config: Config) -> Task:
+    """Load or make the task that `config` describes. The same configuration gives the same task.
+
+    Raises:
+        FileNotFoundError: a data file, the model folder or its tokenizer is missing.
+        DataError: a data file cannot be used; the message names file, row and field.
+        ValueError: a prompt longer than `data.max_prompt_tokens`, or an impossible world.
+    """
+    task = _world_task(config) if config.data.source == "world" else _files_task(config)
+    for question in task.train + task.test:
+        task.encode_prompt(question)
+    return task
+
+
+def normalise_question(text: str) -> str:
+    """Lower case, every run of other characters than letters and digits one space: the key of the overlap check."""
+    return re.sub(r"[\W_]+", " ", text.lower()).strip()
+
+
+def drop_overlap(train: list[Question], test: list[Question]) -> list[Question]:
+    """Training questions whose text (normalised) is not in the test set."""
+    held_out = {normalise_question(question.text) for question in test}
+    return [question for question in train if normalise_question(question.text) not in held_out]
+
+
+def _world_task(config: Config) -> Task:
+    """The embedded world."""
+    world = make_world(config.world)
+    tokenizer = load_tokenizer(config.model.path) if config.model.path else make_tokenizer(world)
+    encode = _prompt_encoder(config, tokenizer)
+    search = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
+    return Task(
+        train=world.train[: config.data.max_train_questions],
+        test=world.test[: config.data.max_eval_questions],
+        passages=world.passages,
+        tokenizer=tokenizer,
+        encode_prompt=encode,
+        demonstrations=make_demonstrations(world, config.world, tokenizer, search, encode),
+        notes=world.notes,
+    )
+
+
+def _files_task(config: Config) -> Task:
+    """Questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
+    data = config.data
+    root = Path(os.environ.get("ATPO_DATA") or data.root)
+    if not data.train_files and not data.eval_files:
+        raise DataError("data.source=files needs data.train_files or data.eval_files; both are empty")
+    everything = [question for name in data.train_files for question in read_questions(root / name)]
+    test = [question for name in data.eval_files for question in read_questions(root / name)][: data.max_eval_questions]
+    train = drop_overlap(everything, test)
+    found = [passage for name in data.corpus_files for passage in read_passages(root / name)]
+    passages = distinct_passages(found)
+    notes: Notes = {"dropped_train_test_overlap": float(len(everything) - len(train))}
+    train = train[: data.max_train_questions]
+    notes |= {"train_questions": float(len(train)), "test_questions": float(len(test))}
+    notes |= {"passages": float(len(passages)), "dropped_duplicate_passages": float(len(found) - len(passages))}
+    if config.model.path:
+        tokenizer = load_tokenizer(config.model.path)
+    else:
+        texts = [SYSTEM_PROMPT, *(q.text for q in train + test), *(p.contents for p in passages)]
+        tokenizer = train_bpe(texts, config.model.vocab_size)
+    return Task(
+        train=train,
+        test=test,
+        passages=passages,
+        tokenizer=tokenizer,
+        encode_prompt=_prompt_encoder(config, tokenizer),
+        notes=notes,
+    )
+
+
+def _prompt_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Question], list[int]]:
+    return partial(
+        encode_prompt, tokenizer=tokenizer, kind=config.data.prompt, max_tokens=config.data.max_prompt_tokens
+    )

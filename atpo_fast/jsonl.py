@@ -1,0 +1,114 @@
+"""JSON-lines files that survive a killed writer: one record per line, a broken last line is cut or skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """`value` as plain JSON data.
+
+    Tensors and arrays become numbers or nested lists; nan and infinities become the strings "nan", "inf", "-inf",
+    which `float` reads back (JSON itself has no such numbers).
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def append_records(path: Path | str, records: Iterable[Record]) -> None:
+    """Append one line per record, all or none of them.
+
+    A half-written last line left by a killed process is cut first. When the write fails (full disk) the file is put
+    back to its former length.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    lines = b"".join(_encode(record) for record in records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _cut_broken_tail(path)
+    with path.open("ab", buffering=0) as file:  # unbuffered: nothing is left to be written at close
+        start = file.tell()
+        try:
+            while lines:
+                lines = lines[file.write(lines) :]
+        except OSError:
+            file.truncate(start)
+            raise
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """All records of a file; a half-written last line is skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is not the last one is not a JSON object (names file and line).
+    """
+    lines = Path(path).read_bytes().split(b"\n")
+    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
+    records = []
+    for number, line in enumerate(lines[: last + 1]):
+        if not line.strip():
+            continue
+        record = _decode(line)
+        if record is not None:
+            records.append(record)
+        elif number != last:
+            raise ValueError(f"{path}, line {number + 1}: not a JSON object; repair or delete the line")
+    return records
+
+
+def keep_records(path: Path | str, keep: Callable[[Record], bool]) -> None:
+    """Rewrite a file with only the records for which `keep` is true; the file is replaced in one go."""
+    path = Path(path)
+    kept = [_encode(record) for record in read_records(path) if keep(record)]
+    replacement = path.with_name(path.name + ".tmp")
+    replacement.write_bytes(b"".join(kept))
+    replacement.replace(path)
+
+
+def _encode(record: Record) -> bytes:
+    text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes its JSON escape
+
+
+def _decode(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also a cut UTF-8 sequence
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _cut_broken_tail(path: Path) -> None:
+    """Make the file end with a newline: complete a whole last line, drop a broken one."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return
+        file.seek(0)
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        if _decode(content[start:]) is None:
+            file.truncate(start)
+        else:
+            file.write(b"\n")

@@ -1,0 +1,95 @@
+"""What is optimised: the loss of one packed row, and the named presets (design, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
+from torch import Tensor
+
+from atpo_fast.packing.packed_trees import PackedTrees
+
+Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
+Denominator = Literal["global", "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The policy objective: the per-token loss and how tokens are averaged."""
+
+    loss_config: LossConfig = field(default_factory=LossConfig)
+    """Ratio level, clip family, KL, entropy bonus, importance weights."""
+    aggregation: Aggregation = "seq-mean-token-mean"
+    """Weight of a token of a trajectory: see section 4 of the design."""
+    denominator: Denominator = "global"
+    """global: means over the whole mini-batch on all ranks. local: over each row, then over rows (published code)."""
+    max_length: int = 1
+    """L_max of seq-mean-token-sum-norm, in tokens."""
+    entropy_advantage: float = 0.0
+    """AEPO: advantages are multiplied by 1 + this * standardised entropy of the token; 0 switches it off."""
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Objective:
+        """The objective of a published method; `overrides` are fields of this class or of `LossConfig`.
+
+        Raises ValueError for an unknown name, naming the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown objective {name!r}: must be one of {', '.join(PRESETS)}")
+        return PRESETS[name].with_(**overrides)
+
+    def with_(self, **overrides: Any) -> Objective:
+        """A copy with some fields of this class or of its `LossConfig` replaced."""
+        own = {k: v for k, v in overrides.items() if k in self.__dataclass_fields__}
+        inner = {k: v for k, v in overrides.items() if k not in own}
+        config = own.pop("loss_config", self.loss_config)
+        return replace(self, loss_config=replace(config, **inner), **own)
+
+    def loss(self, logprob: Tensor, row: PackedTrees, entropy: Tensor | None = None) -> Tensor:
+        """() loss of a row from its (A,) log-probs; losses of all rows of a batch sum to the batch loss."""
+        return self.evaluate(logprob, row, entropy).loss
+
+    def evaluate(self, logprob: Tensor, row: PackedTrees, entropy: Tensor | None = None) -> TurnLoss:
+        """Loss, metrics and coefficients of a row from its (A,) log-probs and, where needed, (A,) entropies."""
+        return turn_policy_loss(
+            logprob,
+            row.old_logprob,
+            turn_offsets=row.turn_offsets,
+            weights=token_weights(row),
+            paths=leaf_paths(row),
+            ref_logprob=row.ref_logprob,
+            rollout_logprob=row.rollout_logprob,
+            entropy=entropy,
+            reduction="sum",
+            config=self.loss_config,
+        )
+
+
+def token_weights(row: PackedTrees) -> TokenWeights:
+    """(W+, W-, W0) of a row."""
+    return TokenWeights(row.weight_pos, row.weight_neg, row.weight_all)
+
+
+def leaf_paths(row: PackedTrees) -> LeafPaths:
+    """The path tables of a row."""
+    return LeafPaths(row.path_offsets, row.path_turns, row.path_weight_pos, row.path_weight_neg)
+
+
+def _preset(aggregation: Aggregation = "seq-mean-token-mean", entropy_advantage: float = 0.0, **loss: Any) -> Objective:
+    return Objective(loss_config=LossConfig(**loss), aggregation=aggregation, entropy_advantage=entropy_advantage)
+
+
+PRESETS: dict[str, Objective] = {
+    "at2po": _preset(level="turn", clip_low=3e-3, clip_high=4e-3),
+    "atpo": _preset(level="turn", clip_low=3e-3, clip_high=4e-3),
+    "grpo": _preset(level="token", clip_low=0.2, clip_high=0.2),
+    "dapo": _preset("token-mean", level="token", clip_low=0.2, clip_high=0.28),
+    "gspo": _preset(level="sequence", clip_low=3e-4, clip_high=4e-4),
+    "aepo": _preset(level="token", clip="soft_high", clip_low=0.2, clip_high=0.28, entropy_advantage=0.2),
+    "arpo": _preset(level="token", clip_low=0.2, clip_high=0.28),
+    "tree_grpo": _preset(level="token", clip_low=0.2, clip_high=0.2),
+    "gppo": _preset("token-mean", level="token", clip="soft", clip_low=0.2, clip_high=0.28),
+    "sapo": _preset("token-mean", level="token", clip="sapo"),
+    "cispo": _preset("token-mean", level="token", clip="cispo", clip_low=1.0, clip_high=0.28),
+}

@@ -1,0 +1,171 @@
+"""Which turns are packed, and into which rows: pruning, cutting of over-long trees, filling of rows (design, section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atpo_fast.packing.forest import Bools, Forest, Ints, offsets, ranges
+from atpo_fast.packing.weights import ForestWeights
+
+if TYPE_CHECKING:  # the objective imports the record of this package
+    from atpo_fast.objective import Objective
+
+
+@dataclass(slots=True)
+class Cut:
+    """Pieces of the trees. Every copy of a turn is one entry of C; a turn is in more than one piece where its tree was cut."""
+
+    kept: Bools  # (N,) turns that are packed
+    length: Ints  # (N,) tokens packed of each turn
+    copy_turn: Ints  # (C,)
+    copy_piece: Ints  # (C,) sorted
+    repeated: Bools  # (C,) the turn was already in an earlier piece
+    piece_of_turn: Ints  # (N,) first piece of a kept turn, -1 for others
+    piece_tokens: Ints  # (pieces,)
+
+
+def turns_to_keep(forest: Forest, weights: ForestWeights, objective: Objective, prune: bool) -> Bools:
+    """(N,) turns of trees with trajectories, without the subtrees that have no gradient.
+
+    Nothing is pruned when every token counts: KL or entropy terms, `local` denominators, entropy-aware advantages
+    (whose statistics run over all tokens).
+    """
+    config = objective.loss_config
+    every_token = config.needs_reference or config.needs_entropy or objective.entropy_advantage != 0
+    if not prune or every_token or objective.denominator == "local":
+        return np.bincount(forest.tree[forest.leaves], minlength=len(forest.names))[forest.tree] > 0
+    if config.level == "sequence":  # one ratio per trajectory: all of it or nothing
+        used = np.zeros(len(forest.parent), dtype=np.int64)
+        entry = (weights.path_pos != 0) | (weights.path_neg != 0)
+        used[forest.leaves[np.unique(forest.path_leaf[entry])]] = 1
+    else:
+        used = np.diff(offsets((weights.pos != 0) | (weights.neg != 0))[forest.action_offsets])
+    return forest.sum_up(used) > 0
+
+
+def cut_trees(forest: Forest, kept: Bools, max_tokens: int) -> Cut:
+    """Split trees over the budget into runs of neighbouring paths that repeat as few ancestor tokens as possible.
+
+    Raises ValueError when a single path is longer than `max_tokens`.
+    """
+    length = _packed_lengths(forest, kept)
+    terminals, first, last = _terminals(forest, kept)
+    cost, shared = _path_costs(forest, length, terminals)
+    _check_paths(forest, terminals, cost, max_tokens)
+    new_piece = _piece_starts(forest.tree[terminals], cost, shared, max_tokens)
+    piece_of_terminal = np.cumsum(new_piece) - 1
+    turn = np.flatnonzero(kept)
+    turn = turn[np.argsort(forest.order[turn])]
+    first_piece, last_piece = piece_of_terminal[first[turn]], piece_of_terminal[last[turn]]
+    copies = last_piece - first_piece + 1
+    copy_turn, copy_piece = np.repeat(turn, copies), ranges(first_piece, copies)
+    repeated = copy_piece > np.repeat(first_piece, copies)
+    by_piece = np.argsort(copy_piece, kind="stable")
+    piece_of_turn = np.full(len(kept), -1, dtype=np.int64)
+    piece_of_turn[turn] = first_piece
+    pieces = int(new_piece.sum())
+    tokens = np.bincount(copy_piece, weights=length[copy_turn], minlength=pieces).astype(np.int64)
+    return Cut(kept, length, copy_turn[by_piece], copy_piece[by_piece], repeated[by_piece], piece_of_turn, tokens)
+
+
+def fill_rows(piece_tokens: Ints, max_tokens: int) -> Ints:
+    """(pieces,) row of each piece: best fit, longest first; rows are numbered in the order of their first piece."""
+    row = np.zeros(len(piece_tokens), dtype=np.int64)
+    room: list[int] = []
+    for piece in np.argsort(-piece_tokens, kind="stable").tolist():
+        need = int(piece_tokens[piece])
+        fitting = [(left - need, r) for r, left in enumerate(room) if left >= need]
+        chosen = min(fitting)[1] if fitting else len(room)
+        if not fitting:
+            room.append(max_tokens)
+        room[chosen] -= need
+        row[piece] = chosen
+    _, first, number = np.unique(row, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
+
+
+def _packed_lengths(forest: Forest, kept: Bools) -> Ints:
+    """Tokens per turn; an observation whose every reader was pruned is left out."""
+    children = np.bincount(forest.parent[forest.parent >= 0], minlength=len(kept))
+    below = kept & (forest.parent >= 0)
+    kept_children = np.bincount(forest.parent[below], minlength=len(kept))
+    unread = (children > 0) & (kept_children == 0)
+    return np.where(kept, forest.action_length + np.where(unread, 0, forest.observation_length), 0)
+
+
+def _terminals(forest: Forest, kept: Bools) -> tuple[Ints, Ints, Ints]:
+    """Kept turns without kept children in pre-order, and per turn the first and last of them in its subtree."""
+    below = kept & (forest.parent >= 0)
+    terminal = kept & (np.bincount(forest.parent[below], minlength=len(kept)) == 0)
+    terminals = np.flatnonzero(terminal)
+    terminals = terminals[np.argsort(forest.order[terminals])]
+    ranks = forest.order[terminals]
+    first = np.searchsorted(ranks, forest.order)
+    last = np.searchsorted(ranks, forest.order + forest.subtree_size) - 1
+    return terminals, first, last
+
+
+def _path_costs(forest: Forest, length: Ints, terminals: Ints) -> tuple[Ints, Ints]:
+    """Tokens of each terminal's path, and how many of them lie on the previous terminal's path too."""
+    cost = forest.prefix_length[terminals] + length[terminals]
+    shared = np.zeros(len(terminals), dtype=np.int64)
+    if len(terminals) > 1:
+        # turns visited between two neighbouring terminals are exactly those that are new on the second path
+        kept_order = np.full(len(length) + 1, 0, dtype=np.int64)
+        kept_order[forest.order + 1] = length
+        walked = np.cumsum(kept_order)[forest.order[terminals] + 1]
+        shared[1:] = cost[1:] - np.diff(walked)
+    shared[np.diff(forest.tree[terminals], prepend=-1) != 0] = 0
+    return cost, shared
+
+
+def _check_paths(forest: Forest, terminals: Ints, cost: Ints, max_tokens: int) -> None:
+    long = np.flatnonzero(cost > max_tokens)
+    if not long.size:
+        return
+    worst = int(long[np.argmax(cost[long])])
+    turn = int(terminals[worst])
+    root = turn
+    while forest.parent[root] >= 0:
+        root = int(forest.parent[root])
+    prompt = int(forest.action_length[root] + forest.observation_length[root])
+    raise ValueError(
+        f"tree {forest.names[forest.tree[turn]]}: the path to turn {forest.index[turn]} has {cost[worst]} tokens "
+        f"({prompt} of the prompt + {cost[worst] - prompt} of the response) and does not fit in a row of {max_tokens}; "
+        f"raise train.max_tokens to at least {cost[worst]}"
+    )
+
+
+def _piece_starts(tree: Ints, cost: Ints, shared: Ints, max_tokens: int) -> Bools:
+    """(terminals,) whether a piece starts here; trees within the budget are one piece."""
+    starts = np.diff(tree, prepend=-1) != 0
+    total = np.bincount(tree, weights=cost - shared)
+    for over in np.flatnonzero(total > max_tokens):
+        member = np.flatnonzero(tree == over)
+        starts[member] = _cheapest_cut(cost[member], shared[member], max_tokens)
+    return starts
+
+
+def _cheapest_cut(cost: Ints, shared: Ints, max_tokens: int) -> Bools:
+    """Dynamic program over the paths of one tree: a piece that starts at path i repeats `shared[i]` tokens."""
+    count = len(cost)
+    grown = np.cumsum(cost - shared)  # tokens of the paths 0..i without repeats
+    size_offset = cost - grown  # piece i..j has size_offset[i] + grown[j] tokens
+    best = np.zeros(count + 1)  # best[j]: fewest repeated tokens for the first j paths
+    previous = np.zeros(count + 1, dtype=np.int64)
+    low = 0
+    for end in range(1, count + 1):
+        while size_offset[low] + grown[end - 1] > max_tokens:
+            low += 1
+        options = best[low:end] + shared[low:end]
+        choice = low + int(np.argmin(options))
+        best[end], previous[end] = options[choice - low], choice
+    starts = np.zeros(count, dtype=bool)
+    end = count
+    while end > 0:
+        end = int(previous[end])
+        starts[end] = True
+    return starts

@@ -1,0 +1,149 @@
+"""A batch of trees as arrays over all their turns: what packing works on.
+
+`N` turns of all trees in the order of (tree, turn index), `S` trajectories, `P` entries of the path table, `F` action
+tokens of the forest in the order of turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atpo_fast.tree import TurnTree
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+@dataclass(slots=True, kw_only=True)
+class Forest:
+    """Structure and tokens of the turns; the derived arrays follow from the given ones."""
+
+    names: list[str]  # a name per tree, for error messages
+    tree: Ints  # (N,) tree of each turn
+    index: Ints  # (N,) index of the turn in its tree
+    parent: Ints  # (N,) index in this table, smaller than the turn's own; -1 for roots
+    actions: list[Ints]  # N arrays of action token ids
+    observations: list[Ints]  # N arrays of observation token ids
+    rollout_logprobs: list[Floats]  # N arrays, one entry per action token
+    old_logprobs: list[Floats]  # likewise
+    leaves: Ints  # (S,) the turn at which each trajectory ends
+    multiplicity: Floats  # (S,) how often each trajectory counts
+
+    action_length: Ints = field(init=False)  # (N,)
+    observation_length: Ints = field(init=False)  # (N,)
+    action_offsets: Ints = field(init=False)  # (N+1,) CSR over the F axis
+    depth: Ints = field(init=False)  # (N,) turns above
+    levels: list[Ints] = field(init=False)  # turns by depth
+    prefix_length: Ints = field(init=False)  # (N,) tokens on the path before the turn
+    order: Ints = field(init=False)  # (N,) rank in depth-first pre-order; trees follow one another
+    subtree_size: Ints = field(init=False)  # (N,) turns in the subtree, itself included
+    path_offsets: Ints = field(init=False)  # (S+1,) CSR: the turns with action tokens of each trajectory
+    path_turns: Ints = field(init=False)  # (P,) root side first
+
+    def __post_init__(self) -> None:
+        count = len(self.parent)
+        self.action_length = np.fromiter(map(len, self.actions), dtype=np.int64, count=count)
+        self.observation_length = np.fromiter(map(len, self.observations), dtype=np.int64, count=count)
+        self.action_offsets = offsets(self.action_length)
+        self.depth = _depths(self.parent)
+        by_depth = np.argsort(self.depth, kind="stable")
+        self.levels = np.split(by_depth, np.cumsum(np.bincount(self.depth))[:-1]) if count else []
+        length = self.action_length + self.observation_length
+        self.prefix_length = np.zeros(count, dtype=np.int64)
+        for level in self.levels[1:]:
+            above = self.parent[level]
+            self.prefix_length[level] = self.prefix_length[above] + length[above]
+        self.subtree_size = self.sum_up(np.ones(count, dtype=np.int64))
+        self.order = self._pre_order()
+        self.path_offsets, self.path_turns = self._paths()
+
+    def sum_up(self, values: NDArray) -> NDArray:
+        """(N,) sum over each turn's subtree, itself included, of (N,) `values`."""
+        total = values.copy()
+        for level in self.levels[:0:-1]:
+            np.add.at(total, self.parent[level], total[level])
+        return total
+
+    def at_leaves(self, values: Floats) -> Floats:
+        """(N,) sum of (S,) `values` over the trajectories that end at each turn."""
+        return np.bincount(self.leaves, weights=values, minlength=len(self.parent))
+
+    @property
+    def path_leaf(self) -> Ints:
+        """(P,) trajectory of each entry of the path table."""
+        return np.repeat(np.arange(len(self.leaves)), np.diff(self.path_offsets))
+
+    def _pre_order(self) -> Ints:
+        """Rank of a turn = its parent's + 1 + the turns below earlier siblings."""
+        siblings = np.argsort(self.parent, kind="stable")
+        before = np.cumsum(self.subtree_size[siblings]) - self.subtree_size[siblings]
+        group_start = np.searchsorted(self.parent[siblings], self.parent[siblings], side="left")
+        rank = np.empty(len(self.parent), dtype=np.int64)
+        rank[siblings] = before - before[group_start] if len(before) else before
+        for level in self.levels[1:]:
+            rank[level] += rank[self.parent[level]] + 1
+        return rank
+
+    def _paths(self) -> tuple[Ints, Ints]:
+        """Climb from all leaves at once."""
+        trajectory, turn = np.arange(len(self.leaves)), self.leaves
+        found_trajectory, found_turn = [], []
+        while turn.size:
+            has_action = self.action_length[turn] > 0
+            found_trajectory.append(trajectory[has_action])
+            found_turn.append(turn[has_action])
+            turn = self.parent[turn]
+            trajectory, turn = trajectory[turn >= 0], turn[turn >= 0]
+        if not found_turn:
+            return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        all_trajectories, all_turns = np.concatenate(found_trajectory), np.concatenate(found_turn)
+        by_path = np.lexsort((self.depth[all_turns], all_trajectories))
+        counts = np.bincount(all_trajectories, minlength=len(self.leaves))
+        return offsets(counts), all_turns[by_path]
+
+
+def offsets(counts: Ints) -> Ints:
+    """(n+1,) CSR offsets of (n,) counts."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def ranges(starts: Ints, lengths: Ints) -> Ints:
+    """The integers of `[start, start + length)` of every pair, one range after another."""
+    first = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - first, lengths)
+
+
+def forest_of_trees(trees: Sequence[TurnTree]) -> Forest:
+    """Read the trees' turns; the trajectories are their leaves."""
+    starts = offsets(np.array([len(tree) for tree in trees], dtype=np.int64))
+    turns = [turn for tree in trees for turn in tree.turns]
+    sizes = np.diff(starts)
+    local_parent = np.fromiter((turn.parent for turn in turns), dtype=np.int64, count=len(turns))
+    parent = np.where(local_parent < 0, -1, local_parent + np.repeat(starts[:-1], sizes))
+    childless = np.bincount(parent[parent >= 0], minlength=len(turns)) == 0
+    leaves = np.flatnonzero(childless & (parent >= 0))
+    logprobs = [turn.logprobs for turn in turns]
+    return Forest(
+        names=[f"{t} ({tree.question_id!r})" for t, tree in enumerate(trees)],
+        tree=np.repeat(np.arange(len(trees)), sizes),
+        index=ranges(np.zeros(len(trees), dtype=np.int64), sizes),
+        parent=parent,
+        actions=[turn.action_ids for turn in turns],
+        observations=[turn.observation_ids for turn in turns],
+        rollout_logprobs=logprobs,
+        old_logprobs=logprobs,
+        leaves=leaves,
+        multiplicity=np.array([turns[n].multiplicity for n in leaves.tolist()], dtype=np.float64),
+    )
+
+
+def _depths(parent: Ints) -> Ints:
+    depth: list[int] = []
+    for above in parent.tolist():
+        depth.append(depth[above] + 1 if above >= 0 else 0)
+    return np.array(depth, dtype=np.int64)

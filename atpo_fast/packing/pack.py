@@ -1,0 +1,69 @@
+"""From trees with credit to packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from atpo_fast.packing.cutting import cut_trees, fill_rows, turns_to_keep
+from atpo_fast.packing.forest import Forest, forest_of_trees
+from atpo_fast.packing.layout import write_rows
+from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.packing.weights import Weigh, tree_weights
+from atpo_fast.tree import TurnTree
+
+if TYPE_CHECKING:  # the objective imports the record of this package
+    from atpo_fast.objective import Objective
+
+
+def pack_trees(
+    trees: Sequence[TurnTree],
+    objective: Objective,
+    max_tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prune: bool = True,
+) -> list[PackedTrees]:
+    """Lay trees out in rows of at most `max_tokens` tokens (design, sections 4 and 5).
+
+    Give all trees of the mini-batch, of all ranks: the averages of the objective run over them, and the losses of the
+    rows sum to the batch loss. A tree over the budget is cut; its pieces repeat their ancestors with weight 0.
+
+    Args:
+        trees: trees after `assign_credit`. A tree without leaves is left out.
+        objective: aggregation, denominator and ratio level.
+        max_tokens: longest row.
+        dtype: of the floating-point fields.
+        prune: leave out subtrees without gradient; they still count in the averages. Their number of tokens is
+            `pruned_tokens(trees, rows)`.
+
+    Returns:
+        The rows, none when nothing has a gradient.
+
+    Raises:
+        ValueError: no credit; an advantage that is not finite; a path longer than `max_tokens`; an action token
+            without any token before it.
+    """
+    if not trees:
+        return []
+    forest = forest_of_trees(trees)
+    return pack_forest(forest, tree_weights(forest, trees, objective), objective, max_tokens, dtype=dtype, prune=prune)
+
+
+def pack_forest(
+    forest: Forest, weigh: Weigh, objective: Objective, max_tokens: int, *, dtype: torch.dtype, prune: bool
+) -> list[PackedTrees]:
+    """`pack_trees` on a forest with given weights."""
+    weights = weigh(None)
+    cut = cut_trees(forest, turns_to_keep(forest, weights, objective, prune), max_tokens)
+    row_of_piece = fill_rows(cut.piece_tokens, max_tokens)
+    if objective.denominator == "local":
+        weights = weigh(row_of_piece[cut.piece_of_turn[forest.leaves]])
+    return write_rows(forest, cut, row_of_piece, weights, dtype)
+
+
+def pruned_tokens(trees: Sequence[TurnTree], rows: Sequence[PackedTrees]) -> int:
+    """Tokens of the trees that the rows left out."""
+    return sum(tree.unique_tokens for tree in trees) - sum(row.unique_tokens for row in rows)

@@ -1,0 +1,80 @@
+"""The record between packing and the policy: one row of packed search trees (design, section 5).
+
+Shapes: T tokens, A action tokens, N turns with at least one action token, S trajectories (distinct leaves),
+P entries of the leaf → turn path tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class PackedTrees:
+    """One row. Trees lie one after another, each in depth-first pre-order with one copy of every token.
+
+    The whole attention mask is `subtree_end`: query q sees key k iff `k <= q < subtree_end[k]`.
+    Float fields have the dtype asked of `pack_trees` (float32 by default). Fields are plain tensors and may be
+    replaced (a fresh `old_logprob`, say).
+    """
+
+    input_ids: Tensor  # (T,) int64
+    position_ids: Tensor  # (T,) int64, depth along the path
+    subtree_end: Tensor  # (T,) int32, row index after the last token of the token's turn's subtree
+
+    predictor: Tensor  # (A,) int64, row index of the hidden state that predicts the action token
+    targets: Tensor  # (A,) int64, the action tokens
+    old_logprob: Tensor  # (A,) log-prob when the batch was sampled (the engine's until replaced)
+    rollout_logprob: Tensor  # (A,) the engine's log-prob
+    ref_logprob: Tensor  # (A,) log-prob under the reference policy (zeros until filled)
+    turn_offsets: Tensor  # (N+1,) int32, CSR over the A axis
+    weight_pos: Tensor  # (A,) W+: sum of w * max(A, 0) over the trajectories through the token
+    weight_neg: Tensor  # (A,) W-: sum of w * max(-A, 0)
+    weight_all: Tensor  # (A,) W0: sum of w; weighs KL and entropy terms
+    trajectory_count: Tensor  # (A,) trajectories through the token, with multiplicity; 0 on repeated tokens
+
+    path_offsets: Tensor  # (S+1,) int32, CSR: the turns of each trajectory in `path_turns`
+    path_turns: Tensor  # (P,) int32, indices into the N turns of this row, root side first
+    path_weight_pos: Tensor  # (P,) per-token weight w * max(A, 0) of one trajectory in one turn (level `sequence`)
+    path_weight_neg: Tensor  # (P,) likewise w * max(-A, 0)
+    leaf_multiplicity: Tensor  # (S,) float, how often the trajectory counts
+
+    turn_tree: Tensor  # (N,) int32, which tree (index into the list given to `pack_trees`) the turn is of
+    turn_index: Tensor  # (N,) int32, its index in that tree
+    leaf_turn: Tensor  # (S,) int32, index in the tree of the trajectory's leaf
+    leaf_tree: Tensor  # (S,) int32, which tree
+
+    unique_tokens: int  # tokens of this row that are not repeats: summed over rows, the tokens kept of the forest
+    flat_tokens: int  # tokens of the row's trajectories written out, with multiplicity
+
+    @property
+    def num_tokens(self) -> int:
+        """T"""
+        return self.input_ids.numel()
+
+    @property
+    def num_actions(self) -> int:
+        """A"""
+        return self.targets.numel()
+
+    @property
+    def num_turns(self) -> int:
+        """N"""
+        return self.turn_offsets.numel() - 1
+
+    @property
+    def num_trajectories(self) -> int:
+        """S"""
+        return self.path_offsets.numel() - 1
+
+    def to(self, device: torch.device | str) -> PackedTrees:
+        """A copy with every tensor on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)

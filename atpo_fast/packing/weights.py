@@ -1,0 +1,114 @@
+"""Weights of the de-duplicated loss (design, section 4).
+
+The weight of an action token t of trajectory l is `scale[l] * share[t]`: `scale` depends on the trajectory and on the
+denominators, `share` is 1 but for `turn-mean`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from atpo_fast.packing.forest import Bools, Floats, Forest, Ints
+from atpo_fast.tree import TurnTree
+
+if TYPE_CHECKING:  # the objective imports the record of this package
+    from atpo_fast.objective import Objective
+
+
+@dataclass(slots=True)
+class ForestWeights:
+    """Weights of the action tokens (F) and of the path table (P) of a forest."""
+
+    pos: Floats  # (F,) W+
+    neg: Floats  # (F,) W-
+    all: Floats  # (F,) W0
+    count: Floats  # (F,) trajectories through the token
+    path_pos: Floats  # (P,) per-token weight of one trajectory in one turn, multiplicity included
+    path_neg: Floats  # (P,)
+
+
+Weigh = Callable[[Ints | None], ForestWeights]
+"""Weights given the row of each trajectory (S,); None: denominators over everything."""
+
+
+def trajectory_scale(
+    objective: Objective,
+    tokens: Floats,  # (S,) action tokens of each trajectory
+    turns: Floats,  # (S,) turns with action tokens of each trajectory
+    multiplicity: Floats,  # (S,)
+    row: Ints | None,  # (S,) row of each trajectory; None: one global mean
+) -> Floats:
+    """(S,) factor of each trajectory's token weights, by `objective.aggregation`."""
+    group = np.zeros(len(tokens), dtype=np.int64) if row is None else row
+    rows = int(group.max(initial=0)) + 1
+    trajectories = np.bincount(group, weights=multiplicity, minlength=rows)[group] * rows
+    if objective.aggregation == "token-mean":
+        total = np.bincount(group, weights=multiplicity * tokens, minlength=rows)[group] * rows
+        return 1.0 / np.maximum(total, 1.0)
+    per_trajectory = {
+        "seq-mean-token-mean": np.maximum(tokens, 1.0),
+        "seq-mean-token-sum": np.ones_like(tokens),
+        "seq-mean-token-sum-norm": np.full_like(tokens, objective.max_length),
+        "turn-mean": np.maximum(turns, 1.0),
+    }
+    return 1.0 / (trajectories * per_trajectory[objective.aggregation])
+
+
+def tree_weights(forest: Forest, trees: Sequence[TurnTree], objective: Objective) -> Weigh:
+    """The weights of trees with credit: `leaf_advantages` where set, else `advantages`.
+
+    Raises ValueError for a tree without credit or with an advantage that is not finite.
+    """
+    advantage, leaf_advantage, per_leaf = _advantages(forest, trees)
+    path_leaf = forest.path_leaf
+    lengths = forest.action_length[forest.path_turns]
+    tokens = np.bincount(path_leaf, weights=lengths, minlength=len(forest.leaves))
+    turns = np.diff(forest.path_offsets).astype(np.float64)
+    share = (
+        1.0 / np.maximum(forest.action_length, 1)
+        if objective.aggregation == "turn-mean"
+        else np.ones(len(forest.parent))
+    )
+    count = forest.sum_up(forest.at_leaves(forest.multiplicity))
+    path_advantage = np.where(per_leaf[forest.path_turns], leaf_advantage[path_leaf], advantage[forest.path_turns])
+
+    def weigh(row: Ints | None) -> ForestWeights:
+        base = forest.multiplicity * trajectory_scale(objective, tokens, turns, forest.multiplicity, row)
+        below = forest.sum_up(forest.at_leaves(base))
+
+        def signed(sign: float) -> Floats:
+            of_leaves = forest.sum_up(forest.at_leaves(base * np.maximum(sign * leaf_advantage, 0.0)))
+            return share * np.where(per_leaf, of_leaves, below * np.maximum(sign * advantage, 0.0))
+
+        path_base = base[path_leaf] * share[forest.path_turns]
+        per_turn = (signed(1.0), signed(-1.0), share * below, count)
+        return ForestWeights(
+            *(np.repeat(values, forest.action_length) for values in per_turn),
+            path_pos=path_base * np.maximum(path_advantage, 0.0),
+            path_neg=path_base * np.maximum(-path_advantage, 0.0),
+        )
+
+    return weigh
+
+
+def _advantages(forest: Forest, trees: Sequence[TurnTree]) -> tuple[Floats, Floats, Bools]:
+    """(N,) advantage of turns, (S,) advantage of leaves (0 where per turn), (N,) whether credit is per leaf."""
+    for tree, name in zip(trees, forest.names, strict=True):
+        if tree.advantages is None or len(tree.advantages) != len(tree):
+            raise ValueError(f"tree {name} has no advantages for its {len(tree)} turns: call assign_credit first")
+    advantage = np.concatenate([np.zeros(0), *(tree.advantages for tree in trees)])  # type: ignore[list-item]
+    per_tree = np.array([tree.leaf_advantages is not None for tree in trees], dtype=bool)
+    leaf_values = [np.zeros(len(t)) if t.leaf_advantages is None else t.leaf_advantages for t in trees]
+    leaf_advantage = np.concatenate([np.zeros(0), *leaf_values])[forest.leaves]
+    for values, at in ((advantage, np.arange(len(advantage))), (leaf_advantage, forest.leaves)):
+        bad = at[~np.isfinite(values)]
+        if bad.size:
+            turn = int(bad[0])
+            raise ValueError(
+                f"tree {forest.names[forest.tree[turn]]}: the advantage of turn {forest.index[turn]} is not finite"
+            )
+    return advantage, leaf_advantage, per_tree[forest.tree]

@@ -1,0 +1,77 @@
+"""The LM head as the place where the fused operators run (design, section 8).
+
+Keeping the operators inside a module's `forward` is what lets ZeRO-3 gather the weight before, release it after, and
+collect its gradient; a partitioned weight never reaches a kernel.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from atpo_kernels import linear_logprob, linear_turn_policy_loss
+from torch import Tensor, nn
+
+from atpo_fast.objective import Objective
+from atpo_fast.objective.objective import leaf_paths, token_weights
+from atpo_fast.packing.packed_trees import PackedTrees
+
+
+class RowLoss(NamedTuple):
+    """Loss of one row; a plain tuple, so that DeepSpeed's hooks find its tensors."""
+
+    loss: Tensor  # ()
+    logprob: Tensor  # (A,) detached
+    entropy: Tensor  # (A,) detached
+    coef: Tensor  # (A,) d loss / d logprob, detached
+    metrics: dict[str, Tensor]  # detached scalars
+
+
+class PolicyHead(nn.Module):
+    """An `nn.Linear` to the vocabulary, replaced: same parameters under the same names, other forward.
+
+    Args:
+        linear: the model's output embedding; its parameters are taken over (tied ones stay tied).
+        temperature: divides the logits, once.
+    """
+
+    def __init__(self, linear: nn.Linear, temperature: float = 1.0):
+        super().__init__()
+        self.weight = linear.weight  # (V, D)
+        self.bias = linear.bias  # (V,) or None
+        self.temperature = temperature
+
+    def forward(
+        self,
+        hidden: Tensor,  # (A, D)
+        row: PackedTrees,
+        objective: Objective | None = None,
+    ) -> tuple[Tensor, Tensor] | RowLoss:
+        """(log-prob, entropy), each (A,), or the row's loss when an objective is given."""
+        if objective is None:
+            return linear_logprob(hidden, self.weight, row.targets, bias=self.bias, temperature=self.temperature)
+        out = linear_turn_policy_loss(
+            hidden,
+            self.weight,
+            row.targets,
+            row.old_logprob,
+            bias=self.bias,
+            temperature=self.temperature,
+            turn_offsets=row.turn_offsets,
+            weights=token_weights(row),
+            paths=leaf_paths(row),
+            ref_logprob=row.ref_logprob,
+            rollout_logprob=row.rollout_logprob,
+            reduction="sum",
+            config=objective.loss_config,
+        )
+        return RowLoss(out.loss, out.logprob, out.entropy, out.coef, out.metrics)
+
+
+def install_head(model: nn.Module, temperature: float) -> PolicyHead:
+    """Swap the `lm_head` of a Hugging Face causal LM for a `PolicyHead`; returns it."""
+    linear = model.lm_head
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"lm_head is a {type(linear).__name__}; expected torch.nn.Linear")
+    head = PolicyHead(linear, temperature)
+    model.lm_head = head
+    return head

@@ -1,0 +1,57 @@
+"""The policy: a Hugging Face causal LM over packed rows, LM head on action rows only."""
+
+from __future__ import annotations
+
+import torch
+from atpo_kernels import make_tree_blocks
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atpo_fast.objective import Objective
+from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.policy.attention import TREE_ATTENTION, check_supported, register
+from atpo_fast.policy.head import RowLoss, install_head
+
+
+class Policy(nn.Module):
+    """Runs packed rows through a causal LM.
+
+    Args:
+        model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`. Its attention and
+            head are replaced; parameter names stay Hugging Face's.
+        temperature: sampling temperature of the rollouts, applied to the logits.
+        gradient_checkpointing: recompute each layer in the backward.
+
+    Raises ValueError for models with windowed or capped attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, gradient_checkpointing: bool = False):
+        super().__init__()
+        check_supported(model.config)
+        register()
+        model.set_attn_implementation(TREE_ATTENTION)
+        install_head(model, temperature)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model = model
+
+    def forward(self, row: PackedTrees, objective: Objective | None = None) -> tuple[Tensor, Tensor] | RowLoss:
+        """Score one row: ((A,) log-prob, (A,) entropy), or its loss when an objective is given."""
+        hidden = self.hidden_states(row)
+        return self.model.lm_head(hidden.index_select(0, row.predictor), row, objective)
+
+    def hidden_states(self, row: PackedTrees) -> Tensor:
+        """(T, D) final hidden states of a row."""
+        out = self.model.model(
+            input_ids=row.input_ids[None],
+            position_ids=row.position_ids[None],
+            use_cache=False,
+            subtree_end=row.subtree_end,
+            tree_blocks=make_tree_blocks(row.subtree_end) if row.subtree_end.device.type == "cpu" else None,
+        )
+        return out.last_hidden_state[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows have to be."""
+        return next(self.parameters()).device

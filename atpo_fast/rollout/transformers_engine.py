@@ -1,0 +1,138 @@
+"""Batched generation with any Hugging Face causal LM and one cache entry per tree token (design, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atpo_fast.rollout.engine import Completion, EngineCounters, Request
+from atpo_fast.rollout.generation import Generation
+from atpo_fast.rollout.kv_cache import PrefixCache, SlotPool
+from atpo_fast.rollout.paged_model import PagedModel
+from atpo_fast.rollout.stops import StopMatcher, StopTable, vocabulary_bytes
+
+
+class TransformersEngine:
+    """An `Engine` on one device; see `Engine` for the methods.
+
+    A turn's tokens are forwarded once, whatever number of chains, siblings and expansion rounds continue it. The
+    last token of a turn is forwarded together with its observation, when the turn is continued. When the cache is
+    full, the least recently used turns that no running request needs are evicted, and filled again when needed;
+    if that is not enough, requests of a call are decoded in smaller groups.
+
+    Args:
+        model: the causal LM; from now on it belongs to the engine (its attention is replaced).
+        tokenizer: its tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
+        cache_tokens: budget of the cache in tree tokens.
+        batch_size: most requests decoded at once.
+        device: where to run; default: where the model is.
+        dtype: dtype of the weights and the cache; default: the model's.
+
+    Raises:
+        ValueError: an architecture that the engine cannot run, or `cache_tokens` or `batch_size` below 1.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        cache_tokens: int,
+        batch_size: int = 512,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        if cache_tokens < 1 or batch_size < 1:
+            raise ValueError(f"cache_tokens={cache_tokens} and batch_size={batch_size} must be at least 1")
+        self.counters = EngineCounters()
+        self.batch_size = batch_size
+        self.model = PagedModel(model, torch.device(device or model.device), dtype)
+        self.cache = PrefixCache(SlotPool(cache_tokens), self.counters)
+        self._tokenizer = tokenizer
+        self._eos_ids = _eos_ids(tokenizer)
+        self._token_bytes: list[bytes] | None = None
+        self._stop_tables: dict[tuple[str, ...], StopTable] = {}
+        self._awake = True
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Complete every request, in order.
+
+        Raises:
+            ValueError: a request that contradicts itself, the cache or another request, or that cannot fit into
+                `cache_tokens`. The cache is forgotten when a call fails half-way.
+            RuntimeError: the engine is asleep.
+        """
+        if not self._awake:
+            raise RuntimeError("the engine is asleep; call wake() before generate()")
+        if not requests:
+            return []
+        prompts = [np.asarray(request.prompt_ids, dtype=np.int64) for request in requests]
+        self._check(requests, prompts)
+        stops = StopMatcher([self._stop_table(request.sampling.stop) for request in requests])
+        generation = Generation(requests, prompts, self.model, self.cache, stops, self._eos_ids, self.batch_size)
+        try:
+            return generation.run()
+        except BaseException:
+            self.cache.clear()  # entries may be half written
+            raise
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take all weights anew, by Hugging Face name, one tensor at a time; forgets the cache.
+
+        Raises:
+            KeyError: a name that the model does not have.
+            ValueError: a tensor of another shape, or parameters that never came.
+        """
+        self.reset_prefix_cache()
+        self.model.load(named_parameters)
+
+    def release(self, tree: Hashable) -> None:
+        """Forget the cache entries of a finished tree (`PathNode.key[0]`)."""
+        self.cache.release_tree(tree)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cache entry."""
+        self.cache.clear()
+
+    def sleep(self) -> None:
+        """Drop the cache, and keep the weights in host memory until `wake`."""
+        self._awake = False
+        self.cache.clear()
+        if self.model.device.type != "cpu":
+            self.model.move(torch.device("cpu"))
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Undo `sleep`; the cache starts empty."""
+        self.model.move(self.model.device)
+        self._awake = True
+
+    def _stop_table(self, stops: tuple[str, ...]) -> StopTable:
+        if stops not in self._stop_tables:
+            if self._token_bytes is None:
+                self._token_bytes = vocabulary_bytes(self._tokenizer, self.model.vocab_size)
+            self._stop_tables[stops] = StopTable(self._token_bytes, stops)
+        return self._stop_tables[stops]
+
+    def _check(self, requests: Sequence[Request], prompts: Sequence[NDArray[np.int64]]) -> None:
+        seen = set()
+        for request, prompt in zip(requests, prompts, strict=True):
+            ends = [part.end for part in request.path]
+            if not len(prompt) or not ends or ends[-1] != len(prompt) or sorted(ends) != ends:
+                raise ValueError(f"turn {request.turn_key}: path ends {ends} do not fit a prompt of {len(prompt)} tokens")
+            if prompt.min() < 0 or prompt.max() >= self.model.vocab_size:
+                raise ValueError(f"turn {request.turn_key}: token ids must be in [0, {self.model.vocab_size})")
+            if request.turn_key in seen or request.turn_key in self.cache.nodes:
+                raise ValueError(f"turn {request.turn_key} has been requested already; every turn needs its own key")
+            seen.add(request.turn_key)
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = tokenizer.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]

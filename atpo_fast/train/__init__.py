@@ -1,0 +1,1 @@
+"""The training loops: cold start, RL, evaluation."""

@@ -1,0 +1,287 @@
+"""The RL loop: roll out, credit, pack, update, sync (design, sections 1 and 8).
+
+One step rolls out `questions_per_step` questions over all ranks and takes one optimizer step per mini-batch of
+`questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are
+the same everywhere and the denominators are global without further communication.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+
+from atpo_fast.config.schema import Config, ObjectiveConfig
+from atpo_fast.credit import assign_credit
+from atpo_fast.data.questions import Question
+from atpo_fast.objective import Objective
+from atpo_fast.packing import pack_trees, spread_rows
+from atpo_fast.packing.packed_trees import PackedTrees
+apply_entropy_advantage=None
+from atpo_fast.policy import Policy, load_model
+from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
+from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
+from atpo_fast.train.evaluate import evaluate
+from atpo_fast.train.interrupt import StopRequested
+from atpo_fast.train.optimizer import GradientWatch
+from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
+from atpo_fast.train.run import Run
+from atpo_fast.train.step import MetricMean, optimizer_step, score_rows, with_old_logprob, with_ref_logprob
+from atpo_fast.train.step_metrics import rollout_metrics
+from atpo_fast.tree import TurnTree
+from atpo_fast.tree.storage import append_trees
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a checkpoint remembers beside weights and optimizer."""
+
+    step: int = 0  # steps done
+    optimizer_steps: int = 0
+    seconds: float = 0.0  # spent so far, cold start included
+    cold_start_em: float | None = None
+    eval_em: float | None = None
+    totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
+
+
+class Trainer:
+    """Owns the engine, the rollout worker and the progress of a run."""
+
+    def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
+        self.run, self.config = run, run.config
+        self.objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
+        self._begun = time.monotonic() - seconds
+        self.policy = make_policy(run.config, start)
+        self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
+        self.reference = self._make_reference(start)
+        self.worker = RolloutWorker(run, start, self.engine.device)
+        self.progress = Progress()
+        if resume_from is not None:
+            self._resume(resume_from)
+
+    def _resume(self, checkpoint: Path) -> None:
+        self.progress = Progress(**load_checkpoint(self.engine, checkpoint))
+        self._begun = time.monotonic() - self.progress.seconds
+        self.worker.sync(self.policy)
+        self.run.logger.truncate_after(self.progress.step)
+        self.run.progress.message(f"resumed from {checkpoint}")
+
+    def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
+        """A frozen copy of the starting policy when the objective has a KL term."""
+        if not self.objective.loss_config.needs_reference:
+            return None
+        frozen = make_policy(self.config, self.config.model.reference_path or start)
+        return initialize(frozen, self.config, self.config.optim)[0]
+
+    def fit(self) -> bool:
+        """Run to the last step; False when stopped early (a checkpoint was saved)."""
+        if self.progress.step == 0 and self.progress.cold_start_em is None:
+            if not self._evaluate():
+                return self._stopped()
+            self.progress.cold_start_em = self.progress.eval_em
+        while self.progress.step < self.config.train.steps:
+            if not self._step():
+                return self._stopped()
+            if self._due(self.config.train.eval_every) and not self._evaluate():
+                return self._stopped()
+            if self._due(self.config.train.save_every):
+                self.save()
+        return True
+
+    def _due(self, every: int) -> bool:
+        last = self.progress.step == self.config.train.steps
+        return last or (every > 0 and self.progress.step % every == 0)
+
+    def _stopped(self) -> bool:
+        self.save()
+        self.run.progress.message(f"stopped after step {self.progress.step}; the same command continues from here")
+        return False
+
+    def save(self) -> None:
+        """Write a checkpoint of the last finished step."""
+        self.progress.seconds = time.monotonic() - self._begun
+        with self.run.timer.phase("checkpoint"):
+            save_checkpoint(self.run, self.engine, self.policy, asdict(self.progress))
+
+    def _evaluate(self) -> bool:
+        try:
+            means = evaluate(self.run, self.worker, self.progress.step)
+        except StopRequested:
+            return not self.run.should_stop()
+        self.progress.eval_em = means["eval/em"]
+        self.run.progress.message(f"step {self.progress.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
+        return not self.run.should_stop()
+
+    def _step(self) -> bool:
+        """One batch; False when a stop was asked for before the update (nothing has changed then)."""
+        run, begun = self.run, time.monotonic()
+        questions = draw_questions(run.task.train, self.config, self.progress.step)
+        run.progress.start_phase("rollout", self.config.rollout.leaves * len(questions))
+        before = asdict(self.worker.engine.counters)
+        mine = self._roll_out(run.share(questions))
+        if run.should_stop() or mine is None:
+            return False
+        rollout_seconds = time.monotonic() - begun
+        counts = {k: v - before[k] for k, v in asdict(self.worker.engine.counters).items()}
+        forest = run.gather(mine, len(questions))
+        with run.timer.phase("credit"):
+            assign_credit([scored.tree for scored in forest], **asdict(self.config.credit))
+        metrics, pruned = self._update(forest)
+        self.worker.sync(self.policy)
+        self.progress.step += 1
+        self._log(forest, counts | {"pruned": pruned}, metrics, rollout_seconds, begun)
+        return True
+
+    def _roll_out(self, questions: Sequence[Question]) -> list[ScoredTree] | None:
+        try:
+            return self.worker.roll_out(questions, seed=hash((self.config.seed, self.progress.step)) & 0x7FFFFFFF)
+        except StopRequested:
+            return None
+
+    def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
+        """Optimizer steps of one batch; returns (policy metrics, tokens that packing pruned)."""
+        run, size = self.run, self.config.train.questions_per_minibatch
+        batches: list[list[PackedTrees]] = []
+        packed = 0
+        with run.timer.phase("pack"):
+            for trees in _chunks([scored.tree for scored in forest], size):
+                rows = pack_trees(trees, self.objective, self.config.train.max_tokens)
+                packed += sum(row.unique_tokens for row in rows)
+                batches.append(spread_rows(rows, run.world)[run.rank] if rows else [])
+        with run.timer.phase("logprob"):
+            batches = [self._prepare(rows) for rows in batches]
+        metrics = MetricMean()
+        run.progress.start_phase("update", len(batches))
+        with run.timer.phase("update"):
+            for i, rows in enumerate(batches):
+                if rows:  # every question may have had equal rewards: no gradient anywhere, the same on every rank
+                    set_learning_rate(self.engine, self._learning_rate())
+                    optimizer_step(self.engine, self.watch, rows, self.objective, metrics)
+                    self.progress.optimizer_steps += 1
+                run.progress.advance(i + 1)
+        unique = sum(scored.tree.unique_tokens for scored in forest)
+        return metrics.result(), unique - packed
+
+    def _prepare(self, rows: list[PackedTrees]) -> list[PackedTrees]:
+        """Old and reference log-probs, and the entropy-aware advantage where the objective has one."""
+        if self.config.train.old_logprobs == "recompute" or self.objective.entropy_advantage:
+            scores = score_rows(self.engine, rows)
+            rows = with_old_logprob(rows, scores) if self.config.train.old_logprobs == "recompute" else rows
+            if self.objective.entropy_advantage: rows = apply_entropy_advantage(rows, [entropy for _, entropy in scores], self.objective)
+        if self.reference is not None:
+            rows = with_ref_logprob(rows, score_rows(self.reference, rows))
+        return rows
+
+    def _learning_rate(self) -> float:
+        optim = self.config.optim
+        return optim.lr * min(1.0, (self.progress.optimizer_steps + 1) / max(1, optim.warmup_steps))
+
+    def _log(
+        self,
+        forest: Sequence[ScoredTree],
+        counts: dict[str, float],
+        policy: dict[str, float],
+        rollout_seconds: float,
+        begun: float,
+    ) -> None:
+        run = self.run
+        counts = run.sum_over_ranks({k: float(v) for k, v in counts.items()})
+        counts["pruned"] /= run.world  # every rank counted the same forest
+        metrics = rollout_metrics(forest, counts, rollout_seconds, time.monotonic() - begun)
+        metrics |= {f"policy/{name}": value for name, value in policy.items()}
+        metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
+        metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
+        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned"):
+            self.progress.totals[name] = self.progress.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
+        run.logger.log("train", self.progress.step, metrics)
+        run.progress.step_done(self.progress.step, self.config.train.steps, metrics)
+        if run.is_main and self.config.train.save_trees:
+            trees = [scored.tree for scored in forest[: self.config.train.save_trees]]
+            append_trees(run.folder / "trees.jsonl", trees, self.progress.step, run.task.tokenizer)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run so far, earlier sessions included."""
+        return time.monotonic() - self._begun
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """The checkpoint to resume from, if the configuration wants one.
+
+    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train.
+    """
+    mode = run.config.train.resume
+    found = complete_checkpoints(run.folder) if mode != "never" else []
+    if not found:
+        if mode == "must":
+            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
+        return None
+    done = read_state(found[-1])["step"]
+    if done >= run.config.train.steps:
+        raise ValueError(
+            f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
+            "raise train.steps, choose another run_dir, or set train.resume=never"
+        )
+    return found[-1]
+
+
+def make_objective(config: ObjectiveConfig, max_length: int) -> Objective:
+    """The preset with the configured departures."""
+    changes = {k: v for k, v in asdict(config).items() if k != "preset" and v is not None}
+    return Objective.preset(config.preset, max_length=max_length, **changes)
+
+
+def make_policy(config: Config, folder: Path | str) -> Policy:
+    """The policy from a Hugging Face folder."""
+    import torch
+
+    return Policy(
+        load_model(folder, getattr(torch, config.model.dtype)),
+        temperature=config.rollout.temperature,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+def draw_questions(questions: Sequence[Question], config: Config, step: int) -> list[Question]:
+    """Questions of a step: epochs of a seeded permutation, so the step number is the whole data cursor."""
+    size = config.train.questions_per_step
+    drawn: list[Question] = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(position, len(questions))
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(questions)) if offset == 0 or not drawn else order
+        drawn.append(questions[order[offset]])
+    return drawn
+
+
+def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:
+    for begin in range(0, len(items), size):
+        yield list(items[begin : begin + size])
+
+
+def trainer_summary(trainer: Trainer) -> dict[str, Any]:
+    """What `summary.json` says."""
+    progress, totals = trainer.progress, trainer.progress.totals
+    return {
+        "cold_start_em": progress.cold_start_em,
+        "final_em": progress.eval_em,
+        "train_seconds": trainer.seconds,
+        "steps": progress.step,
+        "optimizer_steps": progress.optimizer_steps,
+        "prefilled_tokens": int(totals.get("prefilled", 0)),
+        "decoded_tokens": int(totals.get("decoded", 0)),
+        "cache_hit_tokens": int(totals.get("cache_hit", 0)),
+        "unique_tokens": int(totals.get("unique", 0)),
+        "flat_tokens": int(totals.get("flat", 0)),
+        "pruned_tokens": int(totals.get("pruned", 0)),
+        "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
+        "seed": trainer.config.seed,
+        **trainer.run.task.notes,
+    }
+
+
+__all__ = ["Trainer", "make_objective", "newest_checkpoint", "replace", "trainer_summary"]

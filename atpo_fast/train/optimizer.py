@@ -1,0 +1,50 @@
+"""AdamW that can be told to leave the weights alone, and the watch that tells it.
+
+DeepSpeed discards a step with non-finite gradients only under fp16 loss scaling. Here every precision and stage does:
+hooks on the parameters note a non-finite gradient on the device, the ranks agree once per step, and the optimizer
+then changes neither weights nor moments while DeepSpeed's own bookkeeping goes on as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW whose next `step` does nothing when `skip_next` is set."""
+
+    skip_next: bool = False
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update, or none; the flag is reset by `GradientWatch.settle`."""
+        return None if self.skip_next else super().step(closure)
+
+
+class GradientWatch:
+    """Notes whether any gradient of any micro-batch was non-finite."""
+
+    def __init__(self, module: nn.Module, optimizer: GuardedAdamW):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self._bad = torch.zeros((), dtype=torch.bool, device=parameters[0].device)
+        self._optimizer = optimizer
+        self.skipped_steps = 0
+        for parameter in parameters:
+            parameter.register_hook(self._look)
+
+    def _look(self, gradient: Tensor) -> None:
+        self._bad |= ~torch.isfinite(gradient).all()
+
+    def settle(self) -> bool:
+        """Before the optimizer step: agree over the ranks; True when the step will be skipped."""
+        flag = self._bad.to(torch.int32)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        self._bad.zero_()
+        self._optimizer.skip_next = bool(flag)
+        self.skipped_steps += int(flag)
+        return self._optimizer.skip_next

@@ -1,0 +1,102 @@
+"""What every stage of a run shares: ranks, folder, task, logging."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from atpo_fast.config.load import save_config
+from atpo_fast.config.schema import Config
+from atpo_fast.data.task import Task, load_task
+from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
+from atpo_fast.train.deepspeed_setup import join_process_group
+from atpo_fast.train.interrupt import StopSignal
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Run:
+    """One process of a run."""
+
+    config: Config
+    task: Task
+    folder: Path
+    rank: int
+    world: int
+    logger: RunLogger
+    progress: Progress
+    timer: PhaseTimer
+    stop: StopSignal
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This rank's items of a list that every rank holds."""
+        return list(items[self.rank :: self.world])
+
+    def gather(self, mine: Sequence[T], total: int) -> list[T]:
+        """Undo `share`: the whole list, in order, on every rank."""
+        if self.world == 1:
+            return list(mine)
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, list(mine))
+        return [parts[i % self.world][i // self.world] for i in range(total)]
+
+    def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        """Add up a dictionary of numbers that has the same keys on every rank."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop; a collective."""
+        asked = torch.tensor([int(self.stop.requested)])
+        if self.world > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return bool(asked.item())
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_run(config: Config) -> Run:
+    """Join the process group, load the task, and open the run folder."""
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise ValueError("device=cuda, but torch sees no GPU; use device=cpu or device=auto")
+    join_process_group(cuda=cuda)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.manual_seed(config.seed)
+    folder = Path(config.run_dir)
+    is_main = rank == 0
+    if is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    task = load_task(config)
+    return Run(
+        config=config,
+        task=task,
+        folder=folder,
+        rank=rank,
+        world=world,
+        logger=RunLogger(folder, config, is_main=is_main),
+        progress=Progress(config.logging.progress, is_main=is_main),
+        timer=PhaseTimer(),
+        stop=StopSignal(),
+    )

@@ -1,0 +1,114 @@
+"""One optimizer step over packed rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from atpo_fast.objective import Objective
+from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
+from atpo_fast.train.optimizer import GradientWatch
+
+MAX_METRICS = ("ratio_max",)
+
+
+class MetricMean:
+    """Means of row metrics weighted by action tokens; sums stay on the device until `result`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+        self._tokens: Tensor | None = None
+        self._totals: dict[str, float] = defaultdict(float)
+        self._count: dict[str, int] = defaultdict(int)
+
+    def add(self, metrics: dict[str, Tensor], loss: Tensor) -> None:
+        """Take one row's metrics and its share of the loss."""
+        tokens = metrics["tokens"].to(torch.float64)
+        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+        for name, value in metrics.items():
+            if name in MAX_METRICS:
+                self._maxima[name] = torch.maximum(self._maxima.get(name, value), value)
+            elif name not in ("tokens", "turns"):
+                weighted = torch.where(tokens > 0, value.to(torch.float64) * tokens, 0.0)
+                self._sums[name] = self._sums.get(name, torch.zeros_like(weighted)) + weighted
+        self._sums["loss"] = self._sums.get("loss", torch.zeros_like(tokens)) + loss.detach().to(torch.float64)
+
+    def count(self, **values: float) -> None:
+        """Take host numbers of one optimizer step; their mean over steps is reported."""
+        for name, value in values.items():
+            self._totals[name] += value
+            self._count[name] += 1
+
+    def result(self) -> dict[str, float]:
+        """Means over all rows of all ranks; a collective."""
+        out = {name: total / self._count[name] for name, total in self._totals.items()}
+        if self._tokens is None:
+            return out
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[n] for n in names] + [self._tokens]).cpu()
+        maxima = torch.stack([self._maxima[n].to(torch.float64) for n in sorted(self._maxima)]).cpu() if self._maxima else None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+            if maxima is not None:
+                dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        tokens = max(float(sums[-1]), 1.0)
+        steps = max(self._count["grad_norm"], 1)
+        for name, value in zip(names, sums[:-1].tolist(), strict=True):
+            out[name] = value / steps if name == "loss" else value / tokens
+        if maxima is not None:
+            out.update(zip(sorted(self._maxima), maxima.tolist(), strict=True))
+        return out
+
+
+def optimizer_step(
+    engine: deepspeed.DeepSpeedEngine,
+    watch: GradientWatch,
+    rows: Sequence[PackedTrees],
+    objective: Objective,
+    metrics: MetricMean,
+) -> None:
+    """Accumulate the gradient of this rank's rows and step.
+
+    Row losses of all ranks sum to the mini-batch loss; DeepSpeed averages gradients over ranks, hence the factor.
+    """
+    device, world = device_of(engine), dist.get_world_size()
+    for i, row in enumerate(rows):
+        engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
+        out = engine(row.to(device), objective)
+        engine.backward(out.loss * world)
+        metrics.add(out.metrics, out.loss)
+    watch.settle()
+    engine.step()
+    metrics.count(grad_norm=gradient_norm(engine))
+
+
+@torch.no_grad()
+def score_rows(engine: deepspeed.DeepSpeedEngine, rows: Sequence[PackedTrees]) -> list[tuple[Tensor, Tensor]]:
+    """((A,) log-prob, (A,) entropy) of each row under the engine's present weights, on the rows' device."""
+    device = device_of(engine)
+    engine.eval()
+    scores = []
+    for row in rows:
+        logprob, entropy = engine(row.to(device))
+        home = row.input_ids.device
+        scores.append((logprob.to(home), entropy.to(home)))
+    engine.train()
+    return scores
+
+
+def with_old_logprob(rows: Sequence[PackedTrees], scores: Sequence[tuple[Tensor, Tensor]]) -> list[PackedTrees]:
+    """Rows whose `old_logprob` is the trainer's own."""
+    return [replace(row, old_logprob=logprob.to(row.old_logprob.dtype)) for row, (logprob, _) in zip(rows, scores, strict=True)]
+
+
+def with_ref_logprob(rows: Sequence[PackedTrees], scores: Sequence[tuple[Tensor, Tensor]]) -> list[PackedTrees]:
+    """Rows whose `ref_logprob` is the reference policy's."""
+    return [replace(row, ref_logprob=logprob.to(row.ref_logprob.dtype)) for row, (logprob, _) in zip(rows, scores, strict=True)]

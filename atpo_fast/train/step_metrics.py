@@ -1,0 +1,44 @@
+"""Metrics of one step's rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from atpo_fast.train.rollout_worker import ScoredTree
+
+
+def rollout_metrics(
+    forest: Sequence[ScoredTree], counts: dict[str, float], rollout_seconds: float, step_seconds: float
+) -> dict[str, float]:
+    """Reward, rollout and token metrics of a forest; `counts` are the engines' summed over ranks."""
+    scores = [score for scored in forest for score in scored.scores]
+    unique = sum(scored.tree.unique_tokens for scored in forest)
+    flat = sum(scored.tree.flat_tokens for scored in forest)
+
+    def mean(values: list[float]) -> float:
+        return float(np.mean(values)) if values else 0.0
+
+    update_seconds = max(step_seconds - rollout_seconds, 1e-9)
+    return {
+        "reward/mean": mean([s.reward for s in scores]),
+        "reward/em": mean([s.em for s in scores]),
+        "reward/f1": mean([s.f1 for s in scores]),
+        "reward/format": mean([float(s.format_ok) for s in scores]),
+        "rollout/turns": mean([s.turns for s in scores]),
+        "rollout/tool_calls": mean([s.tool_calls for s in scores]),
+        "rollout/entropy": mean([turn.nll for scored in forest for turn in scored.tree.turns[1:]]),
+        "rollout/failed_trees": float(sum(not scored.scores for scored in forest)),
+        "tokens/unique": float(unique),
+        "tokens/flat": float(flat),
+        "tokens/prefilled": counts["prefilled_tokens"],
+        "tokens/decoded": counts["decoded_tokens"],
+        "tokens/cache_hit": counts["cache_hit_tokens"],
+        "tokens/evicted": counts["evicted_tokens"],
+        "tokens/pruned": counts["pruned"],
+        "tokens/overlap": 1 - unique / flat if flat else 0.0,
+        "rate/rollout_tokens_per_s": counts["decoded_tokens"] / max(rollout_seconds, 1e-9),
+        "rate/train_tokens_per_s": (unique - counts["pruned"]) / update_seconds,
+        "time/total": step_seconds,
+    }

@@ -1,0 +1,95 @@
+"""The cold start: imitation of demonstrations, loss on action tokens only.
+
+A demonstration is a search tree with one leaf, so it takes the same packing, policy and head as RL; only the loss
+differs: minus the mean log-prob of the action tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from atpo_fast.config.schema import SFTConfig
+from atpo_fast.objective import Objective
+from atpo_fast.packing import pack_trees, spread_rows
+from atpo_fast.policy import Policy, build_model
+from atpo_fast.train.deepspeed_setup import device_of, initialize, set_learning_rate
+from atpo_fast.train.run import Run
+from atpo_fast.train.weights import export_model
+from atpo_fast.tree import TurnTree
+
+LIKELIHOOD = Objective(aggregation="token-mean")
+
+
+def cold_start(run: Run) -> Path:
+    """Train on the task's demonstrations; returns the folder with the Hugging Face model.
+
+    A finished cold start of the same run folder is reused. Raises ValueError when there are no demonstrations.
+    """
+    folder = run.folder / "cold_start"
+    if (folder / "state.json").is_file():
+        run.progress.message(f"cold start: using {folder}")
+        return folder
+    demonstrations = run.task.demonstrations
+    if not demonstrations:
+        raise ValueError("sft: the task has no demonstrations; set sft.demonstrations or data.source=world")
+    begun = time.monotonic()
+    config = run.config
+    policy = Policy(build_model(config.model, run.task.tokenizer, config.seed))
+    engine, watch = initialize(policy, config, replace(config.optim, lr=config.sft.lr, betas=(0.9, 0.95)))
+    for tree in demonstrations:
+        tree.advantages = np.ones(len(tree))
+    run.progress.start_phase("sft", config.sft.steps)
+    losses: list[float] = []
+    for step in range(config.sft.steps):
+        run.stop.check()
+        set_learning_rate(engine, config.sft.lr * _schedule(step, config.sft))
+        loss, tokens, seconds = _sft_step(run, engine, watch, _draw(demonstrations, config.sft.batch_size, config.seed, step))
+        losses.append(loss)
+        if step % 10 == 0 or step == config.sft.steps - 1:
+            run.logger.log("sft", step + 1, {"sft/loss": float(np.mean(losses)), "sft/tokens_per_s": tokens / seconds})
+            losses.clear()
+        run.progress.advance(step + 1, loss=loss)
+    export_model(policy, run.task.tokenizer, folder, is_main=run.is_main)
+    if run.is_main:
+        (folder / "state.json").write_text(json.dumps({"seconds": time.monotonic() - begun, "steps": config.sft.steps}))
+    run.barrier()
+    engine.destroy()
+    return folder
+
+
+def _sft_step(run: Run, engine, watch, batch: list[TurnTree]) -> tuple[float, int, float]:  # type: ignore[no-untyped-def]
+    begun = time.monotonic()
+    rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens)
+    mine = spread_rows(rows, run.world)[run.rank]
+    device, total = device_of(engine), 0.0
+    for i, row in enumerate(mine):
+        engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
+        row = row.to(device)
+        logprob, _ = engine(row)
+        loss = -(row.weight_pos * logprob).sum()
+        engine.backward(loss * dist.get_world_size())
+        total += float(loss.detach())
+    watch.settle()
+    engine.step()
+    loss_sum = run.sum_over_ranks({"loss": total})["loss"]
+    return loss_sum, sum(row.num_tokens for row in rows), time.monotonic() - begun
+
+
+def _draw(demonstrations: list[TurnTree], count: int, seed: int, step: int) -> list[TurnTree]:
+    rng = np.random.default_rng([seed, step])
+    return [demonstrations[i] for i in rng.choice(len(demonstrations), size=min(count, len(demonstrations)), replace=False)]
+
+
+def _schedule(step: int, config: SFTConfig) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

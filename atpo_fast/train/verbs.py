@@ -1,0 +1,135 @@
+"""What a launched process does for each verb of the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from atpo_fast.config.load import load_config
+from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
+from atpo_fast.train.evaluate import evaluate
+from atpo_fast.train.interrupt import StopRequested
+from atpo_fast.train.loop import Trainer, draw_questions, newest_checkpoint, trainer_summary
+from atpo_fast.train.rollout_worker import RolloutWorker
+from atpo_fast.train.run import Run, start_run
+from atpo_fast.train.supervised import cold_start
+from atpo_fast.tree.storage import append_forest
+
+STOPPED = 143  # exit code of a run that was asked to stop and saved its state
+
+
+def train(run: Run) -> int:
+    """Cold start where needed, RL, evaluation, summary, report."""
+    resume_from = newest_checkpoint(run)
+    start, seconds = starting_model(run)
+    trainer = Trainer(run, start, resume_from, seconds)
+    if not trainer.fit():
+        return STOPPED
+    if run.is_main:
+        from atpo_fast.report import build_report
+
+        summary = trainer_summary(trainer)
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        page = build_report(run.folder)
+        run.progress.message(
+            f"EM on {len(run.task.test)} test questions: {summary['cold_start_em']:.3f} before RL, "
+            f"{summary['final_em']:.3f} after; {summary['train_seconds']:.0f} s; report: {page}"
+        )
+    return 0
+
+
+def sft(run: Run) -> int:
+    """The cold start alone, and its evaluation."""
+    folder = cold_start(run)
+    evaluate(run, RolloutWorker(run, folder, local_device(run)), 0)
+    return 0
+
+
+def evaluate_verb(run: Run) -> int:
+    """Greedy evaluation of `model.path`, or else of the run folder's newest model."""
+    folder = run.config.model.path or newest_model(run.folder)
+    means = evaluate(run, RolloutWorker(run, folder, local_device(run)), 0)
+    if run.is_main:
+        print(json.dumps(means, indent=1))
+    return 0
+
+
+def rollout(run: Run) -> int:
+    """Search trees of one step's questions, with token ids, into `forest.jsonl`."""
+    folder = run.config.model.path or newest_model(run.folder)
+    worker = RolloutWorker(run, folder, local_device(run))
+    questions = draw_questions(run.task.train, run.config, 0)
+    run.progress.start_phase("rollout", run.config.rollout.leaves * len(questions))
+    scored = run.gather(worker.roll_out(run.share(questions), seed=run.config.seed), len(questions))
+    if run.is_main:
+        path = run.folder / "forest.jsonl"
+        append_forest(path, [s.tree for s in scored])
+        print(f"{len(scored)} trees in {path}")
+    return 0
+
+
+VERBS: dict[str, Callable[[Run], int]] = {"train": train, "sft": sft, "eval": evaluate_verb, "rollout": rollout}
+
+
+def run_verb(verb: str, config_path: str, overrides: Sequence[str]) -> int:
+    """Start the run and do the verb; expected failures become one line on stderr."""
+    try:
+        run = start_run(load_config(config_path, overrides))
+        try:
+            with run.progress:
+                return VERBS[verb](run)
+        finally:
+            run.logger.close()
+    except StopRequested:
+        return STOPPED
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def starting_model(run: Run) -> tuple[Path | str, float]:
+    """(folder of the model that RL starts from, seconds its cold start took)."""
+    if run.config.model.path is not None:
+        return run.config.model.path, 0.0
+    if run.task.demonstrations:
+        folder = cold_start(run)
+        return folder, float(json.loads((folder / "state.json").read_text())["seconds"])
+    return initial_model(run), 0.0
+
+
+def initial_model(run: Run) -> Path:
+    """A random model of the configured sizes, written to the run folder once."""
+    from atpo_fast.policy import build_model
+
+    folder = run.folder / "initial_model"
+    if run.is_main and not (folder / "config.json").is_file():
+        build_model(run.config.model, run.task.tokenizer, run.config.seed).save_pretrained(folder)
+        run.task.tokenizer.save_pretrained(folder)
+    run.barrier()
+    return folder
+
+
+def newest_model(run_folder: Path) -> Path:
+    """The Hugging Face folder of the newest checkpoint, or of the cold start.
+
+    Raises FileNotFoundError when the run folder has neither.
+    """
+    checkpoints = complete_checkpoints(run_folder)
+    folder = checkpoints[-1] / "hf" if checkpoints else run_folder / "cold_start"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{run_folder} has no trained model; set model.path or train first")
+    return folder
+
+
+def local_device(run: Run) -> torch.device:
+    """The device of this rank's engine."""
+    cuda = run.config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -1,0 +1,171 @@
+"""Search trees on disk: readable records for the report, lossless ones to roll out once and train later."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from atpo_fast.jsonl import append_records, plain, read_records
+from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree
+
+ACTION_CHARS = 8000
+OBSERVATION_CHARS = 2000
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that writing trees needs."""
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+
+def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokenizer: Decoder) -> None:
+    """Append one line per tree to a trees.jsonl: decoded text and numbers of every turn, for people to read.
+
+    Long texts are cut in the middle. A failure to write (full disk) is a warning, not an error: a run never dies of it.
+    """
+    records = [tree_record(tree, step, tokenizer) for tree in trees]
+    try:
+        append_records(path, records)
+    except OSError as error:
+        warnings.warn(
+            f"search trees cannot be written to {path} ({error}); training goes on", RuntimeWarning, stacklevel=2
+        )
+
+
+def tree_record(tree: TurnTree, step: int, tokenizer: Decoder) -> dict[str, Any]:
+    """The line of one tree: question_id, meta, step, turns."""
+    turns = [_turn_record(tree, index, tokenizer) for index in range(len(tree))]
+    return {"question_id": tree.question_id, "meta": tree.meta, "step": int(step), "turns": turns}
+
+
+def read_trees(path: Path | str) -> list[dict[str, Any]]:
+    """Records of a trees.jsonl; a half-written last line is skipped.
+
+    Raises:
+        FileNotFoundError, ValueError: as `atpo_fast.jsonl.read_records`.
+    """
+    return read_records(path)
+
+
+def tree_to_json(tree: TurnTree) -> dict[str, Any]:
+    """Everything a tree holds, as JSON data; `tree_from_json` gives an equal tree."""
+    data = {
+        "question_id": tree.question_id,
+        "meta": tree.meta,
+        "turns": [
+            {
+                "parent": turn.parent,
+                "action_ids": turn.action_ids,
+                "logprobs": turn.logprobs,
+                "observation_ids": turn.observation_ids,
+                "finish_reason": turn.finish_reason,
+                "tool": turn.tool,
+                "reward": turn.reward,
+                "multiplicity": turn.multiplicity,
+            }
+            for turn in tree.turns
+        ],
+        "values": tree.values,
+        "advantages": tree.advantages,
+        "leaf_advantages": tree.leaf_advantages,
+    }
+    return plain(data)
+
+
+def tree_from_json(data: dict[str, Any]) -> TurnTree:
+    """The tree that `tree_to_json` wrote.
+
+    Raises:
+        ValueError: a field is missing or does not fit (names the question).
+    """
+    try:
+        return _build(data)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        name = data.get("question_id") if isinstance(data, dict) else None
+        raise ValueError(f"not a stored search tree (question {name!r}): {error!r}") from error
+
+
+def append_forest(path: Path | str, trees: Sequence[TurnTree]) -> None:
+    """Append trees losslessly, one line each. Raises OSError when the file cannot be written."""
+    append_records(path, (tree_to_json(tree) for tree in trees))
+
+
+def read_forest(path: Path | str) -> list[TurnTree]:
+    """The trees that `append_forest` wrote; a half-written last line is skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a record is not a stored tree.
+    """
+    return [tree_from_json(record) for record in read_records(path)]
+
+
+def _build(data: dict[str, Any]) -> TurnTree:
+    root, *turns = data["turns"]
+    tree = TurnTree(root["observation_ids"], question_id=data["question_id"], meta=data["meta"])
+    for turn in turns:
+        tree.add_turn(
+            turn["parent"],
+            turn["action_ids"],
+            _floats(turn["logprobs"]),
+            turn["observation_ids"],
+            finish_reason=turn["finish_reason"],
+            tool=turn["tool"],
+        )
+    for index, turn in enumerate(data["turns"]):
+        if turn["reward"] is not None:
+            tree.set_reward(index, float(turn["reward"]))
+        if turn["multiplicity"] != 1:
+            tree.set_multiplicity(index, turn["multiplicity"])
+    for name in ("values", "advantages", "leaf_advantages"):
+        if data[name] is not None:
+            setattr(tree, name, _per_turn(data[name], len(tree), name))
+    return tree
+
+
+def _per_turn(numbers: list[Any], turns: int, name: str) -> Floats:
+    if len(numbers) != turns:
+        raise ValueError(f"{name} has {len(numbers)} entries for {turns} turns")
+    return _floats(numbers)
+
+
+def _floats(numbers: list[Any]) -> Floats:
+    return np.asarray([float(number) for number in numbers], dtype=np.float64)  # also "nan", "inf"
+
+
+def _turn_record(tree: TurnTree, index: int, tokenizer: Decoder) -> dict[str, Any]:
+    turn = tree.turns[index]
+    return {
+        "parent": turn.parent,
+        "text": _text(turn.action_ids, tokenizer, ACTION_CHARS),
+        "observation": _text(turn.observation_ids, tokenizer, OBSERVATION_CHARS),
+        "action_tokens": len(turn.action_ids),
+        "observation_tokens": len(turn.observation_ids),
+        "nll": turn.nll if index else None,
+        "tool": turn.tool,
+        "finish_reason": turn.finish_reason,
+        "value": None if tree.values is None else tree.values[index],
+        "advantage": _advantage(tree, turn, index),
+        "reward": turn.reward,
+        "multiplicity": turn.multiplicity,
+    }
+
+
+def _advantage(tree: TurnTree, turn: Turn, index: int) -> float | None:
+    """The turn's advantage; under trajectory credit only leaves have one."""
+    if tree.leaf_advantages is not None:
+        return float(tree.leaf_advantages[index]) if index and not turn.children else None
+    return None if tree.advantages is None else float(tree.advantages[index])
+
+
+def _text(ids: TokenIds, tokenizer: Decoder, limit: int) -> str:
+    """Decoded tokens; a text over `limit` characters keeps its beginning and its end."""
+    text = tokenizer.decode(ids.tolist())
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[… {len(text) - 2 * half} characters cut …]\n{text[-half:]}"

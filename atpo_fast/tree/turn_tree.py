@@ -1,0 +1,168 @@
+"""The search tree of one question: what rollout writes and everything after it reads (design, section 2).
+
+A turn is what the policy wrote between two observations, plus the observation that the environment answered.
+Turn 0 is the root: no action, the prompt as its observation. Turns are numbered in the order of `add_turn`, so a
+parent's index is always smaller than its child's. Token ids are the only truth: nothing here is ever re-encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Turn:
+    """One turn; see the module docstring.
+
+    `action_ids` (a,) int64 sampled tokens; `logprobs` (a,) float64 the engine's log-prob of each; `observation_ids`
+    (o,) int64 tokens the environment inserted after the action (never trained on).
+    """
+
+    parent: int
+    action_ids: TokenIds
+    logprobs: Floats
+    observation_ids: TokenIds
+    finish_reason: str = "stop"  # stop (a tool's closing tag), eos, length, error
+    tool: str | None = None  # name of the tool the action called
+    children: list[int] = field(default_factory=list)
+    reward: float | None = None  # leaves only
+    multiplicity: int = 1  # leaves only: how often the leaf counts
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-prob of the sampled tokens: the entropy estimate H(n). 0 for an empty action."""
+        return -float(self.logprobs.mean()) if self.logprobs.size else 0.0
+
+
+class TurnTree:
+    """A question's search tree.
+
+    Args:
+        prompt_ids: (p,) token ids of the prompt: the root's observation.
+        question_id: name of the question, for reports and error messages.
+        meta: anything JSON can hold (question text, answers, texts of turns).
+
+    After scoring, `values` and `advantages` hold one float per turn; `leaf_advantages` (N,) is set instead of being
+    None when the credit is per trajectory (entries of turns that are not leaves are nan).
+    """
+
+    def __init__(self, prompt_ids: Sequence[int] | TokenIds, *, question_id: str = "", meta: dict[str, Any] | None = None):
+        self.question_id = question_id
+        self.meta: dict[str, Any] = meta or {}
+        empty: list[int] = []
+        self.turns: list[Turn] = [Turn(-1, _ids(empty), _floats(empty), _ids(prompt_ids), finish_reason="root")]
+        self.values: Floats | None = None
+        self.advantages: Floats | None = None
+        self.leaf_advantages: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def add_turn(
+        self,
+        parent: int,
+        action_ids: Sequence[int] | TokenIds,
+        logprobs: Sequence[float] | Floats | None = None,
+        observation_ids: Sequence[int] | TokenIds | None = None,
+        *,
+        finish_reason: str = "stop",
+        tool: str | None = None,
+    ) -> int:
+        """Append a turn under `parent` and return its index.
+
+        Raises:
+            IndexError: `parent` is not a turn of this tree.
+            ValueError: `logprobs` and `action_ids` differ in length.
+        """
+        if not 0 <= parent < len(self.turns):
+            raise IndexError(f"tree {self.question_id!r}: parent {parent} is not one of its {len(self.turns)} turns")
+        action = _ids(action_ids)
+        logp = np.zeros(len(action)) if logprobs is None else _floats(logprobs)
+        if len(logp) != len(action):
+            raise ValueError(
+                f"tree {self.question_id!r}: a turn with {len(action)} action tokens was given {len(logp)} log-probs"
+            )
+        index = len(self.turns)
+        observation = _ids([] if observation_ids is None else observation_ids)
+        self.turns.append(Turn(parent, action, logp, observation, finish_reason, tool))
+        self.turns[parent].children.append(index)
+        return index
+
+    def set_observation(self, turn: int, observation_ids: Sequence[int] | TokenIds) -> None:
+        """Attach the environment's answer to a turn that has no child yet."""
+        if self.turns[turn].children:
+            raise ValueError(f"tree {self.question_id!r}: turn {turn} already has children; its observation is fixed")
+        self.turns[turn].observation_ids = _ids(observation_ids)
+
+    def set_reward(self, turn: int, reward: float) -> None:
+        """Give a leaf its outcome reward. Raises ValueError when the turn is not a leaf."""
+        self._require_leaf(turn)
+        self.turns[turn].reward = float(reward)
+
+    def set_multiplicity(self, turn: int, multiplicity: int) -> None:
+        """Let a leaf count `multiplicity` times (tokens are never copied)."""
+        self._require_leaf(turn)
+        if multiplicity < 1:
+            raise ValueError(f"tree {self.question_id!r}: multiplicity of turn {turn} must be at least 1, got {multiplicity}")
+        self.turns[turn].multiplicity = int(multiplicity)
+
+    @property
+    def leaves(self) -> list[int]:
+        """Indices of turns without children, the root excepted, in order."""
+        return [i for i, turn in enumerate(self.turns) if i and not turn.children]
+
+    def path(self, turn: int) -> list[int]:
+        """Turns from the root to `turn`, both included."""
+        path = []
+        while turn >= 0:
+            path.append(turn)
+            turn = self.turns[turn].parent
+        return path[::-1]
+
+    def path_ids(self, turn: int) -> TokenIds:
+        """(L,) all tokens from the prompt through the observation of `turn`."""
+        return np.concatenate([part for n in self.path(turn) for part in (self.turns[n].action_ids, self.turns[n].observation_ids)])
+
+    @property
+    def unique_tokens(self) -> int:
+        """Tokens of the tree, each counted once."""
+        return sum(len(t.action_ids) + len(t.observation_ids) for t in self.turns)
+
+    @property
+    def flat_tokens(self) -> int:
+        """Tokens of all trajectories written out one by one, multiplicity included."""
+        lengths = np.zeros(len(self.turns), dtype=np.int64)
+        for i, t in enumerate(self.turns):
+            lengths[i] = len(t.action_ids) + len(t.observation_ids) + (lengths[t.parent] if i else 0)
+        return int(sum(lengths[i] * self.turns[i].multiplicity for i in self.leaves))
+
+    @property
+    def num_trajectories(self) -> int:
+        """Leaves counted with multiplicity."""
+        return sum(self.turns[i].multiplicity for i in self.leaves)
+
+    def _require_leaf(self, turn: int) -> None:
+        if turn == 0 or self.turns[turn].children:
+            raise ValueError(f"tree {self.question_id!r}: turn {turn} is not a leaf")
+
+
+def overlap(trees: Sequence[TurnTree]) -> float:
+    """`1 - T_tree / T_flat` over a forest (design, section 5); 0 for an empty one."""
+    flat = sum(tree.flat_tokens for tree in trees)
+    return 1.0 - sum(tree.unique_tokens for tree in trees) / flat if flat else 0.0
+
+
+def _ids(values: Sequence[int] | TokenIds) -> TokenIds:
+    return np.asarray(values, dtype=np.int64).reshape(-1)
+
+
+def _floats(values: Sequence[float] | Floats) -> Floats:
+    return np.asarray(values, dtype=np.float64).reshape(-1)

@@ -1,0 +1,61 @@
+"""A word-level tokenizer for the embedded world.
+
+A token is a word together with the space before it, so that any text made of known words comes back exactly, and so
+that a piece of text has the same tokens whatever stands before and after it. A word written with and without a space
+before it is two tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from atpo_fast.data.tokenizers import TAGS
+from atpo_fast.environment.search import NO_RESULTS
+from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result
+from atpo_fast.world.facts import World
+
+_PIECE = r"Page \d+:| ?\\boxed\{| ?\w+| ?[^\w\s]|\s"
+_FRAME = (  # every text of the world and of its environment, names left out
+    "What is the of?\n",
+    "<think> of then</think><search> of</search>",
+    format_result("Page 1: The of is.\nPage 2: Nobody ever met the of."),
+    "<think> found</think><answer> \\boxed{ }</answer>",
+    "\\boxed{}",
+    NO_RESULTS,
+    CALL_LIMIT_NOTICE,
+    "Tool(search) was not called: nothing is between <search> and </search>. has no before it.",
+)
+
+
+def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
+    """The tokenizer of a world: its names, the words of its sentences, the tags, `<eos>`, `<pad>` and `<unk>`."""
+    names = [name for word in (*world.entities, *world.relations) for name in (f" {word}", word)]
+    words = [piece for text in _FRAME for piece in split_words(text)]
+    return word_level_tokenizer([*(f"Page {i}:" for i in range(1, 11)), *words, *names])
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text without tags, each with the space before it."""
+    for tag in TAGS:
+        text = text.replace(tag, "\0")
+    splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    return [piece for part in text.split("\0") for piece, _ in splitter.pre_tokenize_str(part)]
+
+
+def word_level_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer whose vocabulary is exactly `words` (as `split_words` cuts them), the tags and three specials."""
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(["<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,126 @@
+"""Forward, loss and backward over packed trees against the same trajectories written out, same model, same run.
+
+    pytest bench/bench_packed_update.py            (a table: pytest-benchmark)
+    python bench/bench_packed_update.py            (one record: ratios, written to bench/results/)
+
+Prediction: every part of the work but attention is linear in tokens, and attention falls at least as fast, so the time
+ratio should come close to T_flat / T_tree; the bar is 0.8 of it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forests import forest_of_overlap, written_out
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from atpo_fast import Objective, TurnTree, pack_trees
+from atpo_fast.packing import PackedTrees
+from atpo_fast.policy import Policy
+from atpo_fast.tree import overlap
+
+VOCAB, MAX_TOKENS, TREES, ROUNDS = 4096, 8192, 2, 5
+OVERLAPS = (0.36, 0.8)
+OBJECTIVE = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
+
+
+def policy() -> Policy:
+    """A 4-layer model, large enough that arithmetic and not Python is measured."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    return Policy(Qwen3ForCausalLM(config))
+
+
+def forests(target: float) -> tuple[list[TurnTree], list[TurnTree]]:
+    """(trees, the same written out) at an overlap."""
+    trees = forest_of_overlap(target, TREES, turns=3, action=40, observation=80, vocab=VOCAB)
+    return trees, written_out(trees)
+
+
+def pack(trees: list[TurnTree]) -> list[PackedTrees]:
+    """Rows of the bench's budget, nothing pruned."""
+    return pack_trees(trees, OBJECTIVE, MAX_TOKENS, prune=False)
+
+
+def update(model: Policy, rows: list[PackedTrees]) -> None:
+    """One mini-batch's gradient."""
+    model.zero_grad()
+    for row in rows:
+        model(row, OBJECTIVE).loss.backward()
+
+
+@pytest.mark.parametrize("target", OVERLAPS)
+@pytest.mark.parametrize("layout", ["packed", "flat"])
+def test_update(benchmark: Any, layout: str, target: float) -> None:
+    model, (trees, flat) = policy(), forests(target)
+    rows = pack(trees if layout == "packed" else flat)
+    benchmark.extra_info.update(overlap=overlap(trees), tokens=sum(row.num_tokens for row in rows))
+    benchmark.pedantic(update, (model, rows), rounds=3, warmup_rounds=1)
+
+
+def record(target: float) -> dict[str, Any]:
+    """Interleaved timings of both layouts at one overlap."""
+    model, (trees, flat) = policy(), forests(target)
+    rows = {"packed": pack(trees), "flat": pack(flat)}
+    seconds: dict[str, list[float]] = {"packed": [], "flat": []}
+    for i in range(ROUNDS + 1):
+        for layout, packed in rows.items():
+            begun = time.perf_counter()
+            update(model, packed)
+            if i:
+                seconds[layout].append(time.perf_counter() - begun)
+    tokens = {layout: sum(row.num_tokens for row in packed) for layout, packed in rows.items()}
+    bound = tokens["flat"] / tokens["packed"]
+    ratio = statistics.median(seconds["flat"]) / statistics.median(seconds["packed"])
+    return {
+        "overlap": overlap(trees),
+        "tokens": tokens,
+        "seconds": seconds,
+        "time_ratio": ratio,
+        "token_ratio": bound,
+        "ratio_over_bound": ratio / bound,
+    }
+
+
+def main() -> None:
+    """Write and print one record per overlap."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    cases = [record(target) for target in OVERLAPS]
+    result = {
+        "bench": "packed_update",
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "cases": cases,
+    }
+    path = Path(__file__).parent / "results" / "packed_update_cpu.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for case in cases:
+        print(
+            f"overlap {case['overlap']:.2f}: flat/packed time {case['time_ratio']:.2f}, tokens {case['token_ratio']:.2f}, "
+            f"fraction of the bound {case['ratio_over_bound']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

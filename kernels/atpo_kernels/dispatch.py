@@ -1,0 +1,42 @@
+"""Choice of the implementation of an operator.
+
+The Triton kernel of operator `x`, where this build has one, is the function `x` of the module `atpo_kernels.x.triton`,
+with the signature of the operator's PyTorch path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def has_triton_kernel(operator: str) -> bool:
+    """Whether this build has a Triton kernel for the operator; imports nothing but its package."""
+    return find_spec(f"atpo_kernels.{operator}.triton") is not None
+
+
+def choose(
+    operator: str, impl: str, device: torch.device, paths: Mapping[str, Callable[..., Result]]
+) -> Callable[..., Result]:
+    """The function that carries out `impl`: one of `paths`, "triton", or "auto".
+
+    "auto" is Triton for CUDA tensors where this build has the kernel and Triton is installed, else `paths["torch"]`.
+    Raises ValueError for an unknown name and RuntimeError for a Triton kernel that this build does not have.
+    """
+    if impl == "auto":
+        on_gpu = device.type == "cuda" and has_triton_kernel(operator) and find_spec("triton") is not None
+        impl = "triton" if on_gpu else "torch"
+    if impl in paths:
+        return paths[impl]
+    if impl != "triton":
+        known = ", ".join(repr(name) for name in ("auto", "triton", *paths))
+        raise ValueError(f"{operator}: impl={impl!r} is unknown; use one of {known}")
+    if not has_triton_kernel(operator):
+        raise RuntimeError(f"{operator}: this build has no Triton kernel for this operator; use impl='auto' or 'torch'")
+    return getattr(import_module(f"atpo_kernels.{operator}.triton"), operator)

@@ -1,0 +1,40 @@
+"""Log-prob and entropy of target tokens straight from hidden states, without the (A, V) logits (design, section 6)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from atpo_kernels.dispatch import choose
+from atpo_kernels.linear_logprob.checks import check_linear
+from atpo_kernels.linear_logprob.chunked import linear_logprob_chunked
+from atpo_kernels.linear_logprob.reference import linear_logprob_reference
+
+__all__ = ["linear_logprob"]
+
+
+def linear_logprob(
+    hidden: Tensor,  # (A, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (A,) int64 or int32
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # (A,), (A,)
+    """Log-prob of `targets` and entropy, in nats, of softmax((hidden @ weight.T + bias) / temperature).
+
+    Both outputs are float32 for float32, bfloat16 and float16 inputs and float64 for float64 ones, and differentiable
+    in `hidden`, `weight` and `bias`. Logits and statistics are float32 (float64) whatever the input dtype. Logits of a
+    chunk of rows exist at a time; the backward recomputes them. A = 0 is allowed.
+
+    `impl`: "auto" (Triton on CUDA where built, else "torch"), "torch" (chunks of rows), "reference" (materialises
+    (A, V)), "triton".
+
+    Raises ValueError for shapes, dtypes, devices or targets that do not fit, and for a weight without elements (a
+    parameter that ZeRO-3 holds in parts: call this inside the forward of the module that owns the weight).
+    """
+    check_linear("linear_logprob", hidden, weight, targets, bias, temperature)
+    run = choose(
+        "linear_logprob", impl, hidden.device, {"torch": linear_logprob_chunked, "reference": linear_logprob_reference}
+    )
+    return run(hidden, weight, targets.long(), bias, temperature)

@@ -1,0 +1,22 @@
+"""Definition of `linear_logprob` in plain PyTorch: materialises (A, V)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def linear_logprob_reference(
+    hidden: Tensor,  # (A, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (A,) int64
+    bias: Tensor | None,  # (V,)
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # (A,), (A,)
+    """Log-prob of the targets and entropy of the softmax of `(hidden @ weight.T + bias) / temperature`."""
+    statistics_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = F.linear(hidden, weight, bias).to(statistics_dtype) / temperature
+    logprob = logits.log_softmax(-1)
+    entropy = -(logprob.exp() * logprob).sum(-1)
+    return logprob.gather(-1, targets[:, None]).squeeze(-1), entropy

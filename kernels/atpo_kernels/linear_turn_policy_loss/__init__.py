@@ -1,0 +1,75 @@
+"""The turn-level policy loss straight from hidden states: LM head and loss in one (design, section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from atpo_kernels.dispatch import choose
+from atpo_kernels.linear_logprob.checks import check_linear
+from atpo_kernels.linear_turn_policy_loss.chunked import linear_turn_policy_loss_chunked
+from atpo_kernels.linear_turn_policy_loss.reference import linear_turn_policy_loss_reference
+from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, Reduction, TokenWeights
+from atpo_kernels.turn_policy_loss.layout import LossInputs, loss_tokens
+
+__all__ = ["linear_turn_policy_loss"]
+
+
+def linear_turn_policy_loss(
+    hidden: Tensor,  # (A, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (A,) int64 or int32
+    old_logprob: Tensor | None,  # (A,)
+    advantages: Tensor | None = None,  # (N,) or (A,)
+    *,
+    turn_offsets: Tensor,  # (N+1,) int32
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    weights: TokenWeights | None = None,  # (A,) each
+    paths: LeafPaths | None = None,
+    ref_logprob: Tensor | None = None,  # (A,)
+    rollout_logprob: Tensor | None = None,  # (A,)
+    reduction: Reduction | None = None,
+    denominator: float | Tensor | None = None,
+    config: LossConfig | None = None,
+    impl: str = "auto",
+    **overrides: Any,
+) -> LinearTurnLoss:
+    """`turn_policy_loss(linear_logprob(hidden, weight, targets), ...)` on packed turns, with the gradient in the forward.
+
+    Arguments as in those two operators; `reduction` may be anything that packed turns allow but "none". Logits of a
+    chunk of whole turns exist at a time, in float32 (float64); as a turn's ratio is known once its chunk's logits are,
+    the gradients of hidden, weight and bias are formed from them at once and the backward only scales them. Rows
+    without gradient (clipped, of zero weight) are left out of those products. Only a turn that is longer than a chunk,
+    and level "sequence", compute the logits a second time.
+
+    Without gradients (torch.no_grad, or no input that requires one) none are computed. `old_logprob=None` takes the
+    current log-probs (the first pass over freshly sampled data: every ratio is 1). The chunks are planned on the host
+    from `turn_offsets`, which is one wait for the device when they lie on a GPU.
+
+    Returns LinearTurnLoss: the fields of TurnLoss, and `logprob` and `entropy` (A,), detached.
+    Raises ValueError as `linear_logprob` and `turn_policy_loss` do.
+    """
+    check_linear("linear_turn_policy_loss", hidden, weight, targets, bias, temperature)
+    config = replace(config or LossConfig(), **overrides)
+    reduction = reduction or "sum"
+    if reduction not in get_args(Reduction) or reduction == "none":
+        raise ValueError(
+            f"linear_turn_policy_loss: reduction={reduction!r}: must be 'sum', 'token-mean' or 'turn-mean'. For the "
+            "loss by token call linear_logprob and turn_policy_loss(reduction='none')"
+        )
+    # stands in for what the head is about to compute
+    unknown = torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    tensors = LossInputs(unknown, unknown if old_logprob is None else old_logprob, ref_logprob, rollout_logprob, unknown)
+    structure = (turn_offsets, None, None, paths)
+    tokens = loss_tokens(tensors, advantages, weights, structure, (reduction, None, denominator), config)
+    run = choose(
+        "linear_turn_policy_loss",
+        impl,
+        hidden.device,
+        {"torch": linear_turn_policy_loss_chunked, "reference": linear_turn_policy_loss_reference},
+    )
+    return run(hidden, weight, targets.long(), bias, temperature, tokens, turn_offsets, config, old_logprob is None)

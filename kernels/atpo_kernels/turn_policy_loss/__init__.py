@@ -1,0 +1,97 @@
+"""The turn-level policy loss on log-probs, for packed trees and for padded batches (design, section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from atpo_kernels.dispatch import choose
+from atpo_kernels.records import LeafPaths, LossConfig, Reduction, TokenWeights, TurnLoss
+from atpo_kernels.turn_policy_loss.layout import LossInputs, loss_tokens
+from atpo_kernels.turn_policy_loss.reference import turn_policy_loss_reference
+from atpo_kernels.turn_policy_loss.torch_path import KnownGradient, turn_policy_loss_torch
+
+__all__ = ["turn_policy_loss"]
+
+
+def turn_policy_loss(
+    logprob: Tensor,  # (A,) or (B, T)
+    old_logprob: Tensor,  # same shape
+    advantages: Tensor | None = None,  # packed: (N,) or (A,); padded: (B,) or (B, T)
+    *,
+    turn_offsets: Tensor | None = None,  # (N+1,) int32
+    mask: Tensor | None = None,  # same shape as logprob
+    turn_ids: Tensor | None = None,  # (B, T) int
+    weights: TokenWeights | None = None,  # same shape as logprob
+    paths: LeafPaths | None = None,
+    ref_logprob: Tensor | None = None,  # same shape as logprob
+    rollout_logprob: Tensor | None = None,  # same shape as logprob
+    entropy: Tensor | None = None,  # same shape as logprob
+    reduction: Reduction | None = None,
+    max_length: int | None = None,
+    denominator: float | Tensor | None = None,
+    config: LossConfig | None = None,
+    impl: str = "auto",
+    **overrides: Any,
+) -> TurnLoss:
+    """The clipped policy loss with one importance ratio per token, turn or sequence.
+
+    Layouts. *Packed*: with `turn_offsets` (CSR over the A axis), tensors are (A,). *Padded*: without, tensors are
+    (B, T), a row is a sequence, and turns are the maximal runs of ones of `mask` in a row (all ones if not given), or
+    the tokens of a row with equal `turn_ids` in [0, T). A 1-D tensor without `turn_offsets` is one padded row.
+
+    Weights. Either `advantages`, aggregated by `reduction`, or `weights` = (W+, W-, W0) that already hold advantages
+    and aggregation (design, section 4). `reduction` is, with |y| the action tokens of a row, K its turns, a a turn:
+
+        seq-mean-token-mean      1/B sum 1/|y| sum      the default of padded batches, and the published one
+        token-mean               1/sum|y|
+        seq-mean-token-sum       1/B
+        seq-mean-token-sum-norm  1/(B max_length)       max_length defaults to T
+        turn-mean                1/(B K |a|)
+        sum                      the default with `weights` and on packed turns
+        none                     loss by token in the shape of logprob, 0 where masked
+
+    B counts every row: one without action tokens adds 0 to the sum and 1 to B. `denominator` replaces B (the number
+    of tokens for token-mean) for callers that know the count over all ranks and micro-batches. Packed turns do not
+    say which of them form a sequence, so seq-* needs `weights` there, and turn-mean takes them for one sequence.
+
+    Level "sequence" on packed turns needs `weights` and `paths`; its policy term uses the weights in `paths`.
+    `config` (default LossConfig()) holds the loss; `overrides` are fields of it, as in `clip_low=0.2`.
+    Inputs outside the mask may be anything, inf and nan included. bfloat16 and float16 are computed in float32,
+    float64 in float64. Nothing waits for the device. `impl`: "auto", "torch", "reference" (autograd), "triton".
+
+    Returns TurnLoss: `loss`, differentiable in logprob and entropy; `coef` = d loss / d logprob, exact, without the
+    way through the entropy; `metrics`, detached 0-dim tensors. All but ratio_max, turns and tokens are means over the
+    action tokens with W0 > 0: average over rows or ranks with `tokens` as weight. clip_low (clip_high): share of these
+    tokens for which the lower (upper) bound takes the place of the ratio: W- > 0 and ratio < 1 - clip_low (W+ > 0 and
+    ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; 0 for sapo. approx_kl: k3 of old
+    against new. ratio_mean, ratio_max, and entropy and ref_kl where given and used. At level "sequence" on packed
+    turns, ratio and clipping of a token are means over the trajectories through it.
+
+    Raises ValueError for shapes, names or combinations that do not fit.
+    """
+    config = replace(config or LossConfig(), **overrides)
+    if reduction is None:
+        reduction = "sum" if weights is not None or turn_offsets is not None else "seq-mean-token-mean"
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"turn_policy_loss: reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
+    tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
+    tokens = loss_tokens(
+        tensors, advantages, weights, (turn_offsets, mask, turn_ids, paths), (reduction, max_length, denominator), config
+    )
+    run = choose(
+        "turn_policy_loss",
+        impl,
+        logprob.device,
+        {"torch": turn_policy_loss_torch, "reference": turn_policy_loss_reference},
+    )
+    result = run(tokens, config, reduction == "none")
+    coef = result.coef.view(logprob.shape)
+    slope = None if result.entropy_slope is None else result.entropy_slope.view(logprob.shape)
+    value = result.loss.view(logprob.shape) if reduction == "none" else result.loss
+    if torch.is_grad_enabled():
+        value = KnownGradient.apply(value, logprob, coef, entropy, slope)
+    return TurnLoss(value, result.metrics, coef)

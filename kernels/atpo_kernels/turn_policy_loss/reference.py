@@ -1,0 +1,118 @@
+"""Definition of the policy loss: the formulas of section 4 of the design under autograd, one turn at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from atpo_kernels.records import LossConfig
+from atpo_kernels.turn_policy_loss.terms import TokenTerms
+from atpo_kernels.turn_policy_loss.tokens import LossTokens
+from atpo_kernels.turn_policy_loss.torch_path import Evaluation, loss_metrics
+
+
+def turn_policy_loss_reference(tokens: LossTokens, config: LossConfig, by_token: bool) -> Evaluation:
+    """Loss, and its derivatives by autograd through the straight-through ratio."""
+    with torch.enable_grad():
+        logprob = tokens.logprob.detach().requires_grad_()
+        entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
+        value, ratio, low, high, kl = _loss_by_token(tokens, logprob, entropy, config)
+        wanted = [logprob] if entropy is None else [logprob, entropy]
+        grads = torch.autograd.grad(value.sum(), wanted, allow_unused=True, materialize_grads=True)
+    slope = grads[1] if config.needs_entropy else None
+    value = value.detach()
+    terms = TokenTerms(value, grads[0], slope, ratio, low, high, kl)
+    return Evaluation(value if by_token else value.sum(), grads[0], slope, loss_metrics(tokens, terms, config))
+
+
+def clipped_loss(ratio: Tensor, logprob: Tensor, pos: Tensor, neg: Tensor, config: LossConfig) -> Tensor:
+    """-W+ g+(rho) + W- g-(rho), literally."""
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    clipped = ratio.clamp(low, high)
+    if config.clip == "cispo":
+        return (neg - pos) * clipped.detach() * logprob
+    if config.clip == "sapo":
+        tau_pos, tau_neg = config.sapo_tau_pos, config.sapo_tau_neg
+        gain_pos = 4 / tau_pos * torch.sigmoid(tau_pos * (ratio - 1))
+        return neg * 4 / tau_neg * torch.sigmoid(tau_neg * (ratio - 1)) - pos * gain_pos
+    bound_high = high * ratio / ratio.detach() if config.clip in ("soft", "soft_high") else torch.full_like(ratio, high)
+    bound_low = low * ratio / ratio.detach() if config.clip == "soft" else torch.full_like(ratio, low)
+    gain_pos = torch.where(ratio > high, bound_high, ratio)
+    gain_neg = torch.where(ratio < low, bound_low, ratio)
+    if config.clip == "dual":
+        gain_neg = torch.where(gain_neg > config.dual_cap, torch.full_like(ratio, config.dual_cap), gain_neg)
+    return neg * gain_neg - pos * gain_pos
+
+
+def reference_kl(logprob: Tensor, ref_logprob: Tensor, config: LossConfig) -> Tensor:
+    """KL estimate by token."""
+    gap = ref_logprob - logprob
+    if config.kl == "k1":
+        return -gap
+    if config.kl == "k2":
+        return gap.square() / 2
+    if config.kl == "k3":
+        return gap.exp() - gap - 1
+    gap = gap.clamp(-20, 20)
+    return (gap.exp() - gap - 1).clamp(-10, 10)
+
+
+def _loss_by_token(
+    tokens: LossTokens, logprob: Tensor, entropy: Tensor | None, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss, ratio and clip marks by token, and KL."""
+    value, shown = torch.zeros_like(logprob), torch.zeros_like(logprob).repeat(3, 1)
+    times = torch.zeros_like(logprob)
+    trust = torch.ones_like(logprob)
+    if config.importance_cap is not None:
+        assert tokens.rollout_logprob is not None
+        trust = (tokens.old_logprob - tokens.rollout_logprob).exp().clamp(max=config.importance_cap)
+    for members, pos, neg in _ratio_groups(tokens):
+        log_ratio = (logprob - tokens.old_logprob)[members].detach().mean().clamp(max=config.max_log_ratio)
+        straight = logprob[members] - logprob[members].detach()
+        ratio = torch.exp(log_ratio) * torch.exp(straight)
+        value = value.index_put(
+            (members,), trust[members] * clipped_loss(ratio, logprob[members], pos, neg, config), accumulate=True
+        )
+        shown[:, members] += _marks(ratio.detach(), pos, neg, config)
+        times[members] += 1
+    shown = shown / times.clamp(min=1)
+    kl = None
+    if config.needs_reference:
+        assert tokens.ref_logprob is not None
+        kl = reference_kl(logprob, tokens.ref_logprob, config)
+        value = value + config.kl_coef * tokens.weights.all * kl
+    if config.needs_entropy:
+        assert entropy is not None
+        value = value - config.entropy_coef * tokens.weights.all * entropy
+    return value, shown[0], shown[1], shown[2], None if kl is None else kl.detach()
+
+
+def _ratio_groups(tokens: LossTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(indices of tokens that share a ratio, their W+, their W-); a token may be in many trajectories."""
+    valid = torch.ones_like(tokens.turn, dtype=torch.bool) if tokens.valid is None else tokens.valid
+    if tokens.paths is None:
+        group = torch.arange(tokens.turn.numel(), device=valid.device) if tokens.group is None else tokens.group
+        found = [((group == g) & valid).nonzero().squeeze(1) for g in group[valid].unique()]
+        return [(members, tokens.weights.pos[members], tokens.weights.neg[members]) for members in found]
+    groups, bounds = [], tokens.paths.offsets.tolist()
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        entry = [((tokens.turn == tokens.paths.turns[p]) & valid).nonzero().squeeze(1) for p in range(start, end)]
+        pos = [tokens.paths.weight_pos[p].to(tokens.logprob.dtype).expand(len(m)) for p, m in enumerate(entry, start)]
+        neg = [tokens.paths.weight_neg[p].to(tokens.logprob.dtype).expand(len(m)) for p, m in enumerate(entry, start)]
+        if entry:
+            groups.append((torch.cat(entry), torch.cat(pos), torch.cat(neg)))
+    return groups
+
+
+def _marks(ratio: Tensor, pos: Tensor, neg: Tensor, config: LossConfig) -> Tensor:
+    """(3, n): ratio, whether the lower bound replaces it, whether the upper bound does."""
+    low, high = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
+    if config.clip == "cispo":
+        low, high = low & (pos + neg > 0), high & (pos + neg > 0)
+    else:
+        low, high = low & (neg > 0), high & (pos > 0)
+    if config.clip == "dual":
+        high = high | ((neg > 0) & (ratio > config.dual_cap))
+    bounded = float(config.clip != "sapo")
+    return torch.stack([ratio, low * bounded, high * bounded])
