@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -48,7 +49,8 @@ def append_records(path: Path | str, records: Iterable[Record]) -> None:
             while lines:
                 lines = lines[file.write(lines) :]
         except OSError:
-            file.truncate(start)
+            with contextlib.suppress(OSError):
+                file.truncate(start)
             raise
 
 

@@ -76,7 +76,7 @@ def launch(verb: str, config_path: str, overrides: Sequence[str], placement: Pla
     command += ["--verb", verb, "--config", config_path, *overrides]
     # A session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
     child = subprocess.Popen(
-        command, env=_environment(placement), start_new_session=True
+        command, env=_environment(placement), start_new_session=True, preexec_fn=_stop_with_parent(os.getpid())
     )
     relay = _SignalRelay(child)
     code = relay.wait()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -196,19 +197,30 @@ def test_ranks_stop_with_the_command(record, number):
     # SIGTERM, SIGINT: fails if ranks are not asked exactly once (they save, and stop at once at the second signal), or
     # the exit code hides what happened. SIGKILL: fails if ranks run on as orphans and keep writing the run folder.
     command = subprocess.Popen([sys.executable, "-c", LAUNCH, str(ROOT)], cwd=record)
-    ready = [record / "env_0", record / "env_1"]
-    _wait_for(lambda: all(path.exists() for path in ready), 60)
-    ranks = [p for p in psutil.Process(command.pid).children(recursive=True) if "--local_rank" in " ".join(p.cmdline())]
-    assert len(ranks) == 2
-    command.send_signal(number)
-    code = command.wait(timeout=60)
-    _wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 60)
+    ranks: list[psutil.Process] = []
+    try:
+        _wait_for(lambda: (record / "env_0").exists() and (record / "env_1").exists())
+        started = psutil.Process(command.pid).children(recursive=True)
+        ranks += [process for process in started if "--local_rank" in " ".join(process.cmdline())]
+        assert len(ranks) == 2
+        command.send_signal(number)
+        code = command.wait(timeout=60)
+        _wait_for(lambda: not any(_runs(rank) for rank in ranks))
+    finally:  # leave nothing behind when the test fails
+        command.kill()
+        for rank in ranks:
+            if _runs(rank):
+                rank.kill()
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     stops = sorted(path.name for path in record.glob("stopped_*"))
     assert stops == [f"stopped_{rank}_{int(signal.SIGTERM)}" for rank in (0, 1)]
 
 
-def _wait_for(condition, seconds: float) -> None:
+def _runs(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -266,14 +266,14 @@ def test_bm25_drops_duplicates_cuts_and_limits() -> None:
 
 
 def test_bm25_needs_passages() -> None:
-    with pytest.raises(ValueError, match="data.corpus_files"):
+    with pytest.raises(ValueError, match="corpus_files"):
         BM25Search([])
 
 
 class _Retriever(BaseHTTPRequestHandler):
     """The published protocol; the query `bare` is answered without scores, `rude` with an error."""
 
-    bodies: list[dict[str, Any]] = []
+    bodies: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -357,7 +357,7 @@ def test_python_errors_are_the_answer() -> None:
 def test_python_time_out_kills_children_too(tmp_path: Path) -> None:
     # Fails if only the first process is killed: its child would go on holding the lock.
     lock = tmp_path / "lock"
-    child = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(600)"
+    child = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(600)"
     code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
     while not lock.exists():  # a slow machine may need more than a second to start two interpreters
         assert PythonTool(timeout_seconds=1.0)(code).startswith("TimeoutError")

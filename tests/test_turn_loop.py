@@ -23,7 +23,9 @@ from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
 
 WORDS = "one two three four five six seven eight nine ten"
 TOKENIZER = word_level_tokenizer(
-    split_words(f"{WORDS} Ask: question one? \n {CALL_LIMIT_NOTICE} Tool(x) failed returned empty output.")
+    split_words(
+        f"{WORDS} Ask: question one? \n {CALL_LIMIT_NOTICE} \nTool(x) was not called: opening missing, nothing between."
+    )
 )
 EOS = TOKENIZER.eos_token_id
 ANSWER = "<answer> nine</answer><eos>"
@@ -215,7 +217,7 @@ def test_bad_calls_become_observations() -> None:
         questions(2), prompts(questions(2)), seed=0
     )
     texts = [TOKENIZER.decode(tree.turns[1].observation_ids) for tree in trees]
-    assert all(text.startswith(" <result>\nTool") and text.endswith("\n</result>") for text in texts)
+    assert all(text.startswith(" <result>\nTool(") and text.endswith("\n</result>") for text in texts)
     assert texts[0] != texts[1] and not search.calls
     assert [tree.turns[1].tool for tree in trees] == [None, None]
 
@@ -271,12 +273,16 @@ def test_no_tool_can_stop_a_rollout(tool: Callable[[str], str]) -> None:
 def test_results_leave_room_for_the_answer() -> None:
     # 120 tokens: 3 for the call, a tenth is reserved, so the result gets 120 - 3 - 12 = 105 with its closing tag.
     loop = make_loop(
-        ScriptedEngine(search_then_answer), Named(long_result), strategy="chain", initial_chains=1, max_response_tokens=120
+        ScriptedEngine(search_then_answer),
+        Named(long_result),
+        strategy="chain",
+        initial_chains=1,
+        max_response_tokens=120,
     )
     loop.tools.max_result_tokens = 2000
     (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
     assert len(tree.turns[1].observation_ids) == 105
-    assert TOKENIZER.decode(tree.turns[1].observation_ids).endswith(" two\n</result>")
+    assert TOKENIZER.decode(tree.turns[1].observation_ids).endswith(" one\n</result>")
     assert tree.turns[2].finish_reason == "eos"
 
 
@@ -343,19 +349,19 @@ def test_missing_leaves_count_in_the_last_one() -> None:
 
 
 def test_expansion_adds_siblings_of_the_most_uncertain_turn() -> None:
-    # Turn 1 of every chain has H 0.1 or 0.3 by its last word; fails if the expansion continues a turn instead of
-    # re-sampling it, or takes the certain one.
+    # Turn 1 has H 0.2 and turn 2 0.27, by their word. Fails if the expansion continues a turn instead of re-sampling
+    # it, or takes the certain one, or a leaf.
     def script(prompt: str, request: Request) -> str:
         if "</result>" in prompt:
             return ANSWER
-        return "<search> two</search>" if request.turn_key[1] == 2 else "<search> one</search>"
+        return "<search> two</search>" if request.turn_key[1] == 2 else "<search> three</search>"
 
     engine = ScriptedEngine(script)
     loop = make_loop(engine, initial_chains=2, expansion_rounds=1, expansions_per_round=1, branch_penalty=0.0)
     (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
     nll = [turn.nll for turn in tree.turns]
-    assert nll[1] != nll[2]
-    assert tree.turns[0].children == [1, 2, 5] and tree.turns[5].children == [6]
+    assert nll[1] < nll[2]
+    assert [turn.parent for turn in tree.turns] == [-1, 0, 0, 1, 2, 0, 5]
     assert len(tree.leaves) == 3
 
 
@@ -384,7 +390,7 @@ def test_groups_follow_what_trees_really_use() -> None:
     engine, asked = ScriptedEngine(search_then_answer), questions(5)
     loop = make_loop(engine, cache_tokens=7000, max_response_tokens=1000)
     loop.roll_out(asked, prompts(asked), seed=0)
-    assert [len(batch) // 3 for batch in engine.batches if len(batch[0].path) == 1][0] == 1
+    assert len(engine.batches[0]) == 3
     engine.batches.clear()
     loop.roll_out(asked, prompts(asked), seed=1)
     assert len(engine.batches[0]) == 15

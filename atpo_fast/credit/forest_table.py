@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from atpo_fast.credit.standardize import Floats, group_sum
 from atpo_fast.tree import TurnTree
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
@@ -32,7 +32,7 @@ class ForestTable:
     def sum_children(self, values: Floats) -> Floats:
         """(N,) sum over the children of every turn of (N,) `values`."""
         inner = self.parent >= 0
-        return np.bincount(self.parent[inner], weights=values[inner], minlength=len(self.parent))
+        return group_sum(self.parent[inner], values[inner], len(self.parent))
 
     def sum_leaves_below(self, leaf_values: Floats) -> Floats:
         """(N,) sum over the leaves in each turn's subtree of (S,) `leaf_values`."""

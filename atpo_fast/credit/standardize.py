@@ -10,6 +10,11 @@ EPSILON = 1e-6
 Floats = NDArray[np.float64]
 
 
+def group_sum(group: NDArray[np.int64], values: Floats, size: int = 0) -> Floats:
+    """(max(groups, size),) sum of `values` by group number."""
+    return np.bincount(group, weights=values, minlength=size).astype(np.float64)
+
+
 def group_mean_std(
     values: Floats,  # (S,)
     multiplicity: Floats,  # (S,) how often each value counts
@@ -23,12 +28,12 @@ def group_mean_std(
     of equal values has exactly the standard deviation 0.
     """
     _, index = np.unique(group, return_inverse=True)
-    size = np.bincount(index, weights=multiplicity)
+    size = group_sum(index, multiplicity)
     # deviations from one member of the group: equal values give exactly 0
     origin = np.zeros(len(size))
     origin[index] = values
     centred = values - origin[index]
-    shift = np.bincount(index, weights=multiplicity * centred) / np.maximum(size, 1.0)
-    squares = np.bincount(index, weights=multiplicity * (centred - shift[index]) ** 2)
+    shift = group_sum(index, multiplicity * centred) / np.maximum(size, 1.0)
+    squares = group_sum(index, multiplicity * (centred - shift[index]) ** 2)
     std = np.sqrt(squares / np.maximum(size - ddof, 1.0))
     return (origin + shift)[index], std[index], size[index]

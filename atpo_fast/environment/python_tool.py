@@ -6,6 +6,7 @@ The process is separate and limited in time and output; it is not a sandbox agai
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import signal
 import subprocess
@@ -98,8 +99,6 @@ def print_last_expression(code: str) -> str:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """End the process and every child it left behind, and reap it."""
-    try:
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone already
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # all gone already
-        pass
     process.wait()

@@ -71,7 +71,7 @@ class ToolBox:
     ) -> None:
         self.tools: dict[str, Callable[[str], str]] = {}
         for tool in tools:
-            name: str = getattr(tool, "name", None) or getattr(tool, "__name__", "")
+            name = str(getattr(tool, "name", None) or getattr(tool, "__name__", ""))
             if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
                 raise ValueError(
                     f"tool {tool!r}: its name {name!r} cannot be a tag; give it a `name` of letters and digits"

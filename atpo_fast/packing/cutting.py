@@ -1,4 +1,4 @@
-"""Which turns are packed, and into which rows: pruning, cutting of over-long trees, filling of rows (design, section 5)."""
+"""Which turns are packed, and where: pruning, cutting of over-long trees, filling of rows (design, section 5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the objective imports the record of this package
 
 @dataclass(slots=True)
 class Cut:
-    """Pieces of the trees. Every copy of a turn is one entry of C; a turn is in more than one piece where its tree was cut."""
+    """Pieces of the trees. A turn has one copy (C) in every piece that contains it: several where its tree was cut."""
 
     kept: Bools  # (N,) turns that are packed
     length: Ints  # (N,) tokens packed of each turn
@@ -128,10 +128,11 @@ def _check_paths(forest: Forest, terminals: Ints, cost: Ints, max_tokens: int) -
         return
     worst = int(long[np.argmax(cost[long])])
     turn = int(terminals[worst])
-    root = turn
-    while forest.parent[root] >= 0:
-        root = int(forest.parent[root])
-    prompt = int(forest.action_length[root] + forest.observation_length[root])
+    first, above = turn, int(forest.parent[turn])
+    while above >= 0:  # the first turn on the path with an action
+        first = above if forest.action_length[above] else first
+        above = int(forest.parent[above])
+    prompt = int(forest.prefix_length[first])
     raise ValueError(
         f"tree {forest.names[forest.tree[turn]]}: the path to turn {forest.index[turn]} has {cost[worst]} tokens "
         f"({prompt} of the prompt + {cost[worst] - prompt} of the response) and does not fit in a row of {max_tokens}; "

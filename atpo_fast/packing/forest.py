@@ -71,7 +71,7 @@ class Forest:
 
     def at_leaves(self, values: Floats) -> Floats:
         """(N,) sum of (S,) `values` over the trajectories that end at each turn."""
-        return np.bincount(self.leaves, weights=values, minlength=len(self.parent))
+        return group_sum(self.leaves, values, len(self.parent))
 
     @property
     def path_leaf(self) -> Ints:
@@ -107,7 +107,12 @@ class Forest:
         return offsets(counts), all_turns[by_path]
 
 
-def offsets(counts: Ints) -> Ints:
+def group_sum(group: Ints, values: NDArray, size: int) -> Floats:
+    """(size,) sum of `values` by group number."""
+    return np.bincount(group, weights=values, minlength=size).astype(np.float64)
+
+
+def offsets(counts: Ints | Bools) -> Ints:
     """(n+1,) CSR offsets of (n,) counts."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from atpo_fast.packing.cutting import Cut
 from atpo_fast.packing.forest import Forest, Ints, offsets, ranges
@@ -96,7 +95,7 @@ def _last_token_before(forest: Forest, turn: Ints, key: Ints, end: Ints) -> Ints
     return end[np.minimum(found, len(end) - 1)] - 1
 
 
-def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dict[str, Tensor]:
+def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dict[str, Any]:
     """Fields over the T tokens of the row whose copies are `mine`."""
     turn, length = copies.turn[mine], copies.length[mine]
     with_observation = length > forest.action_length[turn]
@@ -114,7 +113,7 @@ def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dic
 
 def _action_fields(
     forest: Forest, weights: ForestWeights, copies: _Copies, mine: slice, dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Fields over the A action tokens and the N turns of the row whose copies are `mine`."""
     acting = mine.start + np.flatnonzero(forest.action_length[copies.turn[mine]] > 0)
     turn = copies.turn[acting]

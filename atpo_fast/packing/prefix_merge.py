@@ -33,21 +33,17 @@ def merge_prefixes(batch: FlatBatch, *, whole_turns: bool, constant_turns: bool)
     forest is split where the advantage of a trajectory through it changes.
     """
     token = np.full(len(batch.ids), -1, dtype=np.int64)  # unique token of each token
-    source: list[Ints] = []  # token of the batch that stands for each unique token
-    before: list[Ints] = []  # the unique token before each unique token, -1 for none
-    opens: list[Bools] = []
+    parts: list[tuple[Ints, Ints, Bools]] = []
     used = 0
     for group in range(int(batch.group.max(initial=-1)) + 1):
-        part = _merge_group(batch, np.flatnonzero(batch.group == group), used, whole_turns, token)
-        for collected, new in zip((source, before, opens), part, strict=True):
-            collected.append(new)
-        used += len(part[0])
-    all_source = np.concatenate(source)
-    starts_turn = np.concatenate(opens) | batch.turn_start[all_source]
+        parts.append(_merge_group(batch, np.flatnonzero(batch.group == group), used, whole_turns, token))
+        used += len(parts[-1][0])
+    source, before, opens = (np.concatenate(collected) for collected in zip(*parts, strict=True))
+    starts_turn = opens | batch.turn_start[source]
     if constant_turns:
         changes = np.flatnonzero(batch.action[1:] & batch.action[:-1] & (np.diff(batch.advantage) != 0)) + 1
         starts_turn[token[changes]] = True
-    return _as_forest(batch, token, all_source, np.concatenate(before), starts_turn)
+    return _as_forest(batch, token, source, before, starts_turn)
 
 
 def _merge_group(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from atpo_fast.packing.flat_batch import FlatBatch, Trajectories, flat_batch
-from atpo_fast.packing.forest import Floats, Ints, ranges
+from atpo_fast.packing.forest import Floats, Ints, group_sum, ranges
 from atpo_fast.packing.pack import pack_forest
 from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.packing.prefix_merge import Merged, merge_prefixes
@@ -69,10 +69,10 @@ def _trajectory_weights(batch: FlatBatch, merged: Merged, objective: Objective) 
         pos, neg = weight * np.maximum(advantage, 0.0), weight * np.maximum(-advantage, 0.0)
 
         def total(values: Floats) -> Floats:
-            return np.bincount(unique, weights=values, minlength=size)
+            return group_sum(unique, values, size)
 
         def path_total(values: Floats) -> Floats:
-            return np.bincount(entry, weights=values[opens], minlength=len(merged.forest.path_turns))
+            return group_sum(entry, values[opens], len(merged.forest.path_turns))
 
         return ForestWeights(
             total(pos), total(neg), total(weight), total(np.ones(len(at))), path_total(pos), path_total(neg)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atpo_fast.packing.forest import Bools, Floats, Forest, Ints
+from atpo_fast.packing.forest import Bools, Floats, Forest, Ints, group_sum
 from atpo_fast.tree import TurnTree
 
 if TYPE_CHECKING:  # the objective imports the record of this package
@@ -45,10 +45,10 @@ def trajectory_scale(
     """(S,) factor of each trajectory's token weights, by `objective.aggregation`."""
     group = np.zeros(len(tokens), dtype=np.int64) if row is None else row
     rows = int(group.max(initial=0)) + 1
-    trajectories = np.bincount(group, weights=multiplicity, minlength=rows)[group] * rows
     if objective.aggregation == "token-mean":
-        total = np.bincount(group, weights=multiplicity * tokens, minlength=rows)[group] * rows
-        return 1.0 / np.maximum(total, 1.0)
+        total = group_sum(group, multiplicity * tokens, rows)[group]
+        return 1.0 / np.maximum(total * rows, 1.0)
+    trajectories = group_sum(group, multiplicity, rows)[group] * rows
     per_trajectory = {
         "seq-mean-token-mean": np.maximum(tokens, 1.0),
         "seq-mean-token-sum": np.ones_like(tokens),
@@ -64,17 +64,14 @@ def tree_weights(forest: Forest, trees: Sequence[TurnTree], objective: Objective
     Raises ValueError for a tree without credit or with an advantage that is not finite.
     """
     advantage, leaf_advantage, per_leaf = _advantages(forest, trees)
-    path_leaf = forest.path_leaf
-    lengths = forest.action_length[forest.path_turns]
-    tokens = np.bincount(path_leaf, weights=lengths, minlength=len(forest.leaves))
+    path_leaf, path_turns = forest.path_leaf, forest.path_turns
+    tokens = group_sum(path_leaf, forest.action_length[path_turns], len(forest.leaves))
     turns = np.diff(forest.path_offsets).astype(np.float64)
-    share = (
-        1.0 / np.maximum(forest.action_length, 1)
-        if objective.aggregation == "turn-mean"
-        else np.ones(len(forest.parent))
-    )
+    share = np.ones(len(forest.parent))
+    if objective.aggregation == "turn-mean":
+        share /= np.maximum(forest.action_length, 1)
     count = forest.sum_up(forest.at_leaves(forest.multiplicity))
-    path_advantage = np.where(per_leaf[forest.path_turns], leaf_advantage[path_leaf], advantage[forest.path_turns])
+    path_advantage = np.where(per_leaf[path_turns], leaf_advantage[path_leaf], advantage[path_turns])
 
     def weigh(row: Ints | None) -> ForestWeights:
         base = forest.multiplicity * trajectory_scale(objective, tokens, turns, forest.multiplicity, row)
@@ -84,10 +81,14 @@ def tree_weights(forest: Forest, trees: Sequence[TurnTree], objective: Objective
             of_leaves = forest.sum_up(forest.at_leaves(base * np.maximum(sign * leaf_advantage, 0.0)))
             return share * np.where(per_leaf, of_leaves, below * np.maximum(sign * advantage, 0.0))
 
-        path_base = base[path_leaf] * share[forest.path_turns]
+        path_base = base[path_leaf] * share[path_turns]
         per_turn = (signed(1.0), signed(-1.0), share * below, count)
+        pos, neg, every, trajectories = (np.repeat(values, forest.action_length) for values in per_turn)
         return ForestWeights(
-            *(np.repeat(values, forest.action_length) for values in per_turn),
+            pos=pos,
+            neg=neg,
+            all=every,
+            count=trajectories,
             path_pos=path_base * np.maximum(path_advantage, 0.0),
             path_neg=path_base * np.maximum(-path_advantage, 0.0),
         )
@@ -108,7 +109,6 @@ def _advantages(forest: Forest, trees: Sequence[TurnTree]) -> tuple[Floats, Floa
         bad = at[~np.isfinite(values)]
         if bad.size:
             turn = int(bad[0])
-            raise ValueError(
-                f"tree {forest.names[forest.tree[turn]]}: the advantage of turn {forest.index[turn]} is not finite"
-            )
+            name = forest.names[forest.tree[turn]]
+            raise ValueError(f"tree {name}: the advantage of turn {forest.index[turn]} is not finite")
     return advantage, leaf_advantage, per_tree[forest.tree]

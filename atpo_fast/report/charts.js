@@ -28,7 +28,7 @@ function number(value) {
   const size = Math.abs(value);
   if (size >= 1e6) return +(value / 1e6).toPrecision(4) + "M";
   if (size >= 1e4) return +(value / 1e3).toPrecision(4) + "k";
-  if (size > 0 && size < 1e-3) return value.toExponential(2);
+  if (size > 0 && size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
   return String(+value.toPrecision(4));
 }
 

@@ -99,8 +99,9 @@ def _finite(value: float) -> float | None:
 
 
 def _phase_times(records: Sequence[Record]) -> Chart:
-    """Seconds per step by phase; a phase with parts (`a/b`) is drawn as its parts and the rest."""
-    names = sorted({name for record in records for name in record if name.startswith("time/")} - {"time/total"})
+    """Seconds per step by phase; a phase with parts (`a/b`) is drawn as its parts and the rest, evaluation whole."""
+    recorded = dict.fromkeys(name for record in records for name in record if name.startswith("time/"))
+    names = [name for name in recorded if name != "time/total" and not name.startswith("time/eval/")]
     series: list[Series] = []
     for name in names:
         parts = [other for other in names if other.startswith(name + "/") and "/" not in other[len(name) + 1 :]]

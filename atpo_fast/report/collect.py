@@ -119,7 +119,7 @@ def _setup_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
         ("Steps", get("train", "steps")),
         ("Seed", get("seed")),
     ]
-    return [(name, str(value)) for name, value in facts if value is not None]
+    return [(name, str(value)) for name, value in facts if value not in (None, "")]
 
 
 def _search_text(get: _Lookup) -> str:

@@ -179,7 +179,8 @@ function drawTurn(panel, turn, i) {
   const facts = i ? [["advantage", signed(turn.advantage)], ["value", number(turn.value)], ["entropy, nats per token", number(turn.nll)]] : [["value", number(turn.value)]];
   if (turn.reward !== null) facts.push(["reward", number(turn.reward)]);
   if (turn.multiplicity > 1) facts.push(["counts", `${turn.multiplicity} times`]);
-  facts.push(["tokens", `${turn.action_tokens} action + ${turn.observation_tokens} observed`]);
+  const { action_tokens: written, observation_tokens: observed } = turn;
+  facts.push(["tokens", i ? `${written} written, ${observed} observed` : `${observed}`]);
   for (const [name, value] of facts) {
     const pair = element("div", undefined, numbers);
     element("dt", name, pair);

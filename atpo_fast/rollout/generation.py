@@ -22,7 +22,8 @@ from atpo_fast.rollout.stops import StopMatcher
 Ints = NDArray[np.int64]
 
 _ADMISSION_SHARE = 8  # admit when this share (1/n) of the batch is idle: prefill in few, large passes
-_KEYS_PER_GROUP = {"cpu": 1 << 14, "cuda": 1 << 18}  # padded keys gathered at once
+# Padded keys gathered at once: on CPU as many as stay in its caches, on GPU as many as are small beside a model.
+_KEYS_PER_GROUP = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
 class Outputs:
@@ -156,7 +157,9 @@ class Generation:
         """Pin the request's path and give every token a slot, if then `spare` slots are left; tell if it worked."""
         request, prompt = self.requests[index], self.prompts[index]
         starts = [0, *(part.end for part in request.path)]
-        spans = [(part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start]
+        spans = [
+            (part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start
+        ]
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)
         if len(prompt) - sum(len(node.slots) for node in known) + spare > self.cache.available:
@@ -204,7 +207,9 @@ class Generation:
         """Draw the next token of every row: (R,) tokens on the device, (R,) which rows are finished."""
         requests = rows.requests
         numbers = uniforms(self.seeds[requests], self.outputs.counts[requests])
-        draw = sample(self.model.logits(rows.hidden), numbers, SamplingTable(*(field[requests] for field in self.params)))
+        draw = sample(
+            self.model.logits(rows.hidden), numbers, SamplingTable(*(field[requests] for field in self.params))
+        )
         tokens = draw.tokens.cpu().numpy()
         self.outputs.append(requests, tokens, draw.logprobs.cpu().numpy(), draw.policy_logprobs.cpu().numpy())
         rows.states = self.stops.next_state[rows.states, tokens]
@@ -233,10 +238,11 @@ class Generation:
 
     def _groups(self, rows: Rows) -> list[AttentionGroup]:
         """Cut the rows, which are sorted by length, into attention calls of bounded size."""
+        most = _KEYS_PER_GROUP.get(self.model.device.type, _KEYS_PER_GROUP["cuda"])
         groups, stop = [], len(rows.lengths)
         while stop:
             width = int(rows.lengths[stop - 1]) + 1
-            start = max(0, stop - max(1, _KEYS_PER_GROUP[self.model.device.type] // width))
+            start = max(0, stop - max(1, most // width))
             groups.append(decode_group(rows.table[start:stop, :width], rows.positions[start:stop], start))
             stop = start
         return groups[::-1]

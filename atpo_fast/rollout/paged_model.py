@@ -25,7 +25,10 @@ class PagedModel:
         _own_config(model)
         _check_architecture(model)
         model.set_attn_implementation(ATTENTION)
-        self.model = model.to(device=device, dtype=dtype or model.dtype).eval().requires_grad_(False)
+        if dtype is not None:  # parameters only: the frequencies of the rotary embedding must stay float32
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self._wide_head: Tensor | None = None  # float32 copy of a low-precision head, for devices without mixed GEMM
@@ -37,9 +40,7 @@ class PagedModel:
         paged: PagedBatch,
     ) -> Tensor:
         """(T, D) final hidden states; writes the tokens' keys and values into the pool."""
-        out = self.model.base_model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged
-        )
+        out = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged)
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -68,7 +69,9 @@ class PagedModel:
         for name, tensor in named_parameters:
             if name not in own:
                 near = get_close_matches(name, own, n=1)
-                raise KeyError(f"the engine's model has no parameter {name!r}" + (f"; nearest: {near[0]!r}" if near else ""))
+                raise KeyError(
+                    f"the engine's model has no parameter {name!r}" + (f"; nearest: {near[0]!r}" if near else "")
+                )
             if own[name].shape != tensor.shape:
                 raise ValueError(f"{name}: new weights have shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
             with torch.no_grad():

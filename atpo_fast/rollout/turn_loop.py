@@ -335,8 +335,8 @@ class TurnLoop:
         for (branch, _), run in zip(calling, allowed, strict=True):
             tree = branch.search.tree
             room = branch.search.token_limit - branch.search.reserve - len(tree.path_ids(branch.turn))
-            observation = self._cut(next(observations), room) if run else self._notice[: max(room, 0)]
-            if len(observation):  # else the turn stays a leaf
+            observation = self._cut(next(observations), room) if run else self._notice
+            if 0 < len(observation) <= room:  # else the turn stays a leaf
                 tree.set_observation(branch.turn, observation)
                 going_on.append(branch)
         return going_on

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
+import torch
 
 from atpo_fast.config.schema import Config, ObjectiveConfig
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.objective import Objective
-from atpo_fast.packing import pack_trees, spread_rows
-from atpo_fast.packing.packed_trees import PackedTrees
-apply_entropy_advantage=None
+from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
@@ -147,11 +146,11 @@ class Trainer:
         """Optimizer steps of one batch; returns (policy metrics, tokens that packing pruned)."""
         run, size = self.run, self.config.train.questions_per_minibatch
         batches: list[list[PackedTrees]] = []
-        packed = 0
+        pruned = 0
         with run.timer.phase("pack"):
             for trees in _chunks([scored.tree for scored in forest], size):
                 rows = pack_trees(trees, self.objective, self.config.train.max_tokens)
-                packed += sum(row.unique_tokens for row in rows)
+                pruned += pruned_tokens(trees, rows)
                 batches.append(spread_rows(rows, run.world)[run.rank] if rows else [])
         with run.timer.phase("logprob"):
             batches = [self._prepare(rows) for rows in batches]
@@ -164,15 +163,15 @@ class Trainer:
                     optimizer_step(self.engine, self.watch, rows, self.objective, metrics)
                     self.progress.optimizer_steps += 1
                 run.progress.advance(i + 1)
-        unique = sum(scored.tree.unique_tokens for scored in forest)
-        return metrics.result(), unique - packed
+        return metrics.result(), pruned
 
     def _prepare(self, rows: list[PackedTrees]) -> list[PackedTrees]:
         """Old and reference log-probs, and the entropy-aware advantage where the objective has one."""
         if self.config.train.old_logprobs == "recompute" or self.objective.entropy_advantage:
             scores = score_rows(self.engine, rows)
             rows = with_old_logprob(rows, scores) if self.config.train.old_logprobs == "recompute" else rows
-            if self.objective.entropy_advantage: rows = apply_entropy_advantage(rows, [entropy for _, entropy in scores], self.objective)
+            entropies = [entropy for _, entropy in scores]
+            rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=self.run.sum_tensor)
         if self.reference is not None:
             rows = with_ref_logprob(rows, score_rows(self.reference, rows))
         return rows
@@ -238,8 +237,6 @@ def make_objective(config: ObjectiveConfig, max_length: int) -> Objective:
 
 def make_policy(config: Config, folder: Path | str) -> Policy:
     """The policy from a Hugging Face folder."""
-    import torch
-
     return Policy(
         load_model(folder, getattr(torch, config.model.dtype)),
         temperature=config.rollout.temperature,
@@ -284,4 +281,4 @@ def trainer_summary(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-__all__ = ["Trainer", "make_objective", "newest_checkpoint", "replace", "trainer_summary"]
+__all__ = ["Trainer", "draw_questions", "make_objective", "newest_checkpoint", "trainer_summary"]

@@ -38,11 +38,17 @@ class RolloutWorker:
         config = run.config
         dtype = torch.float32 if config.rollout.cache_dtype == "float32" else getattr(torch, config.model.dtype)
         self._run = run
+        model = load_model(folder, dtype)
         self.engine = TransformersEngine(
-            load_model(folder, dtype), run.task.tokenizer, cache_tokens=config.rollout.cache_tokens, device=device
+            model, run.task.tokenizer, cache_tokens=config.rollout.cache_tokens, device=device
         )
         self._loop = TurnLoop(
-            self.engine, run.task.tokenizer, make_toolbox(config.tools, run.task.passages), config.rollout, config.tools
+            self.engine,
+            run.task.tokenizer,
+            make_toolbox(config.tools, run.task.passages),
+            config.rollout,
+            config.tools,
+            max_positions=model.config.max_position_embeddings,
         )
 
     def sync(self, policy: Policy) -> None:

@@ -54,11 +54,14 @@ class Run:
 
     def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Add up a dictionary of numbers that has the same keys on every rank."""
-        if self.world == 1:
-            return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(total)
+        total = self.sum_tensor(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor added up over the ranks."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def should_stop(self) -> bool:
         """Whether any rank was asked to stop; a collective."""

@@ -1,14 +1,14 @@
 """Scripted demonstrations for the cold start.
 
 They teach the format, the search tool and copying, and follow mostly poor strategies, so that reinforcement learning
-has something to find. Every turn begins with the plan: the look-up that is next and the relations that remain.
+has something to find. Every turn begins with what is known and the look-ups that remain:
 
-    <think> mentor of e17 then rival</think><search> mentor of e17</search>
-    <think> rival of e33</think><search> rival of e33</search>
-    <think> found e50</think><answer> \\boxed{ e50 }</answer>
+    <think> e17 then mentor then rival</think><search> mentor of e17</search>
+    <think> e17 is e33 then rival</think><search> rival of e33</search>
+    <think> e33 is e50</think><answer> \\boxed{ e50 }</answer>
 
-Each strategy departs from the right one in a single decision of a token or two, and occurs at every number of hops at
-which it differs, so that a policy trained on the mixture takes the right path of every question sometimes.
+Each poor strategy departs from the right one in a single decision of one token, and copies as faithfully. So a small
+model learns to copy from all of them, and takes the right path of every question sometimes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ from atpo_fast.tree.turn_tree import TurnTree
 from atpo_fast.world.facts import World, composition
 
 # Poor strategies and their shares among the demonstrations that are not right, for one and for several hops.
-# early: answers with what the first search found. wrong_order: looks up the last relation first.
-# sloppy: leaves the entity out of the query. guess: answers with some other entity of the first result.
-_POOR_ONE_HOP = {"sloppy": 0.5, "guess": 0.5}
-_POOR_MULTI_HOP = {"early": 0.65, "wrong_order": 0.15, "sloppy": 0.1, "guess": 0.1}
+# blind: answers with the entity of the question. early: answers with what the first search found.
+# wrong_order: looks up the last relation first. sloppy: leaves the entity out of the query and believes the first page.
+# misread: answers from a page of the first result that is about something else.
+_POOR_ONE_HOP = {"blind": 0.4, "sloppy": 0.3, "misread": 0.3}
+_POOR_MULTI_HOP = {"early": 0.75, "wrong_order": 0.1, "blind": 0.05, "sloppy": 0.05, "misread": 0.05}
+_ONE_SEARCH = ("early", "sloppy", "misread")
+_FACT = re.compile(r"of (\w+) is (\w+)\.")
 
 
 def make_demonstrations(
@@ -49,7 +52,7 @@ def make_demonstrations(
     for question in world.train:
         by_hops.setdefault(question.meta["hops"], []).append(question)
     kinds = [by_hops[h] for h in sorted(by_hops)]
-    script = _Script(world, tokenizer, search, rng)
+    script = _Script(tokenizer, search)
     demonstrations = []
     for i in range(config.demonstrations):
         kind = kinds[i % len(kinds)]
@@ -69,35 +72,22 @@ def _draw_strategy(hops: int, good_fraction: float, rng: np.random.Generator) ->
 class _Script:
     """Plays a strategy on a question, turn by turn, with the real search tool."""
 
-    def __init__(
-        self,
-        world: World,
-        tokenizer: PreTrainedTokenizerBase,
-        search: Callable[[str], str],
-        rng: np.random.Generator,
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, search: Callable[[str], str]):
         self.tokenizer = tokenizer
         self.search = search
-        self.rng = rng
-        self.index = {name: i for i, name in enumerate(world.entities)}
-        self.facts = {
-            (relation, entity): world.entities[world.targets[r, e]]
-            for r, relation in enumerate(world.relations)
-            for e, entity in enumerate(world.entities)
-        }
 
     def play(self, question: Question, strategy: str, prompt_ids: Sequence[int]) -> TurnTree:
         """One demonstration: a chain of search turns and an answer."""
         asked = composition(question)
         plan = list(reversed(asked.relations) if strategy == "wrong_order" else asked.relations)
-        entity, result = asked.entities[0], ""
+        searches = 0 if strategy == "blind" else 1 if strategy in _ONE_SEARCH else len(plan)
         meta = {"question": question.text, "answers": list(question.answers), "strategy": strategy}
         tree = TurnTree(prompt_ids, question_id=question.id, meta=meta)
-        turn = 0
-        searches = 1 if strategy in ("early", "sloppy", "guess") else len(plan)
+        turn, entity = 0, asked.entities[0]
+        known = entity
         for done in range(searches):
             query = plan[done] if strategy == "sloppy" else f"{plan[done]} of {entity}"
-            thought = " then ".join([f"{plan[done]} of {entity}", *plan[done + 1 :]])
+            thought = " then ".join([known, *plan[done:]])
             result = self.search(query)
             turn = tree.add_turn(
                 turn,
@@ -105,18 +95,25 @@ class _Script:
                 observation_ids=self._encode(format_result(result)),
                 tool="search",
             )
-            entity = self._read(strategy, plan[done], entity, result)
-        answer = self._encode(f"<think> found {entity}</think><answer> \\boxed{{ {entity} }}</answer>")
+            subject, entity = _read(result, strategy, entity)
+            known = f"{subject} is {entity}"
+        answer = self._encode(f"<think> {known}</think><answer> \\boxed{{ {entity} }}</answer>")
         tree.add_turn(turn, [*answer, self.tokenizer.eos_token_id], finish_reason="eos")
         return tree
 
-    def _read(self, strategy: str, relation: str, entity: str, result: str) -> str:
-        """The entity taken from a search result."""
-        right = self.facts[relation, entity]
-        if strategy not in ("sloppy", "guess"):
-            return right
-        named = sorted({name for name in re.findall(r"\w+", result) if name in self.index} - {right, entity})
-        return str(self.rng.choice(named)) if named else entity
-
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _read(result: str, strategy: str, entity: str) -> tuple[str, str]:
+    """Subject and object of the fact that a strategy takes from a search result."""
+    facts: list[tuple[str, str]] = _FACT.findall(result)
+    right = [fact for fact in facts if fact[0] == entity]
+    others = [fact for fact in facts if fact[0] != entity]
+    choice = {"sloppy": facts, "misread": others}.get(strategy, right)
+    if not choice:
+        raise ValueError(
+            f"a search about {entity} found only {result!r}: the embedded world needs tools.top_k >= 2 and whole "
+            "passages (tools.passage_chars)"
+        )
+    return choice[0]

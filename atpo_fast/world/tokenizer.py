@@ -20,9 +20,11 @@ from atpo_fast.world.facts import World
 _PIECE = r"Page \d+:| ?\\boxed\{| ?\w+| ?[^\w\s]|\s"
 _FRAME = (  # every text of the world and of its environment, names left out
     "What is the of?\n",
-    "<think> of then</think><search> of</search>",
+    "<think> is then</think><search> of</search>",
+    "The of is.",
+    "Nobody ever met the of.",
     format_result("Page 1: The of is.\nPage 2: Nobody ever met the of."),
-    "<think> found</think><answer> \\boxed{ }</answer>",
+    "<answer> \\boxed{ }</answer>",
     "\\boxed{}",
     NO_RESULTS,
     CALL_LIMIT_NOTICE,

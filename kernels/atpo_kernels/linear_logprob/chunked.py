@@ -1,7 +1,11 @@
-"""`linear_logprob` in chunks of rows: at most one chunk's logits exist, in the forward and in the backward."""
+"""`linear_logprob` in chunks of rows: at most one chunk's logits exist, in the forward and in the backward.
+
+Logits are kept in base 2 (times log2 e): exp2 is several times faster than exp on CPU, above all where it underflows.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +15,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
 _MIN_ROWS = {"cpu": 128, "cuda": 1024}
+_LN_2 = math.log(2)
 
 
 def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -36,9 +41,9 @@ class Head:
         return cls(weight, weight.to(dtype), None if bias is None else bias.detach().to(dtype), temperature)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:  # (C, D), (>=C, V) -> (C, V)
-        """Logits over the temperature, written into the first rows of `out`."""
+        """log2 e times the logits over the temperature, written into the first rows of `out`."""
         out = out[: hidden.shape[0]]
-        scale = 1.0 / self.temperature
+        scale = 1.0 / (self.temperature * _LN_2)
         start = out if self.bias is None else self.bias
         beta = 0.0 if self.bias is None else scale
         return torch.addmm(start, hidden, self.exact_weight.t(), beta=beta, alpha=scale, out=out)
@@ -68,7 +73,7 @@ class HeadGradients:
         )
 
     def add(self, rows: slice | Tensor, hidden: Tensor, dlogits: Tensor, scale: Tensor, head: Head) -> None:
-        """Add the chunk's part, where d loss / d (head.logits) = `scale[:, None] * dlogits`.
+        """Add the chunk's part, where d loss / d (logits / temperature) = `scale[:, None] * dlogits`.
 
         hidden: (C, D) in the statistics dtype; dlogits: (C, V); scale: (C,). The row scale is applied to the (C, D)
         sides of the products, which saves a pass over (C, V).
@@ -92,34 +97,34 @@ class ChunkStatistics(NamedTuple):
 
     logprob: Tensor
     entropy: Tensor
-    log_sum_exp: Tensor
+    log2_sum: Tensor  # log2 of the sum over the vocabulary of exp(logits)
     total: Tensor  # sum over the vocabulary of exp(logits - max)
 
 
 def chunk_statistics(logits: Tensor, targets: Tensor, scratch: Tensor) -> ChunkStatistics:
-    """Statistics of (C, V) logits, which are overwritten; `scratch` (C, V) holds exp(logits - max) afterwards."""
+    """Statistics of (C, V) base-2 logits, which are overwritten; `scratch` (C, V) holds exp(logits - max) afterwards."""
     peak = logits.amax(1, keepdim=True)
     shifted = logits.sub_(peak)
     target = shifted.gather(1, targets[:, None]).squeeze(1)
-    exponential = torch.exp(shifted, out=scratch)
+    exponential = torch.exp2(shifted, out=scratch)
     total = exponential.sum(1)
-    log_total = total.log()
+    log_total = total.log2()
     entropy = log_total - shifted.mul_(exponential).sum(1) / total
-    return ChunkStatistics(target - log_total, entropy, log_total + peak.squeeze(1), total)
+    return ChunkStatistics((target - log_total) * _LN_2, entropy * _LN_2, log_total + peak.squeeze(1), total)
 
 
 def statistics(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and log-sum-exp, (A,) each, of all rows of hidden (A, D)."""
+    """Log-prob, entropy and log2 of the sum of exp(logits), (A,) each, of all rows of hidden (A, D)."""
     rows = hidden.shape[0]
     buffer = head.buffer(rows)
     scratch = torch.empty_like(buffer)
-    logprob, entropy, log_sum_exp = (buffer.new_empty(rows) for _ in range(3))
+    logprob, entropy, log2_sum = (buffer.new_empty(rows) for _ in range(3))
     for start in range(0, rows, max(len(buffer), 1)):
         part = slice(start, min(start + len(buffer), rows))
         logits = head.logits(hidden[part].to(buffer.dtype), buffer)
         chunk = chunk_statistics(logits, targets[part], scratch[: len(logits)])
-        logprob[part], entropy[part], log_sum_exp[part] = chunk.logprob, chunk.entropy, chunk.log_sum_exp
-    return logprob, entropy, log_sum_exp
+        logprob[part], entropy[part], log2_sum[part] = chunk.logprob, chunk.entropy, chunk.log2_sum
+    return logprob, entropy, log2_sum
 
 
 def accumulate_gradients(
@@ -127,7 +132,7 @@ def accumulate_gradients(
     hidden: Tensor,  # (A, D)
     head: Head,
     targets: Tensor,  # (A,)
-    log_sum_exp: Tensor,  # (A,)
+    log2_sum: Tensor,  # (A,)
     entropy: Tensor,  # (A,)
     grad_logprob: Tensor | None,  # (A,)
     grad_entropy: Tensor | None,  # (A,)
@@ -141,16 +146,16 @@ def accumulate_gradients(
     scratch = None if grad_entropy is None else torch.empty_like(buffer)
     for part in rows.split(max(len(buffer), 1)) if rows.numel() else ():
         chunk = hidden[part].to(buffer.dtype)
-        log_softmax = head.logits(chunk, buffer).sub_(log_sum_exp[part, None])
+        log2_softmax = head.logits(chunk, buffer).sub_(log2_sum[part, None])
         wanted = targets[part, None]
         if grad_entropy is None:
             assert grad_logprob is not None
-            dlogits, scale = dlogits_of_logprob(log_softmax.exp_(), wanted), -grad_logprob[part]
+            dlogits, scale = dlogits_of_logprob(log2_softmax.exp2_(), wanted), -grad_logprob[part]
         else:
             assert scratch is not None
             up_logprob = torch.zeros_like(grad_entropy[part]) if grad_logprob is None else grad_logprob[part]
-            probs = torch.exp(log_softmax, out=scratch[: len(part)])
-            dlogits = dlogits_of_both(probs, log_softmax, wanted, entropy[part], up_logprob, grad_entropy[part])
+            probs = torch.exp2(log2_softmax, out=scratch[: len(part)])
+            dlogits = dlogits_of_both(probs, log2_softmax, wanted, entropy[part], up_logprob, grad_entropy[part])
             scale = torch.ones_like(up_logprob)
         gradients.add(part, chunk, dlogits, scale, head)
 
@@ -163,15 +168,16 @@ def dlogits_of_logprob(probs: Tensor, targets: Tensor, total: Tensor | None = No
 
 def dlogits_of_both(
     probs: Tensor,  # (C, V)
-    log_softmax: Tensor,  # (C, V), overwritten by the result
+    log2_softmax: Tensor,  # (C, V), overwritten by the result
     targets: Tensor,  # (C, 1)
     entropy: Tensor,  # (C,)
     grad_logprob: Tensor,  # (C,)
     grad_entropy: Tensor,  # (C,)
 ) -> Tensor:  # (C, V)
     """grad_logprob * (onehot - p) - grad_entropy * p * (log p + H)."""
-    factor = log_softmax.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logprob[:, None])
-    # p = 0 exactly where exp underflows; log p is finite there, so the product is 0
+    # where exp2 underflows p = 0 and log p is finite, so their product is 0
+    factor = log2_softmax.add_(entropy[:, None] / _LN_2).mul_(grad_entropy[:, None] * _LN_2)
+    factor = factor.add_(grad_logprob[:, None])
     dlogits = factor.mul_(probs).neg_()
     return dlogits.scatter_add_(1, targets, grad_logprob[:, None])
 
@@ -189,8 +195,8 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         head = Head.prepare(weight, bias, temperature)
-        logprob, entropy, log_sum_exp = statistics(hidden, head, targets)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy, log_sum_exp)
+        logprob, entropy, log2_sum = statistics(hidden, head, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, log2_sum)
         ctx.temperature = temperature  # type: ignore[attr-defined]
         return logprob, entropy
 
@@ -199,10 +205,10 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None):  # type: ignore[no-untyped-def, override]
         if grad_logprob is None and grad_entropy is None:
             return None, None, None, None, None
-        hidden, weight, bias, targets, entropy, log_sum_exp = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy, log2_sum = ctx.saved_tensors
         head = Head.prepare(weight, bias, ctx.temperature)
         sums = HeadGradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        accumulate_gradients(sums, hidden, head, targets, log_sum_exp, entropy, grad_logprob, grad_entropy)
+        accumulate_gradients(sums, hidden, head, targets, log2_sum, entropy, grad_logprob, grad_entropy)
         weight_grad = None if sums.weight is None else sums.weight.to(weight.dtype)
         bias_grad = None if sums.bias is None else sums.bias.to(bias.dtype)
         return sums.hidden, weight_grad, bias_grad, None, None

@@ -106,10 +106,10 @@ class _Job:
             self._add_moved_rows(rows, hidden, scratch[0][: len(logits)], chunk.total, terms.coef)
             return chunk.logprob, chunk.entropy
         assert self.gradients is not None and kept is not None
-        log_softmax = kept.sub_(chunk.log_sum_exp[:, None])
-        probs = torch.exp(log_softmax, out=scratch[0][: len(logits)])
+        log2_softmax = kept.sub_(chunk.log2_sum[:, None])
+        probs = torch.exp2(log2_softmax, out=scratch[0][: len(logits)])
         dlogits = dlogits_of_both(
-            probs, log_softmax, targets[:, None], chunk.entropy, terms.coef, terms.entropy_slope
+            probs, log2_softmax, targets[:, None], chunk.entropy, terms.coef, terms.entropy_slope
         )
         self.gradients.add(rows, hidden, dlogits, torch.ones_like(terms.coef), self.head)
         return chunk.logprob, chunk.entropy
@@ -117,14 +117,14 @@ class _Job:
     def two_pass(self, tokens: LossTokens, rows: slice) -> tuple[Tensor, Tensor]:  # (C,), (C,)
         """Any rows: all statistics first, then the logits again for the gradients."""
         hidden, targets = self.hidden[rows], self.targets[rows]
-        logprob, entropy, log_sum_exp = statistics(hidden, self.head, targets)
+        logprob, entropy, log2_sum = statistics(hidden, self.head, targets)
         terms = token_terms(self.with_values(tokens, logprob, entropy), self.config)
         assert self.gradients is not None
         part = replace(
             self.gradients, hidden=None if self.gradients.hidden is None else self.gradients.hidden[rows]
         )
         accumulate_gradients(
-            part, hidden, self.head, targets, log_sum_exp, entropy, terms.coef, terms.entropy_slope
+            part, hidden, self.head, targets, log2_sum, entropy, terms.coef, terms.entropy_slope
         )
         return logprob, entropy
 

@@ -1,11 +1,14 @@
 """`tree_attention` block by block, over the visible keys of each block only; any device and dtype.
 
 Inside, heads come first: q is (Hkv, T, G, d) with G = Hq / Hkv, so that a block's queries of one key head are the rows
-of one matrix, (Hkv, B * G, d). Scores of one block exist at a time, in the backward too.
+of one matrix, (Hkv, B * G, d). Scores of one block exist at a time, in the backward too. Scores are kept in base 2, as
+exp2 is several times faster than exp on CPU.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from atpo_kernels.tree_attention.blocks import TreeBlocks, make_tree_blocks
 
 Range = tuple[int, int]
+_LOG2_E = 1 / math.log(2)
 
 
 def tree_attention_blockwise(
@@ -37,7 +41,7 @@ class _Block:
     stop: int
     keys: list[Range]
     num_full: int  # keys at the front that every query sees
-    hidden: Tensor  # (B, K - num_full) bool: pairs of the other keys that may not be seen
+    mask: Tensor  # (B, K - num_full) of the other keys: 0, or -inf where the query may not see the key
 
     def rows(self, tensor: Tensor) -> Tensor:
         """(Hkv, T, G, ...) -> (Hkv, B * G, ...)"""
@@ -61,19 +65,21 @@ class _Block:
         heads, rows, _ = scores.shape
         size = self.stop - self.start
         by_query = scores.view(heads, size, rows // size, -1)
-        by_query[..., self.num_full :].masked_fill_(self.hidden[:, None, :], float("-inf"))
+        by_query[..., self.num_full :].add_(self.mask[:, None, :])
         return scores
 
 
-def _iterate(blocks: TreeBlocks, subtree_end: Tensor):  # type: ignore[no-untyped-def]
+def _iterate(blocks: TreeBlocks, subtree_end: Tensor, dtype: torch.dtype) -> Iterator[_Block]:
     """The blocks, with their masks."""
+    never = torch.full((), float("-inf"), dtype=dtype, device=subtree_end.device)
     index = torch.arange(subtree_end.numel(), device=subtree_end.device, dtype=subtree_end.dtype)
     for i, (start, stop) in enumerate(zip(blocks.starts[:-1], blocks.starts[1:], strict=True)):
         full, partial = blocks.full[i], blocks.partial[i]
         keys = torch.cat([index[lo:hi] for lo, hi in partial])
         ends = torch.cat([subtree_end[lo:hi] for lo, hi in partial])
         query = index[start:stop, None]
-        yield _Block(start, stop, full + partial, sum(hi - lo for lo, hi in full), (keys > query) | (ends <= query))
+        mask = torch.where((keys > query) | (ends <= query), never, 0)
+        yield _Block(start, stop, full + partial, sum(hi - lo for lo, hi in full), mask)
 
 
 def _heads_first(tensor: Tensor, key_heads: int, dtype: torch.dtype) -> Tensor:
@@ -95,17 +101,17 @@ class _Blockwise(torch.autograd.Function):
     ) -> Tensor:
         key_heads = k.shape[1]
         dtype = torch.promote_types(q.dtype, torch.float32)
-        scaled = _heads_first(q, key_heads, dtype) * scale
+        scaled = _heads_first(q, key_heads, dtype) * (scale * _LOG2_E)
         keys, values = (_heads_first(x, key_heads, dtype).squeeze(2) for x in (k, v))
         out = torch.empty_like(scaled)
         log_sum = out.new_empty(out.shape[:3])
-        for block in _iterate(blocks, subtree_end):
+        for block in _iterate(blocks, subtree_end, dtype):
             scores = block.scores(block.rows(scaled), block.gather(keys))
             peak = scores.amax(-1, keepdim=True)
-            weights = scores.sub_(peak).exp_()
+            weights = scores.sub_(peak).exp2_()
             total = weights.sum(-1, keepdim=True)
             block.rows(out).copy_(torch.bmm(weights, block.gather(values)).div_(total))
-            block.rows(log_sum).copy_(total.log_().add_(peak).squeeze(-1))
+            block.rows(log_sum).copy_(total.log2_().add_(peak).squeeze(-1))
         result = _tokens_first(out, q.dtype)
         ctx.save_for_backward(q, k, v, subtree_end, result, log_sum)
         ctx.scale, ctx.blocks = scale, blocks
@@ -116,18 +122,18 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
         q, k, v, subtree_end, result, log_sum = ctx.saved_tensors
         key_heads, dtype = k.shape[1], log_sum.dtype
-        scaled = _heads_first(q, key_heads, dtype) * ctx.scale
+        scaled = _heads_first(q, key_heads, dtype) * (ctx.scale * _LOG2_E)
         keys, values = (_heads_first(x, key_heads, dtype).squeeze(2) for x in (k, v))
         grad, result = (_heads_first(x, key_heads, dtype) for x in (grad, result))
         mean = (grad * result).sum(-1)  # (Hkv, T, G)
         by_q, by_k, by_v = torch.empty_like(scaled), torch.zeros_like(keys), torch.zeros_like(values)
-        for block in _iterate(ctx.blocks, subtree_end):
+        for block in _iterate(ctx.blocks, subtree_end, dtype):
             queries, seen, up = block.rows(scaled), block.gather(keys), block.rows(grad)
-            weights = block.scores(queries, seen).sub_(block.rows(log_sum)[..., None]).exp_()
+            weights = block.scores(queries, seen).sub_(block.rows(log_sum)[..., None]).exp2_()
             block.scatter_add(by_v, torch.bmm(weights.transpose(1, 2), up))
             by_scores = torch.bmm(up, block.gather(values).transpose(1, 2))
             by_scores.sub_(block.rows(mean)[..., None]).mul_(weights)
             block.rows(by_q).copy_(torch.bmm(by_scores, seen))
             block.scatter_add(by_k, torch.bmm(by_scores.transpose(1, 2), queries))
-        by_k, by_v = (_tokens_first(x[:, :, None], k.dtype) for x in (by_k, by_v))
+        by_k, by_v = (_tokens_first(x[:, :, None], k.dtype) for x in (by_k.mul_(math.log(2)), by_v))
         return _tokens_first(by_q.mul_(ctx.scale), q.dtype), by_k, by_v, None, None, None

@@ -1,0 +1,145 @@
+"""Search trees on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atpo_fast.tree.storage import (
+    ACTION_CHARS,
+    append_forest,
+    append_trees,
+    read_forest,
+    read_trees,
+    tree_from_json,
+    tree_to_json,
+)
+from atpo_fast.tree.turn_tree import TurnTree
+
+
+class Letters:
+    """A tokenizer of characters: token id = code point."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
+def encode(text: str) -> list[int]:
+    return [ord(character) for character in text]
+
+
+def make_tree() -> TurnTree:
+    """Root, a search with two answers under it, and a leaf that failed: every optional field used and unused."""
+    tree = TurnTree(encode("Who?"), question_id="q1", meta={"question": "Who?", "answers": ["é", "\ud800"]})
+    search = tree.add_turn(0, encode("<search>x</search>"), np.linspace(-1, 0, 18), encode("<r>é</r>"), tool="search")
+    good = tree.add_turn(search, encode("yes"), [-0.1, -1 / 3, -1e-300], finish_reason="eos")
+    bad = tree.add_turn(search, encode("n"), [-math.inf], [], finish_reason="length")
+    tree.add_turn(0, [], [], finish_reason="error")
+    tree.set_reward(good, 1)
+    tree.set_reward(bad, -1)
+    tree.set_multiplicity(bad, 3)
+    return tree
+
+
+def assert_equal(one: TurnTree, other: TurnTree) -> None:
+    assert (one.question_id, one.meta, len(one)) == (other.question_id, other.meta, len(other))
+    for a, b in zip(one.turns, other.turns, strict=True):
+        for name in ("action_ids", "logprobs", "observation_ids"):
+            x, y = getattr(a, name), getattr(b, name)
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+        for name in ("parent", "finish_reason", "tool", "children", "reward", "multiplicity"):
+            assert getattr(a, name) == getattr(b, name), name
+    for name in ("values", "advantages", "leaf_advantages"):
+        x, y = getattr(one, name), getattr(other, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_round_trip_is_lossless(tmp_path: Path, scored: bool) -> None:
+    # fails if a field is forgotten, a float rounded, or -inf, nan (leaf credit) or a lone surrogate breaks the file
+    tree = make_tree()
+    if scored:
+        tree.values = np.array([0.1, 1 / 3, 1.0, -1.0, 0.0])
+        tree.advantages = tree.values.copy()
+        tree.leaf_advantages = np.array([math.nan, math.nan, 1.0, -1.0, 0.0])
+    append_forest(tmp_path / "forest.jsonl", [tree, tree])
+    append_forest(tmp_path / "forest.jsonl", [tree])
+    trees = read_forest(tmp_path / "forest.jsonl")
+    assert len(trees) == 3
+    for again in trees:
+        assert_equal(tree, again)
+
+
+def test_damaged_tree_is_named() -> None:
+    # fails if a tree that lost a field or a token comes back as a different tree, or without saying which it was
+    for damage in ("missing", "short", "scores", "reward"):
+        data = json.loads(json.dumps(tree_to_json(make_tree())))
+        if damage == "missing":
+            del data["turns"][1]["action_ids"]
+        elif damage == "short":
+            data["turns"][1]["logprobs"].pop()
+        elif damage == "scores":
+            data["values"] = [0.0]
+        else:
+            data["turns"][1]["reward"] = 1.0  # not a leaf
+        with pytest.raises(ValueError, match="'q1'"):
+            tree_from_json(data)
+
+
+def test_readable_record(tmp_path: Path) -> None:
+    # fails if text is decoded from the wrong tokens or a number belongs to another turn
+    tree = make_tree()
+    tree.values = np.arange(5.0)
+    tree.advantages = np.arange(5.0) - 2
+    append_trees(tmp_path / "trees.jsonl", [tree], 4, Letters())
+    record = read_trees(tmp_path / "trees.jsonl")[0]
+    assert record["question_id"] == "q1" and record["step"] == 4 and record["meta"]["question"] == "Who?"
+    root, search, good, bad, failed = record["turns"]
+    assert root["observation"] == "Who?" and root["parent"] == -1 and root["nll"] is None
+    assert search == {
+        "parent": 0,
+        "text": "<search>x</search>",
+        "observation": "<r>é</r>",
+        "action_tokens": 18,
+        "observation_tokens": 8,
+        "nll": 0.5,
+        "tool": "search",
+        "finish_reason": "stop",
+        "value": 1.0,
+        "advantage": -1.0,
+        "reward": None,
+        "multiplicity": 1,
+    }
+    assert (good["reward"], good["finish_reason"], bad["multiplicity"]) == (1.0, "eos", 3)
+    assert failed["text"] == "" and failed["nll"] == 0.0
+
+
+def test_trajectory_credit_is_shown_on_leaves_only(tmp_path: Path) -> None:
+    # fails if inner turns show an advantage they do not have
+    tree = make_tree()
+    tree.leaf_advantages = np.array([math.nan, math.nan, 1.0, -1.0, 0.5])
+    append_trees(tmp_path / "trees.jsonl", [tree], 1, Letters())
+    turns = read_trees(tmp_path / "trees.jsonl")[0]["turns"]
+    assert [turn["advantage"] for turn in turns] == [None, None, 1.0, -1.0, 0.5]
+
+
+def test_long_text_is_cut_in_the_middle(tmp_path: Path) -> None:
+    # fails if a runaway turn fills the disk, or if the cut hides how the turn ended
+    tree = TurnTree(encode("Q"), question_id="q")
+    tree.add_turn(0, encode("a" * ACTION_CHARS + "THE END"))
+    append_trees(tmp_path / "trees.jsonl", [tree], 1, Letters())
+    text = read_trees(tmp_path / "trees.jsonl")[0]["turns"][1]["text"]
+    assert text.endswith("THE END") and "7 characters cut" in text and len(text) < ACTION_CHARS + 100
+
+
+def test_disk_failure_is_a_warning(tmp_path: Path) -> None:
+    # fails if trees for the report can kill a run
+    with pytest.warns(RuntimeWarning, match="training goes on"):
+        append_trees(tmp_path, [make_tree()], 1, Letters())  # a folder cannot be appended to
