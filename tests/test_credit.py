@@ -39,7 +39,9 @@ def leaf_advantages(tree: TurnTree) -> list[float]:
 #   child_mean     V(a) = 1/2                       V(root) = 1/4
 #   leaf_mean      V(a) = 1/2                       V(root) = 1/3
 # With d counted three times (weights c: 3, d: 3 * 1; leaves 1, 0, 0, 0 below a)
-#   child_softmax  V(a) = 1/2   V(root) = 1/3;  child_mean V(a) = 1/4  V(root) = 1/8;  leaf_mean V(a) = 1/4  V(root) = 1/5
+#   child_softmax  V(a) = 1/2   V(root) = 1/3
+#   child_mean     V(a) = 1/4   V(root) = 1/8
+#   leaf_mean      V(a) = 1/4   V(root) = 1/5
 # Fails when entropies of the wrong turns weigh, weights are not normalised, or multiplicity is ignored.
 @pytest.mark.parametrize(
     ("value", "copies_of_d", "root", "a"),
@@ -132,7 +134,7 @@ def test_tree_grpo() -> None:
     assert leaf_advantages(two) == pytest.approx([-low, -low, -high], abs=1e-12)
 
 
-# Trees of one leaf: the second standardisation has nothing to compare with. Rewards 0, 1: mean 1/2, sample std sqrt(1/2).
+# Trees of one leaf: the second standardisation has nothing to compare with. Rewards 0, 1: mean 1/2, std sqrt(1/2).
 def test_tree_grpo_keeps_the_question_level_of_single_leaves() -> None:
     chains = [TurnTree([1], question_id="q") for _ in range(2)]
     for reward, tree in enumerate(chains):
@@ -151,7 +153,7 @@ def test_rloo(copies_of_d: int, expected: list[float]) -> None:
     assert leaf_advantages(tree) == pytest.approx(expected, abs=1e-12)
 
 
-# Questions with rewards 0, 1, 0 and 3, 3, 3: centred -1/3, 2/3, -1/3, 0, 0, 0; mean 0, sample variance (2/3) / 5 = 2/15.
+# Questions with rewards 0, 1, 0 and 3, 3, 3: centred -1/3, 2/3, -1/3, 0, 0, 0; mean 0, sample variance (2/3)/5 = 2/15.
 # Fails when the std is taken per question or before the means are subtracted.
 def test_reinforce_plus_plus() -> None:
     one, two = small_tree(), small_tree("other", (3.0, 3.0, 3.0))

@@ -180,3 +180,10 @@ def test_repeated_step_counts_once(tmp_path: Path) -> None:
         logger.log("train", 1, {"reward/mean": reward})
     points = chart_of(data_of(build_report(tmp_path)), "Reward of sampled trajectories")["reward"]
     assert points == [[1, 0.9]]
+
+
+def test_one_evaluation_is_not_a_change(tmp_path: Path) -> None:
+    # fails if the headline of a run that was evaluated only once claims a result of RL
+    RunLogger(tmp_path, Config()).log("eval", 0, {"eval/em": 0.25})
+    headline = data_of(build_report(tmp_path))["headline"]
+    assert (headline["cold_start_em"], headline["final_em"], headline["finished"]) == (0.25, None, False)

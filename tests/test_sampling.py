@@ -61,9 +61,7 @@ def test_rows_with_different_parameters_do_not_mix() -> None:
     numbers = np.linspace(0.1, 0.9, 6)
     together = sample(logits, numbers, params)
     for row in range(6):
-        alone = sample(
-            logits[row : row + 1], numbers[row : row + 1], SamplingTable(*(f[row : row + 1] for f in params))
-        )
+        alone = sample(logits[row : row + 1], numbers[row : row + 1], params.rows(np.array([row])))
         for joint, single in zip(together, alone, strict=True):
             torch.testing.assert_close(joint[row], single[0], rtol=0, atol=1e-12)
     for row in (0, 4):

@@ -73,7 +73,7 @@ def test_every_objective(forest: list[TurnTree], model: ToyModel, level: str, cl
     assert_equal(packed_loss(model, pack_trees(forest, objective, 1000, dtype=DOUBLE), objective), flat, model)
 
 
-# Fails when W0 or the log-probs beside the policy's are misplaced, or when pruning drops tokens that KL or entropy need.
+# Fails when W0 or the log-probs beside the policy's are misplaced, or pruning drops tokens that KL or entropy need.
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     "extra",

@@ -43,15 +43,15 @@ def test_counts() -> None:
 
 def test_errors_name_the_tree() -> None:
     tree = forked()
-    with pytest.raises(IndexError, match="'q'.*parent 9"):
+    with pytest.raises(IndexError, match=r"'q'.*parent 9"):
         tree.add_turn(9, [1])
-    with pytest.raises(ValueError, match="'q'.*2 action tokens.*1 log-prob"):
+    with pytest.raises(ValueError, match=r"'q'.*2 action tokens.*1 log-prob"):
         tree.add_turn(0, [1, 2], [0.0])
-    with pytest.raises(ValueError, match="'q'.*turn 1 is not a leaf"):
+    with pytest.raises(ValueError, match=r"'q'.*turn 1 is not a leaf"):
         tree.set_reward(1, 1.0)
-    with pytest.raises(ValueError, match="'q'.*multiplicity"):
+    with pytest.raises(ValueError, match=r"'q'.*multiplicity"):
         tree.set_multiplicity(2, 0)
-    with pytest.raises(ValueError, match="'q'.*children"):
+    with pytest.raises(ValueError, match=r"'q'.*children"):
         tree.set_observation(1, [1])
 
 

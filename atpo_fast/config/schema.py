@@ -281,7 +281,8 @@ class TrainConfig:
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: continue from the newest checkpoint of the run folder when there is one."""
+    """auto: continue from the newest checkpoint of the run folder when there is one. must: fail when there is none.
+    never: start anew; an earlier run's folder is renamed."""
     save_trees: int = Field(default=2, ge=0)
     """Trees per step written out for the report."""
 

@@ -29,20 +29,25 @@ function number(value) {
   if (size >= 1e6) return +(value / 1e6).toPrecision(4) + "M";
   if (size >= 1e4) return +(value / 1e3).toPrecision(4) + "k";
   if (size > 0 && size < 1e-3) return value.toExponential(2).replace(/\.?0+e/, "e");
-  return String(+value.toPrecision(4));
+  return String(+value.toPrecision(Math.abs(size - 1) < 0.01 ? 7 : 4)); // ratios differ from 1 in late digits
+}
+
+/** A tick value with as many decimals as the distance of ticks needs. */
+function tickText(value, ticks) {
+  const step = ticks.length > 1 ? Math.abs(ticks[1] - ticks[0]) : 1;
+  if (Math.abs(value) >= 1e4 || step < 1e-6 || (value !== 0 && Math.abs(value) < 1e-3)) return number(value);
+  return String(+value.toFixed(Math.max(0, 1 - Math.floor(Math.log10(step)))));
 }
 
 function drawSummary() {
   byId("folder").textContent = `${run.folder} · written ${run.written}`;
   const { cold_start_em: before, final_em: after, finished, questions } = run.headline;
   const line = byId("headline");
-  if (after !== null) {
-    element("b", `${before === null ? "" : before.toFixed(3) + " → "}${after.toFixed(3)}`, line);
-    const set = questions ? ` on ${questions} test questions` : "";
-    element("span", `exact match${set}, greedy: after the cold start → ${finished ? "after RL" : "so far"}`, line);
-  } else {
-    element("span", "No evaluation yet.", line);
-  }
+  const values = [before, after].filter((value) => typeof value === "number");
+  const times = [typeof before === "number" && "before RL", typeof after === "number" && (finished ? "after RL" : "so far")];
+  const set = questions ? ` on ${questions} test questions` : "";
+  if (values.length) element("b", values.map((value) => value.toFixed(3)).join(" → "), line);
+  element("span", values.length ? `exact match${set}, greedy: ${times.filter(Boolean).join(" → ")}` : "No evaluation yet.", line);
   for (const [name, value] of run.facts) {
     const pair = element("div", undefined, byId("facts"));
     element("dt", name, pair);
@@ -61,13 +66,15 @@ function drawSummary() {
 
 const WIDTH = 400, HEIGHT = 220, LEFT = 56, RIGHT = 8, TOP = 8, BOTTOM = 36;
 
-/** Round tick values covering [low, high]. */
-function ticks(low, high, wanted) {
+/** Round tick values inside [low, high]; with `around`, those that enclose it. */
+function ticks(low, high, wanted, around = false) {
   const raw = (high - low) / wanted || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
   const found = [];
-  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(+(i * step).toPrecision(12));
+  const first = around ? Math.floor(low / step + 1e-9) : Math.ceil(low / step - 1e-9);
+  const last = around ? Math.ceil(high / step - 1e-9) : Math.floor(high / step + 1e-9);
+  for (let i = first; i <= last; i++) found.push(+(i * step).toPrecision(12));
   return found;
 }
 
@@ -94,13 +101,8 @@ function yScale(values, kind) {
   }
   if (low >= 0 && (kind === "stack" || low < 0.6 * high || high === 0)) low = 0;
   if (high === low) [low, high] = low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
-  const shown = ticks(low, high, 4);
-  if (shown.length > 1) {
-    const step = shown[1] - shown[0];
-    if (high > shown.at(-1) + step * 1e-6) shown.push(+(shown.at(-1) + step).toPrecision(12));
-    if (low < shown[0] - step * 1e-6) shown.unshift(+(shown[0] - step).toPrecision(12));
-    [low, high] = [shown[0], shown.at(-1)];
-  }
+  const shown = ticks(low, high, 4, true);
+  [low, high] = [shown[0], shown.at(-1)];
   return { place: (v) => HEIGHT - BOTTOM - (span * (v - low)) / (high - low), ticks: shown };
 }
 
@@ -115,7 +117,7 @@ function drawAxes(svg, chart, steps, x, y) {
   for (const tick of y.ticks) {
     const at = y.place(tick);
     shape("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: at, y2: at, class: "grid" }, svg);
-    shape("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, svg).textContent = number(tick);
+    shape("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, svg).textContent = tickText(tick, y.ticks);
   }
   const shown = steps.length > 1 ? ticks(steps[0], steps.at(-1), 6).filter(Number.isInteger) : steps;
   for (const tick of shown)

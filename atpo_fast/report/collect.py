@@ -96,7 +96,7 @@ def _headline(summary: dict[str, Any], records: list[dict[str, Any]]) -> dict[st
     seen = [record["eval/em"] for record in evaluated]
     return {
         "cold_start_em": summary.get("cold_start_em", seen[0] if seen else None),
-        "final_em": summary.get("final_em", seen[-1] if seen else None),
+        "final_em": summary.get("final_em", seen[-1] if len(seen) > 1 else None),
         "finished": bool(summary),
         "questions": evaluated[-1].get("eval/questions") if evaluated else None,
     }

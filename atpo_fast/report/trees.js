@@ -1,7 +1,7 @@
 "use strict";
 // The search trees. `run`, `element`, `shape`, `number`, `byId` come from charts.js.
 const ROW = 27, COLUMN_MIN = 46, COLUMN_MAX = 120, RADIUS = 11, EDGE = 20, REWARD_ROOM = 64;
-let shown = null; // the tree on the page: {tree, children, place, nodes, edges, limit}
+let shown = null; // the tree on the page: {tree, index, children, place, nodes, edges, x: turn → column}
 let chosen = 0; // its chosen turn
 let wholePath = false; // whether the panel shows every turn from the prompt on
 
@@ -58,7 +58,7 @@ function drawTree(index) {
   svg.setAttribute("height", 2 * EDGE + (rows - 1) * ROW);
   const edges = turns.map((turn, i) => (turn.parent < 0 ? null : drawEdge(svg, x(turn.parent), y(turn.parent), x(i), y(i))));
   const nodes = turns.map((turn, i) => drawNode(svg, tree, i, !children[i].length, x(i), y(i), limit));
-  shown = { tree, index, children, place, nodes, edges };
+  shown = { tree, index, children, place, nodes, edges, x };
   drawQuestion(tree);
   drawLegend(limit);
 }
@@ -146,8 +146,16 @@ function choose(turn) {
   const onPath = new Set(path(shown.tree.turns, turn));
   shown.nodes.forEach((node, i) => node.classList.toggle("chosen", i === turn));
   shown.edges.forEach((edge, i) => edge && edge.classList.toggle("on-path", onPath.has(i)));
+  bringIntoView(shown.x(turn));
   drawPanel();
   history.replaceState(null, "", `#tree=${shown.index}&turn=${turn}`);
+}
+
+/** Scroll the tree sideways, never the page, so that column `x` shows. */
+function bringIntoView(x) {
+  const canvas = byId("tree-canvas"), right = canvas.scrollLeft + canvas.clientWidth;
+  if (x < canvas.scrollLeft + EDGE) canvas.scrollLeft = x - 2 * EDGE;
+  else if (x + REWARD_ROOM > right) canvas.scrollLeft = x + REWARD_ROOM + EDGE - canvas.clientWidth;
 }
 
 function drawPanel() {
@@ -202,7 +210,7 @@ function describe(tree) {
   const rewards = tree.turns.map((turn) => turn.reward).filter((r) => typeof r === "number");
   const mean = rewards.length ? rewards.reduce((a, b) => a + b, 0) / rewards.length : null;
   const leaves = childrenOf(tree.turns).filter((c, i) => i && !c.length).length;
-  return `step ${tree.step} · ${tree.question_id} · ${leaves} leaves · mean reward ${number(mean)}`;
+  return `step ${tree.step} · ${tree.question_id} · ${leaves} ${leaves === 1 ? "leaf" : "leaves"} · mean reward ${number(mean)}`;
 }
 
 /** The tree and turn that the address names, else the first tree and its best leaf. */

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atpo_fast.rollout.engine import Completion, FinishReason, Request
-from atpo_fast.rollout.kv_cache import CacheNode, PrefixCache
+from atpo_fast.rollout.kv_cache import CacheNode, Key, PrefixCache
 from atpo_fast.rollout.paged_attention import AttentionGroup, PagedBatch, decode_group
 from atpo_fast.rollout.paged_model import PagedModel
 from atpo_fast.rollout.prefill import fill, path_slots
@@ -156,10 +156,7 @@ class Generation:
     def _reserve(self, index: int, spare: int, new: dict[CacheNode, None]) -> bool:
         """Pin the request's path and give every token a slot, if then `spare` slots are left; tell if it worked."""
         request, prompt = self.requests[index], self.prompts[index]
-        starts = [0, *(part.end for part in request.path)]
-        spans = [
-            (part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start
-        ]
+        spans = _spans(request)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)
         if len(prompt) - sum(len(node.slots) for node in known) + spare > self.cache.available:
@@ -207,9 +204,7 @@ class Generation:
         """Draw the next token of every row: (R,) tokens on the device, (R,) which rows are finished."""
         requests = rows.requests
         numbers = uniforms(self.seeds[requests], self.outputs.counts[requests])
-        draw = sample(
-            self.model.logits(rows.hidden), numbers, SamplingTable(*(field[requests] for field in self.params))
-        )
+        draw = sample(self.model.logits(rows.hidden), numbers, self.params.rows(requests))
         tokens = draw.tokens.cpu().numpy()
         self.outputs.append(requests, tokens, draw.logprobs.cpu().numpy(), draw.policy_logprobs.cpu().numpy())
         rows.states = self.stops.next_state[rows.states, tokens]
@@ -316,6 +311,12 @@ class Generation:
 def _widen(table: Tensor, width: int) -> Tensor:
     """`table` (R, C) with columns added up to `width`."""
     return torch.nn.functional.pad(table, (0, width - table.shape[1]))
+
+
+def _spans(request: Request) -> list[tuple[Key, int, int]]:
+    """Key, start and end of the turns on a request's path that have tokens."""
+    starts = [0, *(part.end for part in request.path)]
+    return [(part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start]
 
 
 def _check_same(node: CacheNode, parent: CacheNode | None, start: int, tokens: Ints) -> None:

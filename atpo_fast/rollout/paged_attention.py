@@ -7,7 +7,7 @@ function writes their keys and values into the pool, gathers each request's keys
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,25 @@ from atpo_fast.rollout.kv_cache import SlotPool
 ATTENTION = "atpo_paged"
 
 
+class Padding(NamedTuple):
+    """How a group's t packed tokens become b x S padded queries, and back."""
+
+    pad: Tensor  # (b * S,) int64 token for each padded query
+    unpad: Tensor  # (t,) int64 padded query of each token
+
+
 @dataclass(slots=True)
 class AttentionGroup:
     """`b` requests attended to together, padded to `S` queries and `L` keys.
 
-    `pad` and `unpad` are None when each request has exactly one query (decoding).
+    `padding` is None when each request has exactly one query (decoding).
     """
 
     start: int  # the group's tokens are packed rows [start, stop)
     stop: int
     slots: Tensor  # (b * L,) int64 slots of each request's path, padded with any slot
     mask: Tensor  # (b, 1, S or 1, L) bool: the query at position p sees keys 0..p of its path
-    pad: Tensor | None = None  # (b * S,) int64 row of the group's tokens for each padded query
-    unpad: Tensor | None = None  # (stop - start,) int64 index into b * S of each token
+    padding: Padding | None = None
 
 
 @dataclass(slots=True)
@@ -78,11 +84,11 @@ def _attend(
     """(t, Hq, d). The query heads that share a key head become further queries of that head."""
     batch, heads, _, width = keys.shape
     shared = rows.shape[1] // heads
-    if group.pad is None:
+    if group.padding is None:
         query = rows.reshape(batch, heads, shared, width)
         out = scaled_dot_product_attention(query, keys, values, attn_mask=group.mask, scale=scaling)
         return out.reshape(batch, heads * shared, width)
-    query = rows.reshape(len(rows), -1).index_select(0, group.pad)
+    query = rows.reshape(len(rows), -1).index_select(0, group.padding.pad)
     query = query.view(batch, -1, heads, shared, width).permute(0, 2, 3, 1, 4)  # (b, Hkv, Hq/Hkv, S, d)
     queries = query.shape[3]
     out = scaled_dot_product_attention(
@@ -93,7 +99,7 @@ def _attend(
         scale=scaling,
     )
     out = out.view(batch, heads, shared, queries, width).permute(0, 3, 1, 2, 4)
-    out = out.reshape(batch * queries, -1).index_select(0, group.unpad)
+    out = out.reshape(batch * queries, -1).index_select(0, group.padding.unpad)
     return out.view(len(rows), heads * shared, width)
 
 
@@ -123,7 +129,7 @@ def prefill_group(
     pad = torch.where(valid, offsets[:, None] + steps, 0)
     mask = torch.arange(table.shape[1], device=device) <= (first[:, None] + steps)[:, :, None]
     unpad = valid.reshape(-1).nonzero()[:, 0]
-    return AttentionGroup(start, start + total, table.reshape(-1), mask[:, None], pad.reshape(-1), unpad)
+    return AttentionGroup(start, start + total, table.reshape(-1), mask[:, None], Padding(pad.reshape(-1), unpad))
 
 
 AttentionInterface.register(ATTENTION, paged_attention)

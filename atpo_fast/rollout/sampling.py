@@ -33,6 +33,10 @@ class SamplingTable(NamedTuple):
     top_k: NDArray[np.int64]  # 0 is off
     top_p: NDArray[np.float64]  # 1 is off
 
+    def rows(self, index: NDArray[np.int64]) -> SamplingTable:
+        """The parameters of some of the requests."""
+        return SamplingTable(self.temperature[index], self.top_k[index], self.top_p[index])
+
 
 def uniforms(seeds: NDArray[np.uint64], indices: NDArray[np.int64]) -> NDArray[np.float64]:
     """One number in [0, 1) per (seed, token index): splitmix64, the same on every machine. Shapes (R,)."""
@@ -73,11 +77,10 @@ def sample(
     truncated = ((params.top_k > 0) | (params.top_p < 1)) & ~greedy
     if not truncated.any():
         return Draw(tokens, policy, policy)
-    rows = torch.from_numpy(np.flatnonzero(truncated)).to(logits.device)
-    some = SamplingTable(*(field[truncated] for field in params))
-    tokens[rows], kept_logprobs = _sample_truncated(logp[rows], numbers[rows], some)
+    index = np.flatnonzero(truncated)
+    rows = torch.from_numpy(index).to(logits.device)
     drawn = policy.clone()
-    drawn[rows] = kept_logprobs
+    tokens[rows], drawn[rows] = _sample_truncated(logp[rows], numbers[rows], params.rows(index))
     policy[rows] = _pick(logp[rows], tokens[rows])
     return Draw(tokens, drawn, policy)
 

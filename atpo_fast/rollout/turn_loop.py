@@ -1,8 +1,8 @@
 """The turn loop: from questions to search trees (design, section 2).
 
 All live branches of all admitted questions write one turn in one `engine.generate` call, then all their tool calls run
-in parallel, then comes the next turn. A branch is known by the turn that it continues, so nothing mutable is shared
-between siblings: the number of calls made, the room left and the seed all follow from the path.
+in parallel, then comes the next turn. Nothing mutable is shared between siblings: the number of calls made, the room
+left and the seed of a branch all follow from its own path.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -75,17 +76,40 @@ class _Search:
 
     def branch(self, turn: int) -> _Branch:
         """A new branch that continues `turn`."""
+        turns = self.tree.path(turn)
+        lengths = [len(self.tree.turns[n].action_ids) + len(self.tree.turns[n].observation_ids) for n in turns]
+        path = tuple(PathNode(key=(self.key, n), end=end) for n, end in zip(turns, accumulate(lengths), strict=True))
         self.branches += 1
-        return _Branch(self, turn, self.branches - 1)
+        return _Branch(self, self.branches - 1, turn, path, self.tree.path_ids(turn))
 
 
 @dataclass(slots=True)
 class _Branch:
-    """A chain being written: it continues `turn`, and is the `number`-th of its tree."""
+    """A chain being written, the `number`-th of its tree; `turn` is its newest turn."""
 
     search: _Search
-    turn: int
     number: int
+    turn: int
+    path: tuple[PathNode, ...]  # the turns that have their observation: what the next turn continues
+    prompt_ids: TokenIds  # (path[-1].end,) their tokens
+
+    @property
+    def calls(self) -> int:
+        """Calls on the path: every observation but the prompt answers one."""
+        return len(self.path) - 1
+
+    @property
+    def room(self) -> int:
+        """Tokens that an observation of `turn` may have."""
+        action = len(self.search.tree.turns[self.turn].action_ids)
+        return self.search.token_limit - self.search.reserve - len(self.prompt_ids) - action
+
+    def observe(self, observation: TokenIds) -> None:
+        """Attach the observation of `turn`, to be continued."""
+        tree = self.search.tree
+        tree.set_observation(self.turn, observation)
+        self.prompt_ids = np.concatenate([self.prompt_ids, tree.turns[self.turn].action_ids, observation])
+        self.path = (*self.path, PathNode(key=(self.search.key, self.turn), end=len(self.prompt_ids)))
 
 
 @dataclass(slots=True)
@@ -138,6 +162,7 @@ class TurnLoop:
         self.tools = tools
         self.max_positions = max_positions
         self.counters = RolloutCounters()
+        self._stop = tuple(close_tag(name) for name in toolbox.names)
         self._opening_tokens = len(self._encode(result_opening()))
         self._closing = self._encode(result_closing())
         self._notice = self._encode(CALL_LIMIT_NOTICE)
@@ -282,22 +307,20 @@ class TurnLoop:
         return [self._add_turn(branch, completion) for branch, completion in zip(branches, completions, strict=True)]
 
     def _request(self, branch: _Branch, turn: int, greedy: bool) -> Request:
-        search, path = branch.search, branch.search.tree.path(branch.turn)
-        turns = [search.tree.turns[n] for n in path]
-        ends = np.cumsum([len(t.action_ids) + len(t.observation_ids) for t in turns])
-        room = search.token_limit - int(ends[-1])
+        search = branch.search
+        room = search.token_limit - len(branch.prompt_ids)
         sampling = SamplingParams(
             max_new_tokens=min(room, self.rollout.max_turn_tokens or room),
             temperature=0.0 if greedy else self.rollout.temperature,
             top_p=1.0 if greedy else self.rollout.top_p,
             top_k=0 if greedy else self.rollout.top_k,
-            stop=tuple(close_tag(name) for name in self.toolbox.names),
+            stop=self._stop,
         )
         return Request(
-            prompt_ids=search.tree.path_ids(branch.turn).tolist(),
+            prompt_ids=branch.prompt_ids.tolist(),
             sampling=sampling,
-            seed=_hash(*search.seed, branch.number, len(path)),
-            path=tuple(PathNode(key=(search.key, n), end=int(end)) for n, end in zip(path, ends, strict=True)),
+            seed=_hash(*search.seed, branch.number, len(branch.path)),
+            path=branch.path,
             turn_key=(search.key, turn),
         )
 
@@ -308,36 +331,28 @@ class TurnLoop:
             ids = completion.token_ids
             text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             call = parse_call(str(text), self.toolbox.names)
-        tree = branch.search.tree
-        branch.turn = tree.add_turn(
+        runs = call is not None and not call.problem and branch.calls < self.tools.call_limit
+        branch.turn = branch.search.tree.add_turn(
             branch.turn,
             completion.token_ids,
             completion.policy_logprobs,
             finish_reason=completion.finish_reason,
-            tool=call.tool if call is not None and not call.problem and not self._limit_reached(branch) else None,
+            tool=call.tool if call is not None and runs else None,
         )
         return call
-
-    def _limit_reached(self, branch: _Branch) -> bool:
-        """Whether the path before the next turn already holds all allowed calls (every observation is one)."""
-        turns = branch.search.tree.turns
-        calls = sum(len(turns[n].observation_ids) > 0 for n in branch.search.tree.path(branch.turn)[1:])
-        return calls >= self.tools.call_limit
 
     def _answer(self, branches: Sequence[_Branch], calls: Sequence[ToolCall | None]) -> list[_Branch]:
         """Run the calls and attach the observations; the branches that go on."""
         calling = [(branch, call) for branch, call in zip(branches, calls, strict=True) if call is not None]
-        allowed = [not self._limit_reached(branch) for branch, _ in calling]
+        allowed = [branch.calls < self.tools.call_limit for branch, _ in calling]
         results = self.toolbox.run([call for (_, call), run in zip(calling, allowed, strict=True) if run])
         self._count(results)
         observations = iter(self._observations(results))
         going_on = []
         for (branch, _), run in zip(calling, allowed, strict=True):
-            tree = branch.search.tree
-            room = branch.search.token_limit - branch.search.reserve - len(tree.path_ids(branch.turn))
-            observation = self._cut(next(observations), room) if run else self._notice
-            if 0 < len(observation) <= room:  # else the turn stays a leaf
-                tree.set_observation(branch.turn, observation)
+            observation = self._cut(next(observations), branch.room) if run else self._notice
+            if 0 < len(observation) <= branch.room:  # else the turn stays a leaf
+                branch.observe(observation)
                 going_on.append(branch)
         return going_on
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -42,11 +45,12 @@ class Progress:
 
     `live` redraws two lines in place; `plain` writes a line per step and, in a long phase, a line every ten seconds;
     `auto` is `live` on a terminal that can redraw, else `plain`; `off`, or a rank that is not `is_main`, writes
-    nothing. A terminal that goes away or cannot be drawn on silences the display, never the run.
+    nothing. A terminal that goes away or cannot be drawn on silences the display, never the run. Output goes to
+    `file`, by default to standard output.
     """
 
-    def __init__(self, mode: Mode = "auto", *, is_main: bool = True, console: Console | None = None):
-        self._console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, mode: Mode = "auto", *, is_main: bool = True, file: IO[str] | None = None):
+        self._console = _Console(file=file, highlight=False, force_terminal=True if mode == "live" else None)
         if mode == "auto":
             capable = self._console.is_terminal and not self._console.is_dumb_terminal
             mode = "live" if capable else "plain"
@@ -146,6 +150,16 @@ class Progress:
             action()
         except (OSError, ValueError):
             self.mode, self._live = "off", None
+
+
+class _Console(Console):
+    """A console whose broken pipe (`| head`) is not the end of the process, as it is in rich."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        if self.file is sys.stdout:  # whatever else is printed there would fail as well
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _metric_texts(metrics: Mapping[str, Any]) -> list[str]:

@@ -12,8 +12,8 @@ from atpo_fast.train.run import Run
 KEYS = ("em", "f1", "format", "turns", "tool_calls")
 
 
-def evaluate(run: Run, worker: RolloutWorker, step: int) -> dict[str, float]:
-    """EM, F1, format rate, turns and tool calls, means over the test questions; also written to `eval/step_N.jsonl`.
+def evaluate(run: Run, worker: RolloutWorker, name: str) -> dict[str, float]:
+    """EM, F1, format rate, turns and tool calls, means over the test questions; answers go to `eval/NAME.jsonl`.
 
     A question whose only chain failed counts as wrong. Raises StopRequested when asked to stop.
     """
@@ -29,7 +29,13 @@ def evaluate(run: Run, worker: RolloutWorker, step: int) -> dict[str, float]:
     means = {f"eval/{key}": sum(float(r[key]) for r in records) / max(1, len(records)) for key in KEYS}
     means["eval/questions"] = float(len(records))
     if run.is_main:
-        _write(run.folder / "eval" / f"step_{step:06d}.jsonl", records)
+        _write(run.folder / "eval" / f"{name}.jsonl", records)
+    return means
+
+
+def evaluate_step(run: Run, worker: RolloutWorker, step: int) -> dict[str, float]:
+    """`evaluate` as part of training: also a record in the metrics."""
+    means = evaluate(run, worker, f"step_{step:06d}")
     run.logger.log("eval", step, means)
     return means
 

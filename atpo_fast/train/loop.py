@@ -25,7 +25,7 @@ from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, 
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
-from atpo_fast.train.evaluate import evaluate
+from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.optimizer import GradientWatch
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
@@ -60,7 +60,9 @@ class Trainer:
         self.reference = self._make_reference(start)
         self.worker = RolloutWorker(run, start, self.engine.device)
         self.progress = Progress()
-        if resume_from is not None:
+        if resume_from is None:
+            run.logger.truncate_after(-1)
+        else:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
@@ -109,7 +111,7 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         try:
-            means = evaluate(self.run, self.worker, self.progress.step)
+            means = evaluate_step(self.run, self.worker, self.progress.step)
         except StopRequested:
             return not self.run.should_stop()
         self.progress.eval_em = means["eval/em"]
@@ -221,7 +223,7 @@ def newest_checkpoint(run: Run) -> Path | None:
             raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
         return None
     done = read_state(found[-1])["step"]
-    if done >= run.config.train.steps:
+    if done >= run.config.train.steps and (run.folder / "summary.json").is_file():
         raise ValueError(
             f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
             "raise train.steps, choose another run_dir, or set train.resume=never"

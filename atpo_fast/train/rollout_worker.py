@@ -71,4 +71,4 @@ class RolloutWorker:
 
     def _report(self, done: int, total: int, decoded_tokens: int) -> None:
         self._run.stop.check()
-        self._run.progress.advance(done, leaves=total, decoded_tokens=decoded_tokens)
+        self._run.progress.advance(done, decoded_tokens=decoded_tokens)

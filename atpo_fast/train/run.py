@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from atpo_fast.config.load import save_config
 from atpo_fast.config.schema import Config
 from atpo_fast.data.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
@@ -89,8 +88,11 @@ def start_run(config: Config) -> Run:
     folder = Path(config.run_dir)
     is_main = rank == 0
     if is_main:
+        if config.train.resume == "never":
+            _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
+    if world > 1:
+        dist.barrier()
     task = load_task(config)
     return Run(
         config=config,
@@ -103,3 +105,13 @@ def start_run(config: Config) -> Run:
         timer=PhaseTimer(),
         stop=StopSignal(),
     )
+
+
+def _move_aside(folder: Path) -> None:
+    """Rename an earlier run's folder, so that a fresh start neither mixes with it nor destroys it."""
+    if not (folder / "checkpoints").is_dir():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)

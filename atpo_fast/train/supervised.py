@@ -40,6 +40,7 @@ def cold_start(run: Run) -> Path:
     if not demonstrations:
         raise ValueError("sft: the task has no demonstrations; set sft.demonstrations or data.source=world")
     begun = time.monotonic()
+    run.logger.truncate_after(-1, ("sft",))
     config = run.config
     policy = Policy(build_model(config.model, run.task.tokenizer, config.seed))
     engine, watch = initialize(policy, config, replace(config.optim, lr=config.sft.lr, betas=(0.9, 0.95)))

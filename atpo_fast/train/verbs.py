@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer
 
-from atpo_fast.config.load import load_config
+from atpo_fast.config.load import load_config, save_config
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
-from atpo_fast.train.evaluate import evaluate
+from atpo_fast.train.evaluate import evaluate, evaluate_step
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.loop import Trainer, draw_questions, newest_checkpoint, trainer_summary
 from atpo_fast.train.rollout_worker import RolloutWorker
@@ -27,6 +28,7 @@ def train(run: Run) -> int:
     """Cold start where needed, RL, evaluation, summary, report."""
     resume_from = newest_checkpoint(run)
     start, seconds = starting_model(run)
+    check_vocabulary(run, start)
     trainer = Trainer(run, start, resume_from, seconds)
     if not trainer.fit():
         return STOPPED
@@ -46,14 +48,14 @@ def train(run: Run) -> int:
 def sft(run: Run) -> int:
     """The cold start alone, and its evaluation."""
     folder = cold_start(run)
-    evaluate(run, RolloutWorker(run, folder, local_device(run)), 0)
+    evaluate_step(run, RolloutWorker(run, folder, local_device(run)), 0)
     return 0
 
 
 def evaluate_verb(run: Run) -> int:
     """Greedy evaluation of `model.path`, or else of the run folder's newest model."""
     folder = run.config.model.path or newest_model(run.folder)
-    means = evaluate(run, RolloutWorker(run, folder, local_device(run)), 0)
+    means = evaluate(run, RolloutWorker(run, folder, local_device(run)), "newest" if folder != run.config.model.path else "given")
     if run.is_main:
         print(json.dumps(means, indent=1))
     return 0
@@ -81,6 +83,8 @@ def run_verb(verb: str, config_path: str, overrides: Sequence[str]) -> int:
     try:
         run = start_run(load_config(config_path, overrides))
         try:
+            if run.is_main and verb in ("train", "sft"):
+                save_config(run.config, run.folder / "config.yaml")
             with run.progress:
                 return VERBS[verb](run)
         finally:
@@ -103,6 +107,18 @@ def starting_model(run: Run) -> tuple[Path | str, float]:
         folder = cold_start(run)
         return folder, float(json.loads((folder / "state.json").read_text())["seconds"])
     return initial_model(run), 0.0
+
+
+def check_vocabulary(run: Run, folder: Path | str) -> None:
+    """Raise ValueError when the model in `folder` was made for another tokenizer than the task's."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return
+    other = AutoTokenizer.from_pretrained(folder).get_vocab()
+    if other != run.task.tokenizer.get_vocab():
+        raise ValueError(
+            f"the model in {folder} was made for another vocabulary ({len(other)} tokens) than this task's "
+            f"({len(run.task.tokenizer)}); delete that folder or choose another run_dir"
+        )
 
 
 def initial_model(run: Run) -> Path:

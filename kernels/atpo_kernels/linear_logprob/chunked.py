@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
 _MIN_ROWS = {"cpu": 128, "cuda": 1024}
@@ -102,7 +102,7 @@ class ChunkStatistics(NamedTuple):
 
 
 def chunk_statistics(logits: Tensor, targets: Tensor, scratch: Tensor) -> ChunkStatistics:
-    """Statistics of (C, V) base-2 logits, which are overwritten; `scratch` (C, V) holds exp(logits - max) afterwards."""
+    """Statistics of (C, V) base-2 logits, which are overwritten; `scratch`, (C, V), receives exp(logits - max)."""
     peak = logits.amax(1, keepdim=True)
     shifted = logits.sub_(peak)
     target = shifted.gather(1, targets[:, None]).squeeze(1)
@@ -191,18 +191,20 @@ def _rows_with_gradient(*gradients: Tensor | None) -> Tensor:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         head = Head.prepare(weight, bias, temperature)
         logprob, entropy, log2_sum = statistics(hidden, head, targets)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, log2_sum)
-        ctx.temperature = temperature  # type: ignore[attr-defined]
+        ctx.temperature = temperature
         return logprob, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None):  # type: ignore[no-untyped-def, override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if grad_logprob is None and grad_entropy is None:
             return None, None, None, None, None
         hidden, weight, bias, targets, entropy, log2_sum = ctx.saved_tensors

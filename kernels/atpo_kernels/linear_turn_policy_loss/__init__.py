@@ -13,7 +13,7 @@ from atpo_kernels.linear_logprob.checks import check_linear
 from atpo_kernels.linear_turn_policy_loss.chunked import linear_turn_policy_loss_chunked
 from atpo_kernels.linear_turn_policy_loss.reference import linear_turn_policy_loss_reference
 from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, Reduction, TokenWeights
-from atpo_kernels.turn_policy_loss.layout import LossInputs, loss_tokens
+from atpo_kernels.turn_policy_loss.layout import Aggregation, LossInputs, Structure, loss_tokens
 
 __all__ = ["linear_turn_policy_loss"]
 
@@ -38,7 +38,7 @@ def linear_turn_policy_loss(
     impl: str = "auto",
     **overrides: Any,
 ) -> LinearTurnLoss:
-    """`turn_policy_loss(linear_logprob(hidden, weight, targets), ...)` on packed turns, with the gradient in the forward.
+    """`turn_policy_loss(linear_logprob(hidden, weight, targets), ...)` on packed turns, gradient in the forward.
 
     Arguments as in those two operators; `reduction` may be anything that packed turns allow but "none". Logits of a
     chunk of whole turns exist at a time, in float32 (float64); as a turn's ratio is known once its chunk's logits are,
@@ -63,9 +63,10 @@ def linear_turn_policy_loss(
         )
     # stands in for what the head is about to compute
     unknown = torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    tensors = LossInputs(unknown, unknown if old_logprob is None else old_logprob, ref_logprob, rollout_logprob, unknown)
-    structure = (turn_offsets, None, None, paths)
-    tokens = loss_tokens(tensors, advantages, weights, structure, (reduction, None, denominator), config)
+    old = unknown if old_logprob is None else old_logprob
+    tensors = LossInputs(unknown, old, ref_logprob, rollout_logprob, unknown)
+    structure, aggregation = Structure(turn_offsets, paths=paths), Aggregation(reduction, denominator=denominator)
+    tokens = loss_tokens(tensors, advantages, weights, structure, aggregation, config)
     run = choose(
         "linear_turn_policy_loss",
         impl,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,9 @@ def linear_turn_policy_loss_chunked(
     with torch.no_grad():
         head = Head.prepare(weight, bias, temperature)
         gradients = HeadGradients.zeros(hidden.detach(), head, (needs[0], needs[1], needs[2]))
-        job = _Job(hidden.detach(), head, targets, tokens, config, on_policy, gradients if any(needs) else None)
+        job = _Job(hidden.detach(), head, targets, tokens, config, on_policy, gradients)
         if not any(needs):
             logprob, entropy, _ = statistics(job.hidden, head, targets)
-        elif config.level == "sequence":
-            logprob, entropy = job.two_pass(tokens, slice(0, len(targets)))
         else:
             logprob, entropy = job.by_chunks(turn_offsets)
         result = turn_policy_loss_torch(job.with_values(tokens, logprob, entropy), config, False)
@@ -56,22 +55,17 @@ def linear_turn_policy_loss_chunked(
     return LinearTurnLoss(loss, result.metrics, result.coef, logprob, entropy)
 
 
+@dataclass(slots=True)
 class _Job:
     """One call: rows in, gradients added up chunk by chunk."""
 
-    def __init__(
-        self,
-        hidden: Tensor,  # (A, D)
-        head: Head,
-        targets: Tensor,  # (A,)
-        tokens: LossTokens,
-        config: LossConfig,
-        on_policy: bool,
-        gradients: HeadGradients | None,
-    ) -> None:
-        self.hidden, self.head, self.targets = hidden, head, targets
-        self.tokens, self.config, self.on_policy = tokens, config, on_policy
-        self.gradients = gradients
+    hidden: Tensor  # (A, D)
+    head: Head
+    targets: Tensor  # (A,)
+    tokens: LossTokens
+    config: LossConfig
+    on_policy: bool
+    gradients: HeadGradients
 
     def with_values(self, tokens: LossTokens, logprob: Tensor, entropy: Tensor) -> LossTokens:
         """The tokens with what the head computed."""
@@ -79,13 +73,15 @@ class _Job:
         return replace(tokens, logprob=logprob, old_logprob=old, entropy=entropy)
 
     def by_chunks(self, turn_offsets: Tensor) -> tuple[Tensor, Tensor]:  # (A,), (A,)
-        """Levels token and turn."""
+        """Every chunk in turn; at level sequence all rows are one, since every turn may share a trajectory."""
         buffer = self.head.buffer(len(self.targets))
         scratch = [torch.empty_like(buffer) for _ in range(2 if self.config.needs_entropy else 1)]
         logprob, entropy = self.tokens.logprob.clone(), self.tokens.logprob.clone()
-        cut_turns = self.config.level == "token"
-        for chunk in plan_chunks(turn_offsets.cpu().numpy(), max(len(buffer), 1), cut_turns):
-            tokens = _part(self.tokens, chunk)
+        offsets = turn_offsets.cpu().numpy()
+        if self.config.level == "sequence":
+            offsets = offsets[[0, -1]]
+        for chunk in plan_chunks(offsets, max(len(buffer), 1), self.config.level == "token"):
+            tokens = self.tokens if self.config.level == "sequence" else _part(self.tokens, chunk)
             if chunk.fits:
                 values = self.one_pass(tokens, chunk.rows, buffer, scratch)
             else:
@@ -105,12 +101,10 @@ class _Job:
         if terms.entropy_slope is None:
             self._add_moved_rows(rows, hidden, scratch[0][: len(logits)], chunk.total, terms.coef)
             return chunk.logprob, chunk.entropy
-        assert self.gradients is not None and kept is not None
+        assert kept is not None
         log2_softmax = kept.sub_(chunk.log2_sum[:, None])
         probs = torch.exp2(log2_softmax, out=scratch[0][: len(logits)])
-        dlogits = dlogits_of_both(
-            probs, log2_softmax, targets[:, None], chunk.entropy, terms.coef, terms.entropy_slope
-        )
+        dlogits = dlogits_of_both(probs, log2_softmax, targets[:, None], chunk.entropy, terms.coef, terms.entropy_slope)
         self.gradients.add(rows, hidden, dlogits, torch.ones_like(terms.coef), self.head)
         return chunk.logprob, chunk.entropy
 
@@ -119,13 +113,8 @@ class _Job:
         hidden, targets = self.hidden[rows], self.targets[rows]
         logprob, entropy, log2_sum = statistics(hidden, self.head, targets)
         terms = token_terms(self.with_values(tokens, logprob, entropy), self.config)
-        assert self.gradients is not None
-        part = replace(
-            self.gradients, hidden=None if self.gradients.hidden is None else self.gradients.hidden[rows]
-        )
-        accumulate_gradients(
-            part, hidden, self.head, targets, log2_sum, entropy, terms.coef, terms.entropy_slope
-        )
+        part = replace(self.gradients, hidden=None if self.gradients.hidden is None else self.gradients.hidden[rows])
+        accumulate_gradients(part, hidden, self.head, targets, log2_sum, entropy, terms.coef, terms.entropy_slope)
         return logprob, entropy
 
     def _add_moved_rows(
@@ -137,7 +126,6 @@ class _Job:
         coef: Tensor,  # (C,)
     ) -> None:
         """Gradients through the log-prob; rows without one are left out of the matrix products."""
-        assert self.gradients is not None
         moved = coef.nonzero().squeeze(1)
         if len(moved) == 0:
             return
@@ -177,8 +165,8 @@ class _Scaled(torch.autograd.Function):
     """A loss whose gradients by hidden, weight and bias are already known."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
-        ctx,
+    def forward(  # type: ignore[override]
+        ctx: Any,
         loss: Tensor,
         hidden: Tensor,
         weight: Tensor,
@@ -193,7 +181,7 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         scaled = [None if known is None else (known * grad).to(dtype) for known, dtype in pairs]
         return None, *scaled, None, None, None

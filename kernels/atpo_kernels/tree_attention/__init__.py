@@ -54,7 +54,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: TreeBlo
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"tree_attention: the query heads must be a multiple of the key heads, got {shapes}")
     if subtree_end.shape != (tokens,) or subtree_end.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"tree_attention: subtree_end must be ({tokens},) int32, got {subtree_end.dtype} with {shapes}")
+        raise ValueError(f"tree_attention: subtree_end must be ({tokens},) int32, got {subtree_end.dtype}, {shapes}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"tree_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if len({x.device for x in (q, k, v, subtree_end)}) != 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 # Cost of a block of B queries and K keys in units of one (query, key) pair, fitted on CPU to trees of 8-600 token
 # turns: a fixed part for the calls, and a part per row and column for small matrix products and copies.
 _CALL_COST = 3000
-_EDGE_COST = 16
+_EDGE_COST = 32
 _GRID = 32  # a turn longer than this may be cut at its multiples
 
 
@@ -50,7 +51,7 @@ def make_tree_blocks(subtree_end: Tensor, max_queries: int = 256) -> TreeBlocks:
     starts = _choose_starts(end, open_before, max_queries)
     root = np.maximum.accumulate(np.where(open_before == 0, index, 0))
     full, partial = [], []
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in pairwise(starts):
         first = int(root[start])
         before = end[first:start]
         full.append(_ranges(np.flatnonzero(before >= stop) + first))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +75,7 @@ def _iterate(blocks: TreeBlocks, subtree_end: Tensor, dtype: torch.dtype) -> Ite
     """The blocks, with their masks."""
     never = torch.full((), float("-inf"), dtype=dtype, device=subtree_end.device)
     index = torch.arange(subtree_end.numel(), device=subtree_end.device, dtype=subtree_end.dtype)
-    for i, (start, stop) in enumerate(zip(blocks.starts[:-1], blocks.starts[1:], strict=True)):
+    for i, (start, stop) in enumerate(pairwise(blocks.starts)):
         full, partial = blocks.full[i], blocks.partial[i]
         keys = torch.cat([index[lo:hi] for lo, hi in partial])
         ends = torch.cat([subtree_end[lo:hi] for lo, hi in partial])
@@ -96,8 +98,8 @@ def _tokens_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
-        ctx, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlocks
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlocks
     ) -> Tensor:
         key_heads = k.shape[1]
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -119,7 +121,7 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, subtree_end, result, log_sum = ctx.saved_tensors
         key_heads, dtype = k.shape[1], log_sum.dtype
         scaled = _heads_first(q, key_heads, dtype) * (ctx.scale * _LOG2_E)

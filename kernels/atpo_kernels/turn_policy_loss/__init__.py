@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atpo_kernels.dispatch import choose
 from atpo_kernels.records import LeafPaths, LossConfig, Reduction, TokenWeights, TurnLoss
-from atpo_kernels.turn_policy_loss.layout import LossInputs, loss_tokens
+from atpo_kernels.turn_policy_loss.layout import Aggregation, LossInputs, Structure, loss_tokens
 from atpo_kernels.turn_policy_loss.reference import turn_policy_loss_reference
 from atpo_kernels.turn_policy_loss.torch_path import KnownGradient, turn_policy_loss_torch
 
@@ -79,9 +79,9 @@ def turn_policy_loss(
     if reduction not in get_args(Reduction):
         raise ValueError(f"turn_policy_loss: reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
     tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
-    tokens = loss_tokens(
-        tensors, advantages, weights, (turn_offsets, mask, turn_ids, paths), (reduction, max_length, denominator), config
-    )
+    structure = Structure(turn_offsets, mask, turn_ids, paths)
+    aggregation = Aggregation(reduction, max_length, denominator)
+    tokens = loss_tokens(tensors, advantages, weights, structure, aggregation, config)
     run = choose(
         "turn_policy_loss",
         impl,

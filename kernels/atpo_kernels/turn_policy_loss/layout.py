@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,22 @@ from atpo_kernels.turn_policy_loss.tokens import (
     turns_from_mask,
 )
 
-Structure = tuple[Tensor | None, Tensor | None, Tensor | None, LeafPaths | None]  # turn_offsets, mask, turn_ids, paths
-Aggregation = tuple[Reduction, int | None, float | Tensor | None]  # reduction, max_length, denominator
+
+class Structure(NamedTuple):
+    """Which tokens count, and which form a turn and a trajectory."""
+
+    turn_offsets: Tensor | None  # (N+1,); None: a padded batch
+    mask: Tensor | None = None
+    turn_ids: Tensor | None = None
+    paths: LeafPaths | None = None
+
+
+class Aggregation(NamedTuple):
+    """How tokens are averaged."""
+
+    reduction: Reduction
+    max_length: int | None = None
+    denominator: float | Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -49,7 +64,7 @@ def loss_tokens(
 ) -> LossTokens:
     """Check the arguments of `turn_policy_loss` and lay them out."""
     turn_offsets, mask, turn_ids, paths = structure
-    _check(inputs, advantages, weights, structure, aggregation[0], config)
+    _check(inputs, advantages, weights, structure, aggregation.reduction, config)
     dtype = torch.float64 if inputs.logprob.dtype == torch.float64 else torch.float32
     valid = None if mask is None else mask.detach().bool()
     named = inputs.named(dtype)
@@ -77,7 +92,6 @@ def _packed_weights(
     like: Tensor,  # (A,)
     aggregation: Aggregation,
 ) -> TokenWeights:
-    reduction, _, denominator = aggregation
     advantages = advantages.detach().to(like.dtype)
     if advantages.shape != like.shape:
         sizes = turn_offsets.diff().long()
@@ -85,7 +99,7 @@ def _packed_weights(
     if valid is not None:
         advantages = torch.where(valid, advantages, 0)
     return token_weights_from_advantages(
-        advantages, packed_shares(valid, turn_offsets, like, reduction, denominator)
+        advantages, packed_shares(valid, turn_offsets, like, aggregation.reduction, aggregation.denominator)
     )
 
 
@@ -98,29 +112,44 @@ def _check(
     config: LossConfig,
 ) -> None:
     """Raise ValueError unless the arguments fit together."""
-    turn_offsets, mask, turn_ids, paths = structure
-    shape, where = inputs.logprob.shape, "turn_policy_loss"
-    if not inputs.logprob.is_floating_point() or inputs.logprob.dim() not in (1, 2):
-        raise ValueError(f"{where}: logprob must be floating point, (A,) or (B, T), got {inputs.logprob.dtype} {tuple(shape)}")
-    extras = {} if weights is None else {f"weights.{f.name}": getattr(weights, f.name) for f in fields(weights)}
-    given = {f.name: getattr(inputs, f.name) for f in fields(inputs)} | {"mask": mask, "turn_ids": turn_ids} | extras
-    for name, tensor in given.items():
-        if tensor is not None and (tensor.shape != shape or tensor.device != inputs.logprob.device):
-            raise ValueError(
-                f"{where}: {name} must be {tuple(shape)} on {inputs.logprob.device} like logprob, "
-                f"got {tuple(tensor.shape)} on {tensor.device}"
-            )
+    where, logprob = "turn_policy_loss", inputs.logprob
+    if not logprob.is_floating_point() or logprob.dim() not in (1, 2):
+        raise ValueError(f"{where}: logprob must be a float (A,) or (B, T), got {logprob.dtype} {tuple(logprob.shape)}")
     if (weights is None) == (advantages is None):
         raise ValueError(f"{where}: give either advantages or weights (W+, W-, W0)")
+    _check_tensors(inputs, advantages, weights, structure)
     if weights is not None and reduction not in ("sum", "none"):
-        raise ValueError(f"{where}: weights are aggregated already: reduction must be 'sum' or 'none', got {reduction!r}")
+        raise ValueError(f"{where}: weights are aggregated, so reduction must be 'sum' or 'none', got {reduction!r}")
     _check_config(inputs, config)
-    if turn_offsets is not None:
-        _check_packed(inputs.logprob, advantages, turn_offsets, turn_ids)
-        if config.level == "sequence" and (paths is None or weights is None):
+    if structure.turn_offsets is not None:
+        _check_packed(logprob, advantages, structure.turn_offsets, structure.turn_ids)
+        if config.level == "sequence" and (structure.paths is None or weights is None):
             raise ValueError(f"{where}: level='sequence' on packed turns needs weights and paths (leaf -> turns)")
-    elif advantages is not None and advantages.shape not in (shape, shape[:1] if len(shape) == 2 else (1,)):
-        raise ValueError(f"{where}: advantages must be (B,) or (B, T) = {tuple(shape)}, got {tuple(advantages.shape)}")
+    elif advantages is not None:
+        allowed = (logprob.shape, logprob.shape[:1] if logprob.dim() == 2 else (1,))
+        if advantages.shape not in allowed:
+            raise ValueError(
+                f"{where}: advantages must be (B,) or (B, T) = {tuple(logprob.shape)}, got {tuple(advantages.shape)}"
+            )
+
+
+def _check_tensors(
+    inputs: LossInputs, advantages: Tensor | None, weights: TokenWeights | None, structure: Structure
+) -> None:
+    """Per-token tensors have the shape of logprob, and all tensors are on its device."""
+    logprob = inputs.logprob
+    same_shape = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+    same_shape |= {"mask": structure.mask, "turn_ids": structure.turn_ids}
+    if weights is not None:
+        same_shape |= {f"weights.{f.name}": getattr(weights, f.name) for f in fields(weights)}
+    for name, tensor in same_shape.items():
+        if tensor is not None and tensor.shape != logprob.shape:
+            raise ValueError(
+                f"turn_policy_loss: {name} must be {tuple(logprob.shape)} like logprob, got {tuple(tensor.shape)}"
+            )
+    for name, tensor in (same_shape | {"advantages": advantages, "turn_offsets": structure.turn_offsets}).items():
+        if tensor is not None and tensor.device != logprob.device:
+            raise ValueError(f"turn_policy_loss: {name} must be on {logprob.device} like logprob, got {tensor.device}")
 
 
 def _check_config(inputs: LossInputs, config: LossConfig) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ def _ratio_groups(tokens: LossTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
         found = [((group == g) & valid).nonzero().squeeze(1) for g in group[valid].unique()]
         return [(members, tokens.weights.pos[members], tokens.weights.neg[members]) for members in found]
     groups, bounds = [], tokens.paths.offsets.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         entry = [((tokens.turn == tokens.paths.turns[p]) & valid).nonzero().squeeze(1) for p in range(start, end)]
         pos = [tokens.paths.weight_pos[p].to(tokens.logprob.dtype).expand(len(m)) for p, m in enumerate(entry, start)]
         neg = [tokens.paths.weight_neg[p].to(tokens.logprob.dtype).expand(len(m)) for p, m in enumerate(entry, start)]

@@ -91,7 +91,7 @@ def surrogate(ratio: Tensor, config: LossConfig) -> Surrogate:
 
 
 def kl_terms(logprob: Tensor, ref_logprob: Tensor, mode: KLMode) -> tuple[Tensor, Tensor]:
-    """KL estimate of every token and its derivative by logprob. low_var is k3 with both clamps of the verl estimator."""
+    """KL estimate of every token and its derivative by logprob; low_var is k3 with its argument and value clamped."""
     gap = logprob - ref_logprob
     if mode == "k1":
         return gap, torch.ones_like(gap)

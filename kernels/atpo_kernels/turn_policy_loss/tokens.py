@@ -102,7 +102,7 @@ def turns_from_ids(turn_ids: Tensor, valid: Tensor) -> Tensor:
     """(B, T) int64: tokens of one row with one id form a turn; ids lie in [0, T) where the mask is 1."""
     batch, length = valid.shape
     ids = torch.where(valid, turn_ids.long(), 0)
-    if ids.device.type == "cpu" and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < length):
+    if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= length):
         raise ValueError(f"turn_policy_loss: turn_ids must lie in [0, {length}) where the mask is 1")
     return ids + torch.arange(batch, device=ids.device)[:, None] * length
 

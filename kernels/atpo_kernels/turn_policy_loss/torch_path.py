@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ class KnownGradient(torch.autograd.Function):
     """A loss whose gradients by logprob and entropy are already known."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def, override]
-        ctx, loss: Tensor, logprob: Tensor, coef: Tensor, entropy: Tensor | None, entropy_slope: Tensor | None
+    def forward(  # type: ignore[override]
+        ctx: Any, loss: Tensor, logprob: Tensor, coef: Tensor, entropy: Tensor | None, entropy_slope: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(coef, entropy_slope)
         ctx.dtypes = (logprob.dtype, None if entropy is None else entropy.dtype)
@@ -71,7 +72,7 @@ class KnownGradient(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         coef, entropy_slope = ctx.saved_tensors
         by_logprob = (grad * coef).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
         wanted = ctx.needs_input_grad[3] and entropy_slope is not None

@@ -1,0 +1,60 @@
+"""The quickstart with several seeds (of the run and of the world): EM before and after RL.
+
+    python bench/quickstart_seeds.py [SEED ...]        default 0 1 2
+
+Writes bench/results/quickstart_seeds.json and prints the README's table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "bench" / "results" / "quickstart_seeds.json"
+KEYS = ("cold_start_em", "final_em", "train_seconds", "steps", "prefilled_tokens", "unique_tokens", "overlap", "random_guess_rate")
+
+
+def run(seed: int) -> dict[str, Any]:
+    """One run from nothing; what its summary says."""
+    folder = ROOT / "runs" / f"quickstart_seed{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "atpo_fast", "train", "--config", str(ROOT / "configs/quickstart.yaml")]
+    subprocess.run([*command, f"seed={seed}", f"world.seed={seed}", f"run_dir={folder}"], check=True, cwd=ROOT)
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"seed": seed, **{key: summary[key] for key in KEYS}}
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Markdown: a line per seed."""
+    lines = ["| seed | EM after cold start | EM after RL | seconds | unique tokens | overlap |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['seed']} | {r['cold_start_em']:.3f} | {r['final_em']:.3f} | {r['train_seconds']:.0f} | "
+        f"{r['unique_tokens']:,} | {r['overlap']:.2f} |"
+        for r in runs
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, record, print."""
+    runs = [run(seed) for seed in [int(a) for a in sys.argv[1:]] or [0, 1, 2]]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    RECORD.parent.mkdir(exist_ok=True)
+    RECORD.write_text(
+        json.dumps({"bench": "quickstart_seeds", "commit": commit, "device": device, "torch": torch.__version__, "runs": runs}, indent=1)
+        + "\n"
+    )
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
