@@ -35,7 +35,7 @@ class Head:
 
     def leaves(self, dtype: torch.dtype) -> list[Tensor]:
         """hidden, weight and bias, to differentiate."""
-        return [x.to(dtype).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
+        return [x.to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.weight, self.bias)]
 
 
 def random_head(rows: int, width: int, vocab: int, seed: int = 0, peak: float = 1.0) -> Head:

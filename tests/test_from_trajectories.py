@@ -112,6 +112,25 @@ def test_what_merges(level: str, ids: list[int], counts: list[int]) -> None:
     assert row.flat_tokens == 12
 
 
+# Tokens 1 | 2 3 with actions 2 and 3, twice. A difference in either log-prob of 2 keeps both copies of 2 and 3; prompts
+# merge all the same. Fails when action tokens of different log-probs become one.
+@pytest.mark.parametrize("name", ["old_logprobs", "rollout_logprobs"])
+@pytest.mark.parametrize("level", ["token", "turn"])
+def test_different_logprobs_do_not_merge(name: str, level: str) -> None:
+    given_batch = {
+        "input_ids": [[1, 2, 3]] * 2,
+        "loss_mask": [[0, 1, 1]] * 2,
+        "advantages": [1.0, 1.0],
+        "old_logprobs": [[-1.0, -1.0]] * 2,
+        "rollout_logprobs": [[-1.0, -1.0]] * 2,
+    }
+    objective = Objective.preset("at2po", level=level)
+    (row,) = from_trajectories(given_batch, objective, 100)
+    assert row.input_ids.tolist() == [1, 2, 3]
+    (row,) = from_trajectories(given_batch | {name: [[-1.0, -1.0], [-1.5, -1.0]]}, objective, 100)
+    assert row.input_ids.tolist() == [1, 2, 3, 2, 3]
+
+
 # Fails when the padding side, the mask of padded tensors, or the way advantages are given changes the rows.
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("per", ["trajectory", "turn", "token"])

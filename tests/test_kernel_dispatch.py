@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import atpo_kernels
 import pytest
 import torch
+
+import atpo_kernels
 from atpo_kernels.dispatch import choose
 
 OPERATORS = ("linear_logprob", "turn_policy_loss", "linear_turn_policy_loss", "tree_attention")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from atpo_kernels import linear_logprob
-from atpo_kernels.linear_logprob import chunked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import Head, LargestOutput, random_head
 from torch import Tensor
+
+from atpo_kernels import linear_logprob
+from atpo_kernels.linear_logprob import chunked
 
 # rows / vocabulary: less than, exactly and more than a chunk of 128 rows
 SIZES = [(1, 1), (5, 7), (128, 40), (300, 33)]
@@ -22,7 +23,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7) -> list[Tensor]:
-    """Log-prob, entropy, and gradients of hidden, weight and bias through both, with upstream gradients other than 1."""
+    """Log-prob, entropy, and gradients of hidden, weight and bias through both; upstream gradients are not 1."""
     leaves = head.leaves(dtype)
     logprob, entropy = linear_logprob(
         leaves[0], leaves[1], head.targets, bias=leaves[2], temperature=temperature, impl=impl
@@ -47,7 +48,9 @@ def test_no_less_precise_than_plain_pytorch(dtype: torch.dtype, peak: float) -> 
     """Fails if logits or sums are rounded to half precision, or if a sum cancels where plain PyTorch does not."""
     rounded = random_head(300, 32, 120, peak=peak)
     head = Head(rounded.hidden.to(dtype), rounded.weight.to(dtype), rounded.bias.to(dtype), rounded.targets)
-    exact, ours, plain = (run(head, d, i) for d, i in ((torch.float64, "reference"), (dtype, "torch"), (dtype, "reference")))
+    exact, ours, plain = (
+        run(head, d, i) for d, i in ((torch.float64, "reference"), (dtype, "torch"), (dtype, "reference"))
+    )
     for e, o, p in zip(exact, ours, plain, strict=True):
         scale = e.abs().max()
         error, allowed = (o.double() - e).norm() / e.norm(), (p.double() - e).norm() / e.norm()

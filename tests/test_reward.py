@@ -41,7 +41,6 @@ def _tree(tokenizer: PreTrainedTokenizerFast, *turns: tuple[str, str]) -> TurnTr
         parent = tree.add_turn(
             parent, tokenizer.encode(action), observation_ids=tokenizer.encode(observation), tool=tool
         )
-    tree.turns[parent].action_ids = tree.turns[parent].action_ids.copy()
     return tree
 
 

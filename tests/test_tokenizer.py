@@ -107,15 +107,16 @@ def test_bpe_returns_any_text(bpe: PreTrainedTokenizerFast) -> None:
 def test_bpe_is_the_same_in_every_process() -> None:
     # Fails when training depends on hash order: ranks train it separately and must agree.
     code = (
-        "import sys; sys.path.insert(0, '.');"
-        "from atpo_fast.data.tokenizers import train_bpe;"
-        "texts = [' '.join(chr(97 + (i * k) % 26) * (1 + k % 3) for k in range(40)) for i in range(60)];"
-        "print(sorted(train_bpe(texts, 500).get_vocab().items(), key=lambda x: x[1]))"
+        "from atpo_fast.data.tokenizers import train_bpe\n"
+        "texts = [' '.join(chr(97 + (i * k) % 26) * (1 + k % 3) for k in range(40)) for i in range(60)]\n"
+        "vocabulary = sorted(train_bpe(texts, 500).get_vocab().items(), key=lambda item: item[1])\n"
     )
-    outputs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab"
-    }
-    assert len(outputs) == 1
+    here: dict[str, object] = {}
+    exec(code, here)
+    there = subprocess.run(
+        [sys.executable, "-c", code + "print(vocabulary)"], capture_output=True, text=True, check=True
+    )
+    assert there.stdout.strip() == str(here["vocabulary"])
 
 
 def test_unusable_tokenizers_are_refused_in_words(tmp_path: Path) -> None:

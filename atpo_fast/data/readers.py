@@ -54,8 +54,11 @@ def read_passages(path: str | Path) -> list[Passage]:
 
 
 def distinct_passages(passages: list[Passage]) -> list[Passage]:
-    """The passages without repetitions of title and text, in order."""
-    return list({(passage.title, passage.text): passage for passage in reversed(passages)}.values())[::-1]
+    """The passages without later repetitions of a title and text, in order."""
+    distinct: dict[tuple[str, str], Passage] = {}
+    for passage in passages:
+        distinct.setdefault((passage.title, passage.text), passage)
+    return list(distinct.values())
 
 
 def clean_question(text: str) -> str:
@@ -133,8 +136,9 @@ def _texts(value: Any, row: Row, field: str) -> list[str]:
 
 def _identity(row: Row, source: str) -> str:
     value = row.value
-    extra = value.get("extra_info") if isinstance(value.get("extra_info"), dict) else {}
-    found = next((value[name] for name in _ID_FIELDS if value.get(name) is not None), extra.get("index"))
+    extra = value.get("extra_info")
+    index = extra.get("index") if isinstance(extra, dict) else None
+    found = next((value[name] for name in _ID_FIELDS if value.get(name) is not None), index)
     return f"{source}-{row.number}" if found is None else str(found)
 
 

@@ -102,19 +102,16 @@ def _common_prefixes(keys: NDArray, length: Ints) -> Ints:
 
 
 def _down_to_turn_starts(batch: FlatBatch, common: Ints, start: Ints, length: Ints) -> Ints:
-    """Shorten common prefixes that end inside a turn's action, of this trajectory or of the one before."""
-    action = np.append(batch.action, False)
+    """Shorten common prefixes that end inside a turn's action.
 
-    def acts(trajectory: Ints, place: Ints) -> Bools:
-        return action[start[trajectory] + place] & (place < length[trajectory])
-
-    row = np.arange(1, len(common))
-    place = common[1:]
-    inside = (place > 0) & action[start[1:] + np.maximum(place, 1) - 1] & (acts(row, place) | acts(row - 1, place))
+    Actions sort last: where either of two neighbours goes on with an action token, the later one does.
+    """
+    last = start + np.maximum(common, 1) - 1
+    following = np.minimum(start + common, len(batch.action) - 1)
+    inside = (common > 0) & (common < length) & batch.action[last] & batch.action[following]
     turn_starts = np.flatnonzero(batch.turn_start)
-    last_token = start[1:][inside] + place[inside] - 1
     shortened = common.copy()
-    shortened[1:][inside] = turn_starts[np.searchsorted(turn_starts, last_token, side="right") - 1] - start[1:][inside]
+    shortened[inside] = turn_starts[np.searchsorted(turn_starts, last[inside], side="right") - 1] - start[inside]
     return shortened
 
 

@@ -69,9 +69,8 @@ class PagedModel:
         for name, tensor in named_parameters:
             if name not in own:
                 near = get_close_matches(name, own, n=1)
-                raise KeyError(
-                    f"the engine's model has no parameter {name!r}" + (f"; nearest: {near[0]!r}" if near else "")
-                )
+                hint = f"; nearest: {near[0]!r}" if near else ""
+                raise KeyError(f"the engine's model has no parameter {name!r}{hint}")
             if own[name].shape != tensor.shape:
                 raise ValueError(f"{name}: new weights have shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
             with torch.no_grad():

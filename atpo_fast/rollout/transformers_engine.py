@@ -126,7 +126,7 @@ class TransformersEngine:
             ends = [part.end for part in request.path]
             if not len(prompt) or not ends or ends[-1] != len(prompt) or sorted(ends) != ends:
                 raise ValueError(
-                    f"turn {request.turn_key}: path ends {ends} do not fit a prompt of {len(prompt)} tokens"
+                    f"turn {request.turn_key}: path ends {ends} do not fit its {len(prompt)} prompt tokens"
                 )
             if prompt.min() < 0 or prompt.max() >= self.model.vocab_size:
                 raise ValueError(f"turn {request.turn_key}: token ids must be in [0, {self.model.vocab_size})")

@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed.utils import logger
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from atpo_fast.config.schema import Config, ModelConfig, OptimConfig
 from atpo_fast.train.optimizer import GradientWatch, GuardedAdamW
@@ -35,7 +36,8 @@ def join_process_group(*, cuda: bool) -> None:
     for CPUs are left out: compiling them takes a minute on a new machine and gloo does the same job.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)  # it warns of GuardedAdamW, which is AdamW
+    disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if cuda else "gloo", verbose=False)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
 
@@ -22,9 +24,11 @@ def evaluate(run: Run, worker: RolloutWorker, name: str) -> dict[str, float]:
         mine = run.share(questions)
         records: list[dict[str, Any]] = []
         run.progress.start_phase("eval", len(mine))
-        for begin in range(0, len(mine), run.config.eval.batch_size):
-            batch = mine[begin : begin + run.config.eval.batch_size]
-            records += [_record(scored) for scored in worker.roll_out(batch, seed=run.config.seed, greedy=True)]
+        with suppress(StopRequested):  # the ranks have to find out together
+            for begin in range(0, len(mine), run.config.eval.batch_size):
+                batch = mine[begin : begin + run.config.eval.batch_size]
+                records += [_record(scored) for scored in worker.roll_out(batch, seed=run.config.seed, greedy=True)]
+        run.stop_together()
         records = run.gather(records, len(questions))
     means = {f"eval/{key}": sum(float(r[key]) for r in records) / max(1, len(records)) for key in KEYS}
     means["eval/questions"] = float(len(records))

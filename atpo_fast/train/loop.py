@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Progress:
     seconds: float = 0.0  # spent so far, cold start included
     cold_start_em: float | None = None
     eval_em: float | None = None
+    eval_step: int = -1  # the step that `eval_em` is of
     totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
 
 
@@ -81,27 +83,30 @@ class Trainer:
 
     def fit(self) -> bool:
         """Run to the last step; False when stopped early (a checkpoint was saved)."""
-        if self.progress.step == 0 and self.progress.cold_start_em is None:
-            if not self._evaluate():
-                return self._stopped()
+        try:
+            self._run()
+        except StopRequested:  # raised on every rank, and only while the weights are those of the last finished step
+            self.save()
+            self.run.progress.message(f"stopped after step {self.progress.step}; the same command continues from here")
+            return False
+        return True
+
+    def _run(self) -> None:
+        if self.progress.cold_start_em is None:
+            self._evaluate()
             self.progress.cold_start_em = self.progress.eval_em
         while self.progress.step < self.config.train.steps:
-            if not self._step():
-                return self._stopped()
-            if self._due(self.config.train.eval_every) and not self._evaluate():
-                return self._stopped()
+            self._step()
+            if self._due(self.config.train.eval_every):
+                self._evaluate()
             if self._due(self.config.train.save_every):
                 self.save()
-        return True
+        if self.progress.eval_step != self.progress.step:  # stopped in the last evaluation, now resumed
+            self._evaluate()
 
     def _due(self, every: int) -> bool:
         last = self.progress.step == self.config.train.steps
         return last or (every > 0 and self.progress.step % every == 0)
-
-    def _stopped(self) -> bool:
-        self.save()
-        self.run.progress.message(f"stopped after step {self.progress.step}; the same command continues from here")
-        return False
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
@@ -109,24 +114,21 @@ class Trainer:
         with self.run.timer.phase("checkpoint"):
             save_checkpoint(self.run, self.engine, self.policy, asdict(self.progress))
 
-    def _evaluate(self) -> bool:
-        try:
-            means = evaluate_step(self.run, self.worker, self.progress.step)
-        except StopRequested:
-            return not self.run.should_stop()
-        self.progress.eval_em = means["eval/em"]
+    def _evaluate(self) -> None:
+        means = evaluate_step(self.run, self.worker, self.progress.step)
+        self.progress.eval_em, self.progress.eval_step = means["eval/em"], self.progress.step
         self.run.progress.message(f"step {self.progress.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
-        return not self.run.should_stop()
 
-    def _step(self) -> bool:
-        """One batch; False when a stop was asked for before the update (nothing has changed then)."""
+    def _step(self) -> None:
+        """One batch."""
         run, begun = self.run, time.monotonic()
         questions = draw_questions(run.task.train, self.config, self.progress.step)
-        run.progress.start_phase("rollout", self.config.rollout.leaves * len(questions))
+        run.progress.start_phase("rollout", self.config.rollout.leaves * len(run.share(questions)))
         before = asdict(self.worker.engine.counters)
-        mine = self._roll_out(run.share(questions))
-        if run.should_stop() or mine is None:
-            return False
+        mine: list[ScoredTree] = []
+        with suppress(StopRequested):  # the ranks have to find out together
+            mine = self.worker.roll_out(run.share(questions), seed=_step_seed(self.config.seed, self.progress.step))
+        run.stop_together()
         rollout_seconds = time.monotonic() - begun
         counts = {k: v - before[k] for k, v in asdict(self.worker.engine.counters).items()}
         forest = run.gather(mine, len(questions))
@@ -136,13 +138,6 @@ class Trainer:
         self.worker.sync(self.policy)
         self.progress.step += 1
         self._log(forest, counts | {"pruned": pruned}, metrics, rollout_seconds, begun)
-        return True
-
-    def _roll_out(self, questions: Sequence[Question]) -> list[ScoredTree] | None:
-        try:
-            return self.worker.roll_out(questions, seed=hash((self.config.seed, self.progress.step)) & 0x7FFFFFFF)
-        except StopRequested:
-            return None
 
     def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
         """Optimizer steps of one batch; returns (policy metrics, tokens that packing pruned)."""
@@ -255,6 +250,10 @@ def draw_questions(questions: Sequence[Question], config: Config, step: int) -> 
         order = np.random.default_rng([config.seed, epoch]).permutation(len(questions)) if offset == 0 or not drawn else order
         drawn.append(questions[order[offset]])
     return drawn
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:

@@ -15,7 +15,7 @@ from atpo_fast.config.schema import Config
 from atpo_fast.data.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
 from atpo_fast.train.deepspeed_setup import join_process_group
-from atpo_fast.train.interrupt import StopSignal
+from atpo_fast.train.interrupt import StopRequested, StopSignal
 
 T = TypeVar("T")
 
@@ -62,12 +62,10 @@ class Run:
             dist.all_reduce(tensor)
         return tensor
 
-    def should_stop(self) -> bool:
-        """Whether any rank was asked to stop; a collective."""
-        asked = torch.tensor([int(self.stop.requested)])
-        if self.world > 1:
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+    def stop_together(self) -> None:
+        """Raise StopRequested on every rank when any was asked to stop; a collective."""
+        if bool(self.sum_tensor(torch.tensor([int(self.stop.requested)])).item()):
+            raise StopRequested
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

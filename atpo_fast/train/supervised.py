@@ -49,7 +49,7 @@ def cold_start(run: Run) -> Path:
     run.progress.start_phase("sft", config.sft.steps)
     losses: list[float] = []
     for step in range(config.sft.steps):
-        run.stop.check()
+        run.stop_together()
         set_learning_rate(engine, config.sft.lr * _schedule(step, config.sft))
         loss, tokens, seconds = _sft_step(run, engine, watch, _draw(demonstrations, config.sft.batch_size, config.seed, step))
         losses.append(loss)

@@ -1,6 +1,6 @@
 """`linear_logprob` in chunks of rows: at most one chunk's logits exist, in the forward and in the backward.
 
-Logits are kept in base 2 (times log2 e): exp2 is several times faster than exp on CPU, above all where it underflows.
+Exponentials are powers of 2: exp2 is several times faster than exp on CPU, above all where it underflows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 _CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
 _MIN_ROWS = {"cpu": 128, "cuda": 1024}
-_LN_2 = math.log(2)
+LN_2 = math.log(2)
 
 
 def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -26,32 +26,45 @@ def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 @dataclass(slots=True)
 class Head:
-    """The LM head, ready to make float32 (float64) logits, and where its gradients accumulate."""
+    """The LM head, ready to make float32 (float64) logits."""
 
-    weight: Tensor  # (V, D) as given
-    exact_weight: Tensor  # (V, D) in the statistics dtype
-    bias: Tensor | None  # (V,) in the statistics dtype
+    weight: Tensor  # (V, D) in the statistics dtype
+    bias: Tensor | None  # (V,) likewise
     temperature: float
 
     @classmethod
     def prepare(cls, weight: Tensor, bias: Tensor | None, temperature: float) -> Head:
         """Casts half-precision weights once, so that logits are never rounded to half precision."""
-        dtype = statistics_dtype(weight.dtype)
-        weight = weight.detach()
-        return cls(weight, weight.to(dtype), None if bias is None else bias.detach().to(dtype), temperature)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return cls(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), temperature)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:  # (C, D), (>=C, V) -> (C, V)
-        """log2 e times the logits over the temperature, written into the first rows of `out`."""
+        """Logits, before the temperature, written into the first rows of `out`."""
         out = out[: hidden.shape[0]]
-        scale = 1.0 / (self.temperature * _LN_2)
-        start = out if self.bias is None else self.bias
-        beta = 0.0 if self.bias is None else scale
-        return torch.addmm(start, hidden, self.exact_weight.t(), beta=beta, alpha=scale, out=out)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.t(), out=out)
+        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def exponentials(self, logits: Tensor, peak: Tensor, out: Tensor) -> Tensor:  # (C, V), (C,), (C, V) -> (C, V)
+        """exp((logits - peak) / temperature) into `out`; `logits` become its base-2 logarithm.
+
+        Subtracting before scaling keeps the digits of the likely tokens.
+        """
+        return torch.exp2(logits.sub_(peak[:, None]).mul_(1 / (self.temperature * LN_2)), out=out)
 
     def buffer(self, rows: int) -> Tensor:
         """(C, V) for the logits of a chunk of at most `rows` rows."""
-        chunk = min(rows, rows_per_chunk(self.exact_weight.shape[0], self.exact_weight.dtype, self.weight.device))
-        return self.exact_weight.new_empty(chunk, self.exact_weight.shape[0])
+        vocab = self.weight.shape[0]
+        return self.weight.new_empty(min(rows, rows_per_chunk(vocab, self.weight.dtype, self.weight.device)), vocab)
+
+
+class Statistics(NamedTuple):
+    """What is known of every row once its logits have been seen; (A,) each."""
+
+    logprob: Tensor
+    entropy: Tensor
+    peak: Tensor  # largest logit
+    total: Tensor  # sum over the vocabulary of exp((logits - peak) / temperature)
 
 
 @dataclass(slots=True)
@@ -68,63 +81,75 @@ class HeadGradients:
         needs_hidden, needs_weight, needs_bias = needs
         return cls(
             torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None,
-            torch.zeros_like(head.exact_weight, memory_format=torch.contiguous_format) if needs_weight else None,
+            torch.zeros_like(head.weight, memory_format=torch.contiguous_format) if needs_weight else None,
             torch.zeros_like(head.bias) if needs_bias and head.bias is not None else None,
         )
 
-    def add(self, rows: slice | Tensor, hidden: Tensor, dlogits: Tensor, scale: Tensor, head: Head) -> None:
-        """Add the chunk's part, where d loss / d (logits / temperature) = `scale[:, None] * dlogits`.
+    def add_chunk(
+        self,
+        rows: slice | Tensor,  # C of the A rows
+        hidden: Tensor,  # (C, D) in the statistics dtype
+        head: Head,
+        targets: Tensor,  # (C,)
+        known: Statistics,  # (C,) each
+        softmax: tuple[Tensor, Tensor],  # (C, V) base-2 logarithm and value of exp((logits - peak) / T), overwritten
+        up: tuple[Tensor, Tensor | None],  # (C,) gradients by logprob and by entropy
+    ) -> None:
+        """Add the gradients of a chunk of rows.
 
-        hidden: (C, D) in the statistics dtype; dlogits: (C, V); scale: (C,). The row scale is applied to the (C, D)
-        sides of the products, which saves a pass over (C, V).
+        With e = total * softmax, d loss / d logits = -(e * factor - total * up_logprob * onehot) / (total * T), where
+        factor = up_logprob + up_entropy * (log softmax + entropy). What is constant over a row is applied to the (C, D)
+        sides of the products, which saves passes over (C, V).
         """
-        scale = (scale / head.temperature)[:, None]
+        logarithm, dlogits = softmax
+        up_logprob, up_entropy = up
+        scale = -1 / (known.total * head.temperature)
+        if up_entropy is None:
+            onehot, scale = known.total, scale * up_logprob
+        else:
+            onehot = known.total * up_logprob
+            constant = up_logprob + up_entropy * (known.entropy - known.total.log())
+            # where exp2 underflows e = 0 and its logarithm is finite, so their product is 0
+            dlogits = logarithm.mul_((up_entropy * LN_2)[:, None]).add_(constant[:, None]).mul_(dlogits)
+        dlogits.scatter_add_(1, targets[:, None], -onehot[:, None])
         if self.hidden is not None:
-            self.hidden[rows] = (dlogits @ head.exact_weight).mul_(scale).to(self.hidden.dtype)
+            self.hidden[rows] = (dlogits @ head.weight).mul_(scale[:, None]).to(self.hidden.dtype)
         if self.weight is not None:
-            self.weight.addmm_(dlogits.t(), hidden * scale)
+            self.weight.addmm_(dlogits.t(), hidden * scale[:, None])
         if self.bias is not None:
-            self.bias.addmv_(dlogits.t(), scale[:, 0])
+            self.bias.addmv_(dlogits.t(), scale)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class ChunkStatistics(NamedTuple):
-    """(C,) each."""
-
-    logprob: Tensor
-    entropy: Tensor
-    log2_sum: Tensor  # log2 of the sum over the vocabulary of exp(logits)
-    total: Tensor  # sum over the vocabulary of exp(logits - max)
-
-
-def chunk_statistics(logits: Tensor, targets: Tensor, scratch: Tensor) -> ChunkStatistics:
-    """Statistics of (C, V) base-2 logits, which are overwritten; `scratch`, (C, V), receives exp(logits - max)."""
-    peak = logits.amax(1, keepdim=True)
-    shifted = logits.sub_(peak)
-    target = shifted.gather(1, targets[:, None]).squeeze(1)
-    exponential = torch.exp2(shifted, out=scratch)
+def chunk_statistics(
+    head: Head,
+    logits: Tensor,  # (C, V), overwritten by (logits - peak) / temperature in base 2, or by anything if product is it
+    targets: Tensor,  # (C,)
+    exponential: Tensor,  # (C, V), receives exp((logits - peak) / temperature)
+    product: Tensor,  # (C, V) scratch; may be `logits`
+) -> Statistics:
+    """Statistics of a chunk."""
+    peak = logits.amax(1)
+    head.exponentials(logits, peak, exponential)
+    target = logits.gather(1, targets[:, None]).squeeze(1)
     total = exponential.sum(1)
     log_total = total.log2()
-    entropy = log_total - shifted.mul_(exponential).sum(1) / total
-    return ChunkStatistics((target - log_total) * _LN_2, entropy * _LN_2, log_total + peak.squeeze(1), total)
+    entropy = log_total - torch.mul(logits, exponential, out=product).sum(1) / total
+    return Statistics((target - log_total) * LN_2, entropy * LN_2, peak, total)
 
 
-def statistics(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and log2 of the sum of exp(logits), (A,) each, of all rows of hidden (A, D)."""
+def statistics(hidden: Tensor, head: Head, targets: Tensor) -> Statistics:
+    """Statistics of all rows of hidden (A, D)."""
     rows = hidden.shape[0]
     buffer = head.buffer(rows)
     scratch = torch.empty_like(buffer)
-    logprob, entropy, log2_sum = (buffer.new_empty(rows) for _ in range(3))
+    result = Statistics(*(buffer.new_empty(rows) for _ in range(4)))
     for start in range(0, rows, max(len(buffer), 1)):
         part = slice(start, min(start + len(buffer), rows))
         logits = head.logits(hidden[part].to(buffer.dtype), buffer)
-        chunk = chunk_statistics(logits, targets[part], scratch[: len(logits)])
-        logprob[part], entropy[part], log2_sum[part] = chunk.logprob, chunk.entropy, chunk.log2_sum
-    return logprob, entropy, log2_sum
+        chunk = chunk_statistics(head, logits, targets[part], scratch[: len(logits)], logits)
+        for whole, values in zip(result, chunk, strict=True):
+            whole[part] = values
+    return result
 
 
 def accumulate_gradients(
@@ -132,8 +157,7 @@ def accumulate_gradients(
     hidden: Tensor,  # (A, D)
     head: Head,
     targets: Tensor,  # (A,)
-    log2_sum: Tensor,  # (A,)
-    entropy: Tensor,  # (A,)
+    known: Statistics,
     grad_logprob: Tensor | None,  # (A,)
     grad_entropy: Tensor | None,  # (A,)
 ) -> None:
@@ -143,43 +167,15 @@ def accumulate_gradients(
     """
     rows = _rows_with_gradient(grad_logprob, grad_entropy)
     buffer = head.buffer(rows.numel())
-    scratch = None if grad_entropy is None else torch.empty_like(buffer)
+    scratch = torch.empty_like(buffer)
     for part in rows.split(max(len(buffer), 1)) if rows.numel() else ():
         chunk = hidden[part].to(buffer.dtype)
-        log2_softmax = head.logits(chunk, buffer).sub_(log2_sum[part, None])
-        wanted = targets[part, None]
-        if grad_entropy is None:
-            assert grad_logprob is not None
-            dlogits, scale = dlogits_of_logprob(log2_softmax.exp2_(), wanted), -grad_logprob[part]
-        else:
-            assert scratch is not None
-            up_logprob = torch.zeros_like(grad_entropy[part]) if grad_logprob is None else grad_logprob[part]
-            probs = torch.exp2(log2_softmax, out=scratch[: len(part)])
-            dlogits = dlogits_of_both(probs, log2_softmax, wanted, entropy[part], up_logprob, grad_entropy[part])
-            scale = torch.ones_like(up_logprob)
-        gradients.add(part, chunk, dlogits, scale, head)
-
-
-def dlogits_of_logprob(probs: Tensor, targets: Tensor, total: Tensor | None = None) -> Tensor:
-    """-d logprob / d logits, (C, V), in place of `probs`; times `total` (C,) where `probs` still has that factor."""
-    ones = torch.ones_like(targets, dtype=probs.dtype) if total is None else total[:, None]
-    return probs.scatter_add_(1, targets, -ones)
-
-
-def dlogits_of_both(
-    probs: Tensor,  # (C, V)
-    log2_softmax: Tensor,  # (C, V), overwritten by the result
-    targets: Tensor,  # (C, 1)
-    entropy: Tensor,  # (C,)
-    grad_logprob: Tensor,  # (C,)
-    grad_entropy: Tensor,  # (C,)
-) -> Tensor:  # (C, V)
-    """grad_logprob * (onehot - p) - grad_entropy * p * (log p + H)."""
-    # where exp2 underflows p = 0 and log p is finite, so their product is 0
-    factor = log2_softmax.add_(entropy[:, None] / _LN_2).mul_(grad_entropy[:, None] * _LN_2)
-    factor = factor.add_(grad_logprob[:, None])
-    dlogits = factor.mul_(probs).neg_()
-    return dlogits.scatter_add_(1, targets, grad_logprob[:, None])
+        logits = head.logits(chunk, buffer)
+        exponential = head.exponentials(logits, known.peak[part], scratch[: len(part)])
+        seen = Statistics(*(x[part] for x in known))
+        up_logprob = torch.zeros_like(seen.total) if grad_logprob is None else grad_logprob[part]
+        up_entropy = None if grad_entropy is None else grad_entropy[part]
+        gradients.add_chunk(part, chunk, head, targets[part], seen, (logits, exponential), (up_logprob, up_entropy))
 
 
 def _rows_with_gradient(*gradients: Tensor | None) -> Tensor:
@@ -194,11 +190,10 @@ class _LinearLogprob(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        head = Head.prepare(weight, bias, temperature)
-        logprob, entropy, log2_sum = statistics(hidden, head, targets)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy, log2_sum)
+        known = statistics(hidden, Head.prepare(weight, bias, temperature), targets)
+        ctx.save_for_backward(hidden, weight, bias, targets, *known)
         ctx.temperature = temperature
-        return logprob, entropy
+        return known.logprob, known.entropy
 
     @staticmethod
     @once_differentiable
@@ -207,10 +202,10 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_logprob is None and grad_entropy is None:
             return None, None, None, None, None
-        hidden, weight, bias, targets, entropy, log2_sum = ctx.saved_tensors
+        hidden, weight, bias, targets, *known = ctx.saved_tensors
         head = Head.prepare(weight, bias, ctx.temperature)
         sums = HeadGradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        accumulate_gradients(sums, hidden, head, targets, log2_sum, entropy, grad_logprob, grad_entropy)
+        accumulate_gradients(sums, hidden, head, targets, Statistics(*known), grad_logprob, grad_entropy)
         weight_grad = None if sums.weight is None else sums.weight.to(weight.dtype)
         bias_grad = None if sums.bias is None else sums.bias.to(bias.dtype)
         return sums.hidden, weight_grad, bias_grad, None, None
@@ -227,5 +222,5 @@ def linear_logprob_chunked(
     needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if needs_grad and torch.is_grad_enabled():
         return _LinearLogprob.apply(hidden, weight, bias, targets, temperature)
-    logprob, entropy, _ = statistics(hidden.detach(), Head.prepare(weight, bias, temperature), targets)
-    return logprob, entropy
+    known = statistics(hidden.detach(), Head.prepare(weight, bias, temperature), targets)
+    return known.logprob, known.entropy

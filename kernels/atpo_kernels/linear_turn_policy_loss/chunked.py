@@ -12,10 +12,9 @@ from torch.autograd.function import once_differentiable
 from atpo_kernels.linear_logprob.chunked import (
     Head,
     HeadGradients,
+    Statistics,
     accumulate_gradients,
     chunk_statistics,
-    dlogits_of_both,
-    dlogits_of_logprob,
     statistics,
 )
 from atpo_kernels.linear_turn_policy_loss.chunks import Chunk, plan_chunks
@@ -44,15 +43,12 @@ def linear_turn_policy_loss_chunked(
         head = Head.prepare(weight, bias, temperature)
         gradients = HeadGradients.zeros(hidden.detach(), head, (needs[0], needs[1], needs[2]))
         job = _Job(hidden.detach(), head, targets, tokens, config, on_policy, gradients)
-        if not any(needs):
-            logprob, entropy, _ = statistics(job.hidden, head, targets)
-        else:
-            logprob, entropy = job.by_chunks(turn_offsets)
-        result = turn_policy_loss_torch(job.with_values(tokens, logprob, entropy), config, False)
+        known = job.by_chunks(turn_offsets) if any(needs) else statistics(job.hidden, head, targets)
+        result = turn_policy_loss_torch(job.with_values(tokens, known), config, False)
     loss = result.loss
     if any(needs):
         loss = _Scaled.apply(loss, hidden, weight, bias, gradients.hidden, gradients.weight, gradients.bias)
-    return LinearTurnLoss(loss, result.metrics, result.coef, logprob, entropy)
+    return LinearTurnLoss(loss, result.metrics, result.coef, known.logprob, known.entropy)
 
 
 @dataclass(slots=True)
@@ -67,74 +63,53 @@ class _Job:
     on_policy: bool
     gradients: HeadGradients
 
-    def with_values(self, tokens: LossTokens, logprob: Tensor, entropy: Tensor) -> LossTokens:
+    def with_values(self, tokens: LossTokens, known: Statistics) -> LossTokens:
         """The tokens with what the head computed."""
-        old = logprob if self.on_policy else tokens.old_logprob
-        return replace(tokens, logprob=logprob, old_logprob=old, entropy=entropy)
+        old = known.logprob if self.on_policy else tokens.old_logprob
+        return replace(tokens, logprob=known.logprob, old_logprob=old, entropy=known.entropy)
 
-    def by_chunks(self, turn_offsets: Tensor) -> tuple[Tensor, Tensor]:  # (A,), (A,)
+    def by_chunks(self, turn_offsets: Tensor) -> Statistics:  # (A,) each
         """Every chunk in turn; at level sequence all rows are one, since every turn may share a trajectory."""
         buffer = self.head.buffer(len(self.targets))
-        scratch = [torch.empty_like(buffer) for _ in range(2 if self.config.needs_entropy else 1)]
-        logprob, entropy = self.tokens.logprob.clone(), self.tokens.logprob.clone()
+        product = torch.empty_like(buffer) if self.config.needs_entropy else buffer
+        buffers = (buffer, torch.empty_like(buffer), product)
         offsets = turn_offsets.cpu().numpy()
         if self.config.level == "sequence":
             offsets = offsets[[0, -1]]
+        result = Statistics(*(buffer.new_empty(len(self.targets)) for _ in range(4)))
         for chunk in plan_chunks(offsets, max(len(buffer), 1), self.config.level == "token"):
             tokens = self.tokens if self.config.level == "sequence" else _part(self.tokens, chunk)
-            if chunk.fits:
-                values = self.one_pass(tokens, chunk.rows, buffer, scratch)
-            else:
-                values = self.two_pass(tokens, chunk.rows)
-            logprob[chunk.rows], entropy[chunk.rows] = values
-        return logprob, entropy
+            known = self.one_pass(tokens, chunk.rows, buffers) if chunk.fits else self.two_pass(tokens, chunk.rows)
+            for whole, values in zip(result, known, strict=True):
+                whole[chunk.rows] = values
+        return result
 
-    def one_pass(
-        self, tokens: LossTokens, rows: slice, buffer: Tensor, scratch: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:  # (C,), (C,)
+    def one_pass(self, tokens: LossTokens, rows: slice, buffers: tuple[Tensor, ...]) -> Statistics:  # (C,) each
         """Logits of whole turns once: statistics, ratio, and from the same logits the gradients."""
-        hidden, targets = self.hidden[rows].to(buffer.dtype), self.targets[rows]
-        logits = self.head.logits(hidden, buffer)
-        kept = scratch[1][: len(logits)].copy_(logits) if self.config.needs_entropy else None
-        chunk = chunk_statistics(logits, targets, scratch[0][: len(logits)])
-        terms = token_terms(self.with_values(tokens, chunk.logprob, chunk.entropy), self.config)
-        if terms.entropy_slope is None:
-            self._add_moved_rows(rows, hidden, scratch[0][: len(logits)], chunk.total, terms.coef)
-            return chunk.logprob, chunk.entropy
-        assert kept is not None
-        log2_softmax = kept.sub_(chunk.log2_sum[:, None])
-        probs = torch.exp2(log2_softmax, out=scratch[0][: len(logits)])
-        dlogits = dlogits_of_both(probs, log2_softmax, targets[:, None], chunk.entropy, terms.coef, terms.entropy_slope)
-        self.gradients.add(rows, hidden, dlogits, torch.ones_like(terms.coef), self.head)
-        return chunk.logprob, chunk.entropy
+        hidden, targets = self.hidden[rows].to(self.head.weight.dtype), self.targets[rows]
+        logits, exponential, product = (x[: len(targets)] for x in buffers)
+        self.head.logits(hidden, logits)
+        known = chunk_statistics(self.head, logits, targets, exponential, product)
+        terms = token_terms(self.with_values(tokens, known), self.config)
+        up = (terms.coef, terms.entropy_slope)
+        moved = terms.coef.nonzero().squeeze(1)
+        if terms.entropy_slope is not None or len(moved) >= _WORTH_COPYING * len(targets):
+            self.gradients.add_chunk(rows, hidden, self.head, targets, known, (logits, exponential), up)
+        elif len(moved):
+            kept = Statistics(*(x[moved] for x in known))
+            hidden, targets, coef, values = hidden[moved], targets[moved], terms.coef[moved], exponential[moved]
+            at = moved + rows.start
+            self.gradients.add_chunk(at, hidden, self.head, targets, kept, (values, values), (coef, None))
+        return known
 
-    def two_pass(self, tokens: LossTokens, rows: slice) -> tuple[Tensor, Tensor]:  # (C,), (C,)
+    def two_pass(self, tokens: LossTokens, rows: slice) -> Statistics:  # (C,) each
         """Any rows: all statistics first, then the logits again for the gradients."""
         hidden, targets = self.hidden[rows], self.targets[rows]
-        logprob, entropy, log2_sum = statistics(hidden, self.head, targets)
-        terms = token_terms(self.with_values(tokens, logprob, entropy), self.config)
+        known = statistics(hidden, self.head, targets)
+        terms = token_terms(self.with_values(tokens, known), self.config)
         part = replace(self.gradients, hidden=None if self.gradients.hidden is None else self.gradients.hidden[rows])
-        accumulate_gradients(part, hidden, self.head, targets, log2_sum, entropy, terms.coef, terms.entropy_slope)
-        return logprob, entropy
-
-    def _add_moved_rows(
-        self,
-        rows: slice,
-        hidden: Tensor,  # (C, D)
-        exponential: Tensor,  # (C, V) softmax times total, overwritten
-        total: Tensor,  # (C,)
-        coef: Tensor,  # (C,)
-    ) -> None:
-        """Gradients through the log-prob; rows without one are left out of the matrix products."""
-        moved = coef.nonzero().squeeze(1)
-        if len(moved) == 0:
-            return
-        targets, where = self.targets[rows], rows
-        if len(moved) < _WORTH_COPYING * len(coef):
-            hidden, exponential, total, coef, targets = (x[moved] for x in (hidden, exponential, total, coef, targets))
-            where = moved + rows.start
-        dlogits = dlogits_of_logprob(exponential, targets[:, None], total)
-        self.gradients.add(where, hidden, dlogits, -coef / total, self.head)
+        accumulate_gradients(part, hidden, self.head, targets, known, terms.coef, terms.entropy_slope)
+        return known
 
 
 def _part(tokens: LossTokens, chunk: Chunk) -> LossTokens:

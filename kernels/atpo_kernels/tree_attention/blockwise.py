@@ -106,32 +106,34 @@ class _Blockwise(torch.autograd.Function):
         scaled = _heads_first(q, key_heads, dtype) * (scale * _LOG2_E)
         keys, values = (_heads_first(x, key_heads, dtype).squeeze(2) for x in (k, v))
         out = torch.empty_like(scaled)
-        log_sum = out.new_empty(out.shape[:3])
+        peaks, totals = out.new_empty(2, *out.shape[:3])
         for block in _iterate(blocks, subtree_end, dtype):
             scores = block.scores(block.rows(scaled), block.gather(keys))
             peak = scores.amax(-1, keepdim=True)
             weights = scores.sub_(peak).exp2_()
             total = weights.sum(-1, keepdim=True)
             block.rows(out).copy_(torch.bmm(weights, block.gather(values)).div_(total))
-            block.rows(log_sum).copy_(total.log2_().add_(peak).squeeze(-1))
+            block.rows(peaks).copy_(peak.squeeze(-1))
+            block.rows(totals).copy_(total.squeeze(-1))
         result = _tokens_first(out, q.dtype)
-        ctx.save_for_backward(q, k, v, subtree_end, result, log_sum)
+        ctx.save_for_backward(q, k, v, subtree_end, result, peaks, totals)
         ctx.scale, ctx.blocks = scale, blocks
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, subtree_end, result, log_sum = ctx.saved_tensors
-        key_heads, dtype = k.shape[1], log_sum.dtype
+        q, k, v, subtree_end, result, peaks, totals = ctx.saved_tensors
+        key_heads, dtype = k.shape[1], peaks.dtype
         scaled = _heads_first(q, key_heads, dtype) * (ctx.scale * _LOG2_E)
         keys, values = (_heads_first(x, key_heads, dtype).squeeze(2) for x in (k, v))
         grad, result = (_heads_first(x, key_heads, dtype) for x in (grad, result))
+        grad = grad / totals[..., None]  # so that weights need not be divided by their sum
         mean = (grad * result).sum(-1)  # (Hkv, T, G)
         by_q, by_k, by_v = torch.empty_like(scaled), torch.zeros_like(keys), torch.zeros_like(values)
         for block in _iterate(ctx.blocks, subtree_end, dtype):
             queries, seen, up = block.rows(scaled), block.gather(keys), block.rows(grad)
-            weights = block.scores(queries, seen).sub_(block.rows(log_sum)[..., None]).exp2_()
+            weights = block.scores(queries, seen).sub_(block.rows(peaks)[..., None]).exp2_()
             block.scatter_add(by_v, torch.bmm(weights.transpose(1, 2), up))
             by_scores = torch.bmm(up, block.gather(values).transpose(1, 2))
             by_scores.sub_(block.rows(mean)[..., None]).mul_(weights)

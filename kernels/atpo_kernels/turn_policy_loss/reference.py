@@ -63,7 +63,7 @@ def _loss_by_token(
     tokens: LossTokens, logprob: Tensor, entropy: Tensor | None, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Loss, ratio and clip marks by token, and KL."""
-    value, shown = torch.zeros_like(logprob), torch.zeros_like(logprob).repeat(3, 1)
+    value, shown = 0 * logprob, torch.zeros_like(logprob).repeat(3, 1)
     times = torch.zeros_like(logprob)
     trust = torch.ones_like(logprob)
     if config.importance_cap is not None:

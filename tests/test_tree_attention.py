@@ -1,0 +1,155 @@
+"""tree_attention against its definition, and against separate forwards of every path."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import LargestOutput
+from torch import Tensor
+from torch.nn import functional as F
+
+from atpo_kernels import make_tree_blocks, tree_attention
+
+
+def random_row(tokens: int, turn: int, seed: int) -> Tensor:
+    """subtree_end (T,) of random trees in pre-order with turns of up to `turn` tokens."""
+    rng = np.random.default_rng(seed)
+    starts, depth_of = [0], [0]
+    while starts[-1] < tokens:
+        starts.append(starts[-1] + int(rng.integers(1, turn + 1)))
+        # one deeper (a child), the same or less deep (a sibling of it or of an ancestor), 0: a new tree
+        depth_of.append(int(rng.integers(0, depth_of[-1] + 2)))
+    starts[-1] = tokens
+    end = np.full(tokens, tokens, dtype=np.int32)
+    for i in range(len(starts) - 1):
+        after = next((j for j in range(i + 1, len(starts) - 1) if depth_of[j] <= depth_of[i]), len(starts) - 1)
+        end[starts[i] : starts[i + 1]] = starts[after]
+    return torch.from_numpy(end)
+
+
+def inputs(tokens: int, heads: tuple[int, int], width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v and an upstream gradient."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = [
+        (tokens, heads[0], width),
+        (tokens, heads[1], width),
+        (tokens, heads[1], width),
+        (tokens, heads[0], width),
+    ]
+    made = [torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for s in shapes]
+    return [x.requires_grad_() for x in made[:3]] + made[3:]
+
+
+def forward_backward(tensors: list[Tensor], end: Tensor, **options: object) -> list[Tensor]:
+    """Output and gradients of q, k and v."""
+    out = tree_attention(*tensors[:3], end, **options)  # type: ignore[arg-type]
+    return [out, *torch.autograd.grad(out, tensors[:3], tensors[3].to(out.dtype))]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    tokens=st.integers(1, 150),
+    turn=st.integers(1, 60),
+    max_queries=st.sampled_from([1, 5, 64]),  # blocks inside turns, over a few turns, over trees
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    seed=st.integers(0, 999),
+)
+def test_blocks_equal_the_definition(
+    tokens: int, turn: int, max_queries: int, heads: tuple[int, int], seed: int
+) -> None:
+    """Fails if a block misses a visible key, shows a hidden one, or adds a gradient to the wrong rows."""
+    end, tensors = random_row(tokens, turn, seed), inputs(tokens, heads, 4)
+    ours = forward_backward(tensors, end, blocks=make_tree_blocks(end, max_queries))
+    definition = forward_backward(tensors, end, impl="reference")
+    for a, b in zip(ours, definition, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+def test_equals_each_path_alone(impl: str) -> None:
+    """Fails if a token sees a sibling's branch or another tree, or misses its own path."""
+    # prompt 0-2; turn 3-5 with children 6-7 and 8-10; turn 11-12; a second tree 13-15
+    end = torch.tensor([13] * 3 + [11] * 3 + [8] * 2 + [11] * 3 + [13] * 2 + [16] * 3, dtype=torch.int32)
+    paths = [[*range(8)], [*range(6), 8, 9, 10], [0, 1, 2, 11, 12], [13, 14, 15]]
+    q, k, v, _ = inputs(16, (4, 2), 8)
+    out = tree_attention(q, k, v, end, impl=impl, scale=0.3)
+    for path in paths:
+        alone = [x[path].transpose(0, 1)[None] for x in (q, k, v)]
+        expected = F.scaled_dot_product_attention(*alone, is_causal=True, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(out[path], expected[0].transpose(0, 1), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# scale of the queries: flat attention, and attention to one key, where most weights underflow
+@pytest.mark.parametrize("sharpness", [1.0, 60.0])
+def test_no_less_precise_than_plain_pytorch(dtype: torch.dtype, sharpness: float) -> None:
+    """Fails if scores, weights or sums are kept in half precision."""
+    end, rounded = random_row(200, 20, 1), inputs(200, (4, 2), 16, dtype)
+    rounded[0] = (rounded[0].detach() * sharpness).requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    truth = forward_backward(exact, end, impl="reference")
+    ours, plain = forward_backward(rounded, end), forward_backward(rounded, end, impl="reference")
+    for t, o, p in zip(truth, ours, plain, strict=True):
+        error, allowed = ((x.double() - t).norm() / t.norm() for x in (o, p))
+        assert o.dtype == dtype and error <= allowed * 1.05 + 1e-6
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_gradcheck(impl: str) -> None:
+    """Fails if the backward is not the derivative of the forward."""
+    end = random_row(9, 3, 2)
+    tensors = inputs(9, (2, 1), 2)[:3]
+    assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, end, impl=impl), tensors)
+
+
+def test_work_follows_the_visible_pairs() -> None:
+    """Fails if blocks compute much more than is visible, or anything of the size of the (T, T) mask is made."""
+    trees = [random_row(500, 60, seed) for seed in range(8)]
+    end = torch.cat([tree + 500 * i for i, tree in enumerate(trees)]).int()
+    index = torch.arange(4000)
+    visible = int(((index[None] <= index[:, None]) & (index[:, None] < end[None])).sum())
+    blocks = make_tree_blocks(end)
+    assert visible <= blocks.pairs < 3 * visible  # the dense mask has 16,000,000 pairs
+    with LargestOutput() as largest:
+        forward_backward(inputs(4000, (1, 1), 8), end, blocks=blocks)
+    assert largest.elements < 4000 * 100
+
+
+def test_block_keys_are_ranges_of_the_mask() -> None:
+    """Fails if `full` holds a key that some query of the block does not see, or the own range is not last."""
+    end = random_row(300, 25, 5)
+    blocks = make_tree_blocks(end, max_queries=32)
+    for i, (start, stop) in enumerate(zip(blocks.starts[:-1], blocks.starts[1:], strict=True)):
+        assert all(bool((end[lo:hi] >= stop).all()) and hi <= start for lo, hi in blocks.full[i])
+        assert blocks.partial[i][-1] == (start, stop)
+
+
+def test_non_contiguous_inputs_and_no_tokens() -> None:
+    """Fails if a stride is ignored or an empty row breaks."""
+    end, (q, k, v, _) = random_row(40, 6, 3), inputs(40, (4, 2), 8)
+    strided = [x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (q, k, v)]
+    torch.testing.assert_close(tree_attention(*strided, end), tree_attention(q, k, v, end))
+    empty = [x.detach()[:0].requires_grad_() for x in (q, k, v)]
+    tree_attention(*empty, end[:0]).sum().backward()
+    assert all(x.grad is not None and x.grad.shape[0] == 0 for x in empty)
+
+
+def test_errors_say_what_is_wrong() -> None:
+    """Fails if inputs that do not fit reach the arithmetic."""
+    end, (q, k, v, _) = random_row(10, 3, 0), inputs(10, (4, 2), 4)
+    three = q[:, :3]
+    other = make_tree_blocks(random_row(9, 3, 0))
+    for arguments, options, message in [
+        ((q, k[:5], v, end), {}, "q must be"),
+        ((three, k, v, end), {}, "multiple of the key heads"),
+        ((q, k, v, end[:5]), {}, "subtree_end must be"),
+        ((q, k, v, end.float()), {}, "subtree_end must be"),
+        ((q.float(), k, v, end), {}, "one dtype"),
+        ((q, k, v, end), {"blocks": other}, "row of 9 tokens"),
+        ((q, k, v, torch.zeros_like(end)), {}, "subtree_end\\[k\\] must lie"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            tree_attention(*arguments, **options)
