@@ -117,8 +117,8 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     for case in cases:
         print(
-            f"overlap {case['overlap']:.2f}: flat/packed time {case['time_ratio']:.2f}, tokens {case['token_ratio']:.2f}, "
-            f"fraction of the bound {case['ratio_over_bound']:.2f}"
+            f"overlap {case['overlap']:.2f}: flat/packed time {case['time_ratio']:.2f}, "
+            f"tokens {case['token_ratio']:.2f}, fraction of the bound {case['ratio_over_bound']:.2f}"
         )
 
 

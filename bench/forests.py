@@ -10,7 +10,9 @@ from atpo_fast.tree import overlap
 CHAINS, ROUNDS, SIBLINGS = 10, 2, 6
 
 
-def random_tree(rng: np.random.Generator, *, prompt: int, turns: int, action: int, observation: int, vocab: int) -> TurnTree:
+def random_tree(
+    rng: np.random.Generator, *, prompt: int, turns: int, action: int, observation: int, vocab: int
+) -> TurnTree:
     """One tree: chains of 1..`turns` tool turns and an answer, then siblings of random inner turns run to their end."""
     tree = TurnTree(rng.integers(0, vocab, prompt))
 
@@ -30,7 +32,9 @@ def random_tree(rng: np.random.Generator, *, prompt: int, turns: int, action: in
     return tree
 
 
-def forest_of_overlap(target: float, trees: int, *, turns: int, action: int, observation: int, vocab: int, seed: int = 0) -> list[TurnTree]:
+def forest_of_overlap(
+    target: float, trees: int, *, turns: int, action: int, observation: int, vocab: int, seed: int = 0
+) -> list[TurnTree]:
     """A forest whose overlap is `target` to about 0.01, reached by the length of the prompt."""
     low, high = 4, 200 * action
     for _ in range(20):
@@ -66,6 +70,4 @@ def written_out(forest: list[TurnTree]) -> list[TurnTree]:
 def _turn(tree: TurnTree, rng: np.random.Generator, parent: int, action: int, observation: int, vocab: int) -> int:
     written = int(rng.integers(action // 2, action * 3 // 2))
     seen = int(rng.integers(observation // 2, observation * 3 // 2)) if observation else 0
-    return tree.add_turn(
-        parent, rng.integers(0, vocab, written), -rng.random(written), rng.integers(0, vocab, seen)
-    )
+    return tree.add_turn(parent, rng.integers(0, vocab, written), -rng.random(written), rng.integers(0, vocab, seen))

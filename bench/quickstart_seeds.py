@@ -19,7 +19,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "bench" / "results" / "quickstart_seeds.json"
-KEYS = ("cold_start_em", "final_em", "train_seconds", "steps", "prefilled_tokens", "unique_tokens", "overlap", "random_guess_rate")
+KEYS = (
+    "cold_start_em",
+    "final_em",
+    "train_seconds",
+    "steps",
+    "prefilled_tokens",
+    "unique_tokens",
+    "overlap",
+    "random_guess_rate",
+)
 
 
 def run(seed: int) -> dict[str, Any]:
@@ -34,7 +43,10 @@ def run(seed: int) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: a line per seed."""
-    lines = ["| seed | EM after cold start | EM after RL | seconds | unique tokens | overlap |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| seed | EM after cold start | EM after RL | seconds | unique tokens | overlap |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {r['seed']} | {r['cold_start_em']:.3f} | {r['final_em']:.3f} | {r['train_seconds']:.0f} | "
         f"{r['unique_tokens']:,} | {r['overlap']:.2f} |"
@@ -46,13 +58,12 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run, record, print."""
     runs = [run(seed) for seed in [int(a) for a in sys.argv[1:]] or [0, 1, 2]]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
+    record = {"bench": "quickstart_seeds", "commit": commit, "device": device, "torch": torch.__version__, "runs": runs}
     RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(
-        json.dumps({"bench": "quickstart_seeds", "commit": commit, "device": device, "torch": torch.__version__, "runs": runs}, indent=1)
-        + "\n"
-    )
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
     print(table(runs))
 
 

@@ -48,7 +48,12 @@ def gradients(stage: int, tied: bool, budget: int, rank: int, world: int) -> dic
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = Qwen3Config(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, initializer_range=0.2
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
     )
     policy = Policy(Qwen3ForCausalLM(config))
     optimizer = GuardedAdamW(policy.parameters(), lr=0.0)

@@ -39,4 +39,6 @@ def test_gradient_is_the_same_everywhere(gradients: dict[str, dict[str, np.ndarr
         assert other.keys() == reference.keys()
         for name, value in reference.items():
             scale = np.abs(value).max()
-            np.testing.assert_allclose(other[name], value, rtol=0, atol=5e-6 * scale, err_msg=f"{stage=} {budget=} {ranks=} {name}")
+            np.testing.assert_allclose(
+                other[name], value, rtol=0, atol=5e-6 * scale, err_msg=f"{stage=} {budget=} {ranks=} {name}"
+            )

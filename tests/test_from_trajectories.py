@@ -112,6 +112,20 @@ def test_what_merges(level: str, ids: list[int], counts: list[int]) -> None:
     assert row.flat_tokens == 12
 
 
+# Equal turns with different observations are one turn. Fails when whole turns are kept apart by what follows them.
+def test_equal_turns_merge_before_different_observations() -> None:
+    given_batch = {
+        "input_ids": [[1, 2, 3, 4, 5], [1, 2, 3, 6, 5], [1, 2, 3]],
+        "loss_mask": [[0, 1, 1, 0, 1], [0, 1, 1, 0, 1], [0, 1, 1]],
+        "advantages": [1.0, 1.0, 1.0],
+        "old_logprobs": [[-1.0] * 3, [-1.0] * 3, [-1.0] * 2],
+    }
+    (row,) = from_trajectories(given_batch, Objective.preset("at2po"), 100)
+    assert row.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 5]
+    assert row.trajectory_count.tolist() == [3, 3, 1, 1]
+    assert row.turn_offsets.tolist() == [0, 2, 3, 4]
+
+
 # Tokens 1 | 2 3 with actions 2 and 3, twice. A difference in either log-prob of 2 keeps both copies of 2 and 3; prompts
 # merge all the same. Fails when action tokens of different log-probs become one.
 @pytest.mark.parametrize("name", ["old_logprobs", "rollout_logprobs"])

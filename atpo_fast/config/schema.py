@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-_config = dataclass(config=_STRICT, kw_only=True)
+ToolName = Literal["search", "python"]
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class DataConfig:
     """Where questions, passages and the tokenizer come from."""
 
@@ -35,7 +36,7 @@ class DataConfig:
     """A longer prompt is an error that names the question."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class WorldConfig:
     """The embedded world (used when data.source is `world`)."""
 
@@ -57,7 +58,7 @@ class WorldConfig:
     """Seed of the world itself; the run's seed is separate."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class ModelConfig:
     """The policy model."""
 
@@ -97,11 +98,11 @@ class ModelConfig:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class ToolsConfig:
     """The tools of the environment."""
 
-    names: list[Literal["search", "python"]] = Field(default_factory=lambda: ["search"])
+    names: list[ToolName] = Field(default_factory=lambda: list[ToolName](["search"]))
     """Tools offered, each called by its tag."""
     call_limit: int = Field(default=6, ge=1)
     """Tool calls per trajectory; the next one is answered with the published notice."""
@@ -123,7 +124,7 @@ class ToolsConfig:
     """A longer tool result is cut."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class RolloutConfig:
     """Tree search."""
 
@@ -165,7 +166,7 @@ class RolloutConfig:
         return self.initial_chains + extra
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class RewardConfig:
     """Outcome reward of a trajectory."""
 
@@ -179,7 +180,7 @@ class RewardConfig:
     """Subtracted per tool call."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class CreditConfig:
     """From leaf rewards to advantages."""
 
@@ -195,7 +196,7 @@ class CreditConfig:
     """k of passk."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class ObjectiveConfig:
     """The policy objective: a preset and departures from it."""
 
@@ -228,7 +229,7 @@ class ObjectiveConfig:
     """Cap of the truncated importance weights."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class OptimConfig:
     """The optimizer."""
 
@@ -244,7 +245,7 @@ class OptimConfig:
     """Optimizer steps of linear warm-up; constant afterwards."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class SFTConfig:
     """The cold start."""
 
@@ -260,7 +261,7 @@ class SFTConfig:
     """JSONL file of demonstrations; none: the world's own."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class TrainConfig:
     """The RL loop."""
 
@@ -294,7 +295,7 @@ class TrainConfig:
             )
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class EvalConfig:
     """Evaluation: greedy, one chain a question."""
 
@@ -302,7 +303,7 @@ class EvalConfig:
     """Questions answered at once."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class LoggingConfig:
     """Where metrics go, beside metrics.jsonl."""
 
@@ -314,7 +315,7 @@ class LoggingConfig:
     """live: a display that redraws; plain: a line per step; auto: live on a terminal."""
 
 
-@_config
+@dataclass(config=_STRICT, kw_only=True)
 class Config:
     """A run."""
 
@@ -356,8 +357,6 @@ class Config:
     """Metrics."""
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain data, for YAML and JSON."""
-    from dataclasses import asdict
-
-    return asdict(config)
+def as_dict(section: Any) -> dict[str, Any]:
+    """A section, or the whole configuration, as plain data."""
+    return asdict(section)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
 from torch import Tensor
 
 from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
 
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
 Denominator = Literal["global", "local"]

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from atpo_kernels import tree_attention
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
+
+from atpo_kernels import tree_attention
 
 TREE_ATTENTION = "atpo_tree"
 

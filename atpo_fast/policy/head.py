@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from atpo_kernels import linear_logprob, linear_turn_policy_loss
 from torch import Tensor, nn
 
 from atpo_fast.objective import Objective
 from atpo_fast.objective.objective import leaf_paths, token_weights
 from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_kernels import linear_logprob, linear_turn_policy_loss
 
 
 class RowLoss(NamedTuple):

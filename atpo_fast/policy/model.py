@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
 from atpo_fast.config.schema import ModelConfig
 
@@ -34,7 +34,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    return Qwen3ForCausalLM(sizes).to(dtype)
+    return AutoModelForCausalLM.from_config(sizes, dtype=dtype)  # .to(dtype) would round the rotary frequencies too
 
 
 def load_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from atpo_kernels import make_tree_blocks
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -11,6 +10,7 @@ from atpo_fast.objective import Objective
 from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.policy.attention import TREE_ATTENTION, check_supported, register
 from atpo_fast.policy.head import RowLoss, install_head
+from atpo_kernels import make_tree_blocks
 
 
 class Policy(nn.Module):

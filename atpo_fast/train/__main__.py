@@ -1,6 +1,6 @@
 """One process of a run, started by the DeepSpeed launcher:
 
-    deepspeed --module atpo_fast.train --config configs/quickstart.yaml
+deepspeed --module atpo_fast.train --config configs/quickstart.yaml
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict
     """Restore weights, optimizer and RNG; returns the loop's state."""
     path, client = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:
-        raise CheckpointError(f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before")
+        raise CheckpointError(
+            f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before"
+        )
     torch.set_rng_state(client["torch_rng"])
     return read_state(checkpoint)
 

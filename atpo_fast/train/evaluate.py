@@ -45,7 +45,11 @@ def evaluate_step(run: Run, worker: RolloutWorker, step: int) -> dict[str, float
 
 
 def _record(scored: ScoredTree) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": scored.question.id, "question": scored.question.text, "answers": scored.question.answers}
+    record: dict[str, Any] = {
+        "id": scored.question.id,
+        "question": scored.question.text,
+        "answers": scored.question.answers,
+    }
     if not scored.scores:
         return record | {"answer": None, "em": 0.0, "f1": 0.0, "format": False, "turns": 0, "tool_calls": 0}
     leaf = scored.scores[0]

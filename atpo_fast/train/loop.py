@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 
-from atpo_fast.config.schema import Config, ObjectiveConfig
+from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
 from atpo_fast.credit import assign_credit
-from atpo_fast.data.questions import Question
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
 from atpo_fast.policy import Policy, load_model
@@ -28,9 +26,9 @@ from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, r
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.optimizer import GradientWatch
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
+from atpo_fast.train.schedule import draw_questions, step_seed
 from atpo_fast.train.step import MetricMean, optimizer_step, score_rows, with_old_logprob, with_ref_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.tree import TurnTree
@@ -117,7 +115,9 @@ class Trainer:
     def _evaluate(self) -> None:
         means = evaluate_step(self.run, self.worker, self.progress.step)
         self.progress.eval_em, self.progress.eval_step = means["eval/em"], self.progress.step
-        self.run.progress.message(f"step {self.progress.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
+        self.run.progress.message(
+            f"step {self.progress.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}"
+        )
 
     def _step(self) -> None:
         """One batch."""
@@ -127,13 +127,13 @@ class Trainer:
         before = asdict(self.worker.engine.counters)
         mine: list[ScoredTree] = []
         with suppress(StopRequested):  # the ranks have to find out together
-            mine = self.worker.roll_out(run.share(questions), seed=_step_seed(self.config.seed, self.progress.step))
+            mine = self.worker.roll_out(run.share(questions), seed=step_seed(self.config.seed, self.progress.step))
         run.stop_together()
         rollout_seconds = time.monotonic() - begun
         counts = {k: v - before[k] for k, v in asdict(self.worker.engine.counters).items()}
         forest = run.gather(mine, len(questions))
         with run.timer.phase("credit"):
-            assign_credit([scored.tree for scored in forest], **asdict(self.config.credit))
+            assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
         metrics, pruned = self._update(forest)
         self.worker.sync(self.policy)
         self.progress.step += 1
@@ -228,7 +228,7 @@ def newest_checkpoint(run: Run) -> Path | None:
 
 def make_objective(config: ObjectiveConfig, max_length: int) -> Objective:
     """The preset with the configured departures."""
-    changes = {k: v for k, v in asdict(config).items() if k != "preset" and v is not None}
+    changes = {k: v for k, v in as_dict(config).items() if k != "preset" and v is not None}
     return Objective.preset(config.preset, max_length=max_length, **changes)
 
 
@@ -239,21 +239,6 @@ def make_policy(config: Config, folder: Path | str) -> Policy:
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
     )
-
-
-def draw_questions(questions: Sequence[Question], config: Config, step: int) -> list[Question]:
-    """Questions of a step: epochs of a seeded permutation, so the step number is the whole data cursor."""
-    size = config.train.questions_per_step
-    drawn: list[Question] = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(position, len(questions))
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(questions)) if offset == 0 or not drawn else order
-        drawn.append(questions[order[offset]])
-    return drawn
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
 
 
 def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:
@@ -280,6 +265,3 @@ def trainer_summary(trainer: Trainer) -> dict[str, Any]:
         "seed": trainer.config.seed,
         **trainer.run.task.notes,
     }
-
-
-__all__ = ["Trainer", "draw_questions", "make_objective", "newest_checkpoint", "trainer_summary"]

@@ -65,9 +65,7 @@ class RolloutWorker:
             trees = self._loop.roll_out(
                 list(questions), prompts, seed=seed, greedy=greedy, on_progress=self._report, timer=run.timer
             )
-            scores = score_trees(
-                trees, list(questions), run.task.tokenizer, run.config.reward, validation=greedy
-            )
+            scores = score_trees(trees, list(questions), run.task.tokenizer, run.config.reward, validation=greedy)
         self.engine.sleep()
         return [ScoredTree(q, t, s) for q, t, s in zip(questions, trees, scores, strict=True)]
 

@@ -52,20 +52,17 @@ class MetricMean:
         out = {name: total / self._count[name] for name, total in self._totals.items()}
         if self._tokens is None:
             return out
-        names = sorted(self._sums)
+        names, peaks = sorted(self._sums), sorted(self._maxima)
         sums = torch.stack([self._sums[n] for n in names] + [self._tokens]).cpu()
-        maxima = torch.stack([self._maxima[n].to(torch.float64) for n in sorted(self._maxima)]).cpu() if self._maxima else None
+        maxima = torch.tensor([float(self._maxima[n]) for n in peaks], dtype=torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-            if maxima is not None:
-                dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         tokens = max(float(sums[-1]), 1.0)
         steps = max(self._count["grad_norm"], 1)
         for name, value in zip(names, sums[:-1].tolist(), strict=True):
             out[name] = value / steps if name == "loss" else value / tokens
-        if maxima is not None:
-            out.update(zip(sorted(self._maxima), maxima.tolist(), strict=True))
-        return out
+        return out | dict(zip(peaks, maxima.tolist(), strict=True))
 
 
 def optimizer_step(
@@ -106,9 +103,15 @@ def score_rows(engine: deepspeed.DeepSpeedEngine, rows: Sequence[PackedTrees]) -
 
 def with_old_logprob(rows: Sequence[PackedTrees], scores: Sequence[tuple[Tensor, Tensor]]) -> list[PackedTrees]:
     """Rows whose `old_logprob` is the trainer's own."""
-    return [replace(row, old_logprob=logprob.to(row.old_logprob.dtype)) for row, (logprob, _) in zip(rows, scores, strict=True)]
+    return [
+        replace(row, old_logprob=logprob.to(row.old_logprob.dtype))
+        for row, (logprob, _) in zip(rows, scores, strict=True)
+    ]
 
 
 def with_ref_logprob(rows: Sequence[PackedTrees], scores: Sequence[tuple[Tensor, Tensor]]) -> list[PackedTrees]:
     """Rows whose `ref_logprob` is the reference policy's."""
-    return [replace(row, ref_logprob=logprob.to(row.ref_logprob.dtype)) for row, (logprob, _) in zip(rows, scores, strict=True)]
+    return [
+        replace(row, ref_logprob=logprob.to(row.ref_logprob.dtype))
+        for row, (logprob, _) in zip(rows, scores, strict=True)
+    ]

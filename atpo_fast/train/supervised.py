@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import torch.distributed as dist
 
-from atpo_fast.config.schema import SFTConfig
+from atpo_fast.config.schema import OptimConfig, SFTConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import pack_trees, spread_rows
 from atpo_fast.policy import Policy, build_model
 from atpo_fast.train.deepspeed_setup import device_of, initialize, set_learning_rate
+from atpo_fast.train.optimizer import GradientWatch
 from atpo_fast.train.run import Run
 from atpo_fast.train.weights import export_model
 from atpo_fast.tree import TurnTree
@@ -43,7 +44,8 @@ def cold_start(run: Run) -> Path:
     run.logger.truncate_after(-1, ("sft",))
     config = run.config
     policy = Policy(build_model(config.model, run.task.tokenizer, config.seed))
-    engine, watch = initialize(policy, config, replace(config.optim, lr=config.sft.lr, betas=(0.9, 0.95)))
+    optim = OptimConfig(lr=config.sft.lr, weight_decay=config.optim.weight_decay, betas=(0.9, 0.95))
+    engine, watch = initialize(policy, config, optim)
     for tree in demonstrations:
         tree.advantages = np.ones(len(tree))
     run.progress.start_phase("sft", config.sft.steps)
@@ -51,7 +53,9 @@ def cold_start(run: Run) -> Path:
     for step in range(config.sft.steps):
         run.stop_together()
         set_learning_rate(engine, config.sft.lr * _schedule(step, config.sft))
-        loss, tokens, seconds = _sft_step(run, engine, watch, _draw(demonstrations, config.sft.batch_size, config.seed, step))
+        loss, tokens, seconds = _sft_step(
+            run, engine, watch, _draw(demonstrations, config.sft.batch_size, config.seed, step)
+        )
         losses.append(loss)
         if step % 10 == 0 or step == config.sft.steps - 1:
             run.logger.log("sft", step + 1, {"sft/loss": float(np.mean(losses)), "sft/tokens_per_s": tokens / seconds})
@@ -65,7 +69,10 @@ def cold_start(run: Run) -> Path:
     return folder
 
 
-def _sft_step(run: Run, engine, watch, batch: list[TurnTree]) -> tuple[float, int, float]:  # type: ignore[no-untyped-def]
+def _sft_step(
+    run: Run, engine: deepspeed.DeepSpeedEngine, watch: GradientWatch, batch: list[TurnTree]
+) -> tuple[float, int, float]:
+    """(loss, tokens, seconds) of one optimizer step."""
     begun = time.monotonic()
     rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens)
     mine = spread_rows(rows, run.world)[run.rank]
@@ -85,7 +92,9 @@ def _sft_step(run: Run, engine, watch, batch: list[TurnTree]) -> tuple[float, in
 
 def _draw(demonstrations: list[TurnTree], count: int, seed: int, step: int) -> list[TurnTree]:
     rng = np.random.default_rng([seed, step])
-    return [demonstrations[i] for i in rng.choice(len(demonstrations), size=min(count, len(demonstrations)), replace=False)]
+    return [
+        demonstrations[i] for i in rng.choice(len(demonstrations), size=min(count, len(demonstrations)), replace=False)
+    ]
 
 
 def _schedule(step: int, config: SFTConfig) -> float:

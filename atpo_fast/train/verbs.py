@@ -15,9 +15,10 @@ from atpo_fast.config.load import load_config, save_config
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
 from atpo_fast.train.evaluate import evaluate, evaluate_step
 from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.loop import Trainer, draw_questions, newest_checkpoint, trainer_summary
+from atpo_fast.train.loop import Trainer, newest_checkpoint, trainer_summary
 from atpo_fast.train.rollout_worker import RolloutWorker
 from atpo_fast.train.run import Run, start_run
+from atpo_fast.train.schedule import draw_questions
 from atpo_fast.train.supervised import cold_start
 from atpo_fast.tree.storage import append_forest
 
@@ -55,7 +56,9 @@ def sft(run: Run) -> int:
 def evaluate_verb(run: Run) -> int:
     """Greedy evaluation of `model.path`, or else of the run folder's newest model."""
     folder = run.config.model.path or newest_model(run.folder)
-    means = evaluate(run, RolloutWorker(run, folder, local_device(run)), "newest" if folder != run.config.model.path else "given")
+    means = evaluate(
+        run, RolloutWorker(run, folder, local_device(run)), "newest" if folder != run.config.model.path else "given"
+    )
     if run.is_main:
         print(json.dumps(means, indent=1))
     return 0

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
-
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -38,5 +37,3 @@ def _with_tied(policy: Policy, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if policy.model.config.tie_word_embeddings and "lm_head.weight" not in state:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     return state
-
-

@@ -54,7 +54,9 @@ class TurnTree:
     None when the credit is per trajectory (entries of turns that are not leaves are nan).
     """
 
-    def __init__(self, prompt_ids: Sequence[int] | TokenIds, *, question_id: str = "", meta: dict[str, Any] | None = None):
+    def __init__(
+        self, prompt_ids: Sequence[int] | TokenIds, *, question_id: str = "", meta: dict[str, Any] | None = None
+    ):
         self.question_id = question_id
         self.meta: dict[str, Any] = meta or {}
         empty: list[int] = []
@@ -111,7 +113,9 @@ class TurnTree:
         """Let a leaf count `multiplicity` times (tokens are never copied)."""
         self._require_leaf(turn)
         if multiplicity < 1:
-            raise ValueError(f"tree {self.question_id!r}: multiplicity of turn {turn} must be at least 1, got {multiplicity}")
+            raise ValueError(
+                f"tree {self.question_id!r}: multiplicity of turn {turn} must be at least 1, got {multiplicity}"
+            )
         self.turns[turn].multiplicity = int(multiplicity)
 
     @property
@@ -129,7 +133,9 @@ class TurnTree:
 
     def path_ids(self, turn: int) -> TokenIds:
         """(L,) all tokens from the prompt through the observation of `turn`."""
-        return np.concatenate([part for n in self.path(turn) for part in (self.turns[n].action_ids, self.turns[n].observation_ids)])
+        return np.concatenate(
+            [part for n in self.path(turn) for part in (self.turns[n].action_ids, self.turns[n].observation_ids)]
+        )
 
     @property
     def unique_tokens(self) -> int:

@@ -35,7 +35,7 @@ class TreeBlocks:
         return int((sizes * keys).sum())
 
 
-def make_tree_blocks(subtree_end: Tensor, max_queries: int = 256) -> TreeBlocks:
+def make_tree_blocks(subtree_end: Tensor, max_queries: int = 128) -> TreeBlocks:
     """Blocks for `tree_attention(impl="torch")`, made once per row (T,) and used by every layer.
 
     Borders are chosen among turn starts and steps inside long turns so that the computed pairs plus the fixed costs
