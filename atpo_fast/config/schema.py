@@ -275,6 +275,9 @@ class TrainConfig:
     """Tokens of a packed row (a micro-batch)."""
     old_logprobs: Literal["rollout", "recompute"] = "recompute"
     """Old log-probs: the engine's, or a no-gradient pass of the trainer before the first update."""
+    max_mismatch_kl: float = Field(default=0.1, gt=0)
+    """Largest KL (nats a token) between the engine's and the trainer's log-probs under the same weights; more is a
+    fault, and the run stops with a message."""
     eval_every: int = Field(default=20, ge=0)
     """Steps between evaluations; 0: only at the end."""
     save_every: int = Field(default=50, ge=0)

@@ -29,7 +29,7 @@ from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
-from atpo_fast.train.step import MetricMean, optimizer_step, score_rows, with_old_logprob, with_ref_logprob
+from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_old_logprob, with_ref_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.tree import TurnTree
 from atpo_fast.tree.storage import append_trees
@@ -140,7 +140,7 @@ class Trainer:
         self._log(forest, counts | {"pruned": pruned}, metrics, rollout_seconds, begun)
 
     def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
-        """Optimizer steps of one batch; returns (policy metrics, tokens that packing pruned)."""
+        """Optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
         run, size = self.run, self.config.train.questions_per_minibatch
         batches: list[list[PackedTrees]] = []
         pruned = 0
@@ -151,19 +151,25 @@ class Trainer:
                 batches.append(spread_rows(rows, run.world)[run.rank] if rows else [])
         with run.timer.phase("logprob"):
             batches = [self._prepare(rows) for rows in batches]
-        metrics = MetricMean()
+        metrics, mismatch = MetricMean(), Mismatch(self.config.train.max_mismatch_kl)
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
             for i, rows in enumerate(batches):
                 if rows:  # every question may have had equal rewards: no gradient anywhere, the same on every rank
                     set_learning_rate(self.engine, self._learning_rate())
-                    optimizer_step(self.engine, self.watch, rows, self.objective, metrics)
+                    fresh = mismatch if mismatch.kl is None else None
+                    optimizer_step(self.engine, self.watch, rows, self.objective, metrics, run.timer, fresh)
                     self.progress.optimizer_steps += 1
                 run.progress.advance(i + 1)
-        return metrics.result(), pruned
+        policy = {f"policy/{name}": value for name, value in metrics.result().items()}
+        if mismatch.kl is not None:
+            policy["rollout/mismatch_kl"] = mismatch.kl
+        return policy, pruned
 
     def _prepare(self, rows: list[PackedTrees]) -> list[PackedTrees]:
         """Old and reference log-probs, and the entropy-aware advantage where the objective has one."""
+        if not rows:
+            return rows
         if self.config.train.old_logprobs == "recompute" or self.objective.entropy_advantage:
             scores = score_rows(self.engine, rows)
             rows = with_old_logprob(rows, scores) if self.config.train.old_logprobs == "recompute" else rows
@@ -189,7 +195,7 @@ class Trainer:
         counts = run.sum_over_ranks({k: float(v) for k, v in counts.items()})
         counts["pruned"] /= run.world  # every rank counted the same forest
         metrics = rollout_metrics(forest, counts, rollout_seconds, time.monotonic() - begun)
-        metrics |= {f"policy/{name}": value for name, value in policy.items()}
+        metrics |= policy
         metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
         metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
         for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atpo_fast.objective import Objective
 from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
 from atpo_fast.train.optimizer import GradientWatch
 
@@ -65,25 +66,72 @@ class MetricMean:
         return out | dict(zip(peaks, maxima.tolist(), strict=True))
 
 
+class MismatchError(RuntimeError):
+    """The inference engine and the trainer do not compute the same log-probs; the message says what to check."""
+
+
+class Mismatch:
+    """KL between the engine's and the trainer's log-probs of the same tokens, under the same weights.
+
+    Taken from the forward of a batch's first update, so it costs nothing; it catches weights that were not synced,
+    another temperature, or another tokenizer at once.
+    """
+
+    def __init__(self, limit: float):
+        self._limit = limit
+        self._sums: list[Tensor] = []
+        self.kl: float | None = None
+
+    def add(self, row: PackedTrees, logprob: Tensor) -> None:
+        """Take one row's log-probs, (A,)."""
+        difference = (logprob - row.rollout_logprob).double()
+        fresh = row.trajectory_count > 0  # repeated and padding tokens have no log-prob of the engine's
+        k3 = torch.where(fresh, torch.expm1(difference) - difference, 0.0)
+        self._sums.append(torch.stack([k3.sum(), fresh.sum().double()]))
+
+    def settle(self) -> None:
+        """Average over the ranks; a collective. Raises MismatchError above the limit."""
+        total = torch.stack(self._sums).sum(0).cpu()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        self.kl = float(total[0] / total[1].clamp(min=1))
+        if not self.kl <= self._limit:
+            raise MismatchError(
+                f"the log-probs of engine and trainer differ by {self.kl:.3g} nats a token (k3), more than "
+                f"train.max_mismatch_kl={self._limit}: are weights synced, and do temperature and dtype agree?"
+            )
+
+
 def optimizer_step(
     engine: deepspeed.DeepSpeedEngine,
     watch: GradientWatch,
     rows: Sequence[PackedTrees],
     objective: Objective,
     metrics: MetricMean,
+    timer: PhaseTimer,
+    mismatch: Mismatch | None = None,
 ) -> None:
     """Accumulate the gradient of this rank's rows and step.
 
     Row losses of all ranks sum to the mini-batch loss; DeepSpeed averages gradients over ranks, hence the factor.
+    `mismatch` is filled and checked before the step; give it while the weights are those of the rollout.
     """
     device, world = device_of(engine), dist.get_world_size()
     for i, row in enumerate(rows):
         engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
-        out = engine(row.to(device), objective)
-        engine.backward(out.loss * world)
+        row = row.to(device)
+        with timer.phase("forward"):
+            out = engine(row, objective)
+        with timer.phase("backward"):
+            engine.backward(out.loss * world)
         metrics.add(out.metrics, out.loss)
-    watch.settle()
-    engine.step()
+        if mismatch is not None:
+            mismatch.add(row, out.logprob)
+    if mismatch is not None:
+        mismatch.settle()
+    with timer.phase("step"):
+        watch.settle()
+        engine.step()
     metrics.count(grad_norm=gradient_norm(engine))
 
 

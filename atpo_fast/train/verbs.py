@@ -19,6 +19,7 @@ from atpo_fast.train.loop import Trainer, newest_checkpoint, trainer_summary
 from atpo_fast.train.rollout_worker import RolloutWorker
 from atpo_fast.train.run import Run, start_run
 from atpo_fast.train.schedule import draw_questions
+from atpo_fast.train.step import MismatchError
 from atpo_fast.train.supervised import cold_start
 from atpo_fast.tree.storage import append_forest
 
@@ -94,7 +95,7 @@ def run_verb(verb: str, config_path: str, overrides: Sequence[str]) -> int:
             run.logger.close()
     except StopRequested:
         return STOPPED
-    except (ValueError, FileNotFoundError, CheckpointError) as error:
+    except (ValueError, FileNotFoundError, CheckpointError, MismatchError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
