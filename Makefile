@@ -28,7 +28,9 @@ format: .venv/installed-dev
 	$(BIN)/ruff format $(SOURCES)
 
 bench: .venv/installed-dev
-	for script in bench/bench_*.py; do $(BIN)/python $$script $(ARGS) || exit 1; done
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench --benchmark-json=.benchmarks/latest.json $(ARGS)
+	$(BIN)/python bench/bench_packed_update.py
 
 clean:
 	rm -rf build dist *.egg-info kernels/build kernels/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -14,7 +14,7 @@ def random_tree(
     rng: np.random.Generator, *, prompt: int, turns: int, action: int, observation: int, vocab: int
 ) -> TurnTree:
     """One tree: chains of 1..`turns` tool turns and an answer, then siblings of random inner turns run to their end."""
-    tree = TurnTree(rng.integers(0, vocab, prompt))
+    tree = TurnTree(np.arange(prompt) % vocab)  # drawing it would make the shape depend on its length
 
     def run_to_end(parent: int, left: int) -> None:
         for _ in range(left):
@@ -37,15 +37,16 @@ def forest_of_overlap(
 ) -> list[TurnTree]:
     """A forest whose overlap is `target` to about 0.01, reached by the length of the prompt."""
     low, high = 4, 200 * action
-    for _ in range(20):
-        prompt = (low + high) // 2
+    sizes = {"turns": turns, "action": action, "observation": observation, "vocab": vocab}
+
+    def grow(prompt: int) -> list[TurnTree]:
         rng = np.random.default_rng(seed)
-        sizes = {"turns": turns, "action": action, "observation": observation, "vocab": vocab}
-        forest = [random_tree(rng, prompt=prompt, **sizes) for _ in range(trees)]
-        if overlap(forest) < target:
-            low = prompt
-        else:
-            high = prompt
+        return [random_tree(rng, prompt=prompt, **sizes) for _ in range(trees)]
+
+    while low < high:  # overlap grows with the prompt
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if overlap(grow(middle)) < target else (low, middle)
+    forest = grow(low)
     assign_credit(forest)
     return forest
 
