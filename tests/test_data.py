@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from atpo_fast.config.schema import Config, DataConfig, ModelConfig
+from atpo_fast.data.demonstrations import read_demonstrations
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt, prompt_text
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import read_passages, read_questions
@@ -301,3 +302,34 @@ def test_documented_overlap_is_found() -> None:
     documented = json.loads((Path(str(REAL)) / "train/OVERLAP_WITH_TESTS.json").read_text())
     rows = documented["files"]["train/arpo_hard_search_1k.parquet"]["overlap"]["hotpotqa_dev7405"]
     assert task.notes["dropped_train_test_overlap"] == len(rows)
+
+
+# Fails when the prompt or an observation becomes an action (trained on), or the end of sequence is not taught.
+def test_demonstrations_from_a_file(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["What is a? look here <result> found </result> done"], 300)
+    turns = [{"action": "look here", "observation": " <result> found </result>"}, {"action": "done"}]
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps({"question": "What is a?", "turns": turns}) + "\n")
+    (tree,) = read_demonstrations(path, tokenizer, lambda question: tokenizer.encode(question.text))
+    assert tokenizer.decode(tree.turns[0].observation_ids) == "What is a?"
+    assert tokenizer.decode(tree.turns[1].action_ids) == "look here"
+    assert tokenizer.decode(tree.turns[1].observation_ids) == " <result> found </result>"
+    assert tree.turns[2].action_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"turns": [{"action": "a"}]}, "line 1: field question"),
+        ({"question": "q", "turns": []}, "line 1: field turns"),
+        ({"question": "q", "turns": [{"action": "a"}, {"action": "b"}]}, r"turns\[0\] must have an observation"),
+        ({"question": "q", "turns": [{"action": "a", "observation": "o"}]}, r"turns\[0\] must not have"),
+        ({"question": "q", "turns": [{"action": ""}]}, r"turns\[0\] needs a non-empty text action"),
+    ],
+)
+def test_broken_demonstrations_name_the_place(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    tokenizer = train_bpe(["a b c"], 300)
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=message):
+        read_demonstrations(path, tokenizer, lambda question: [0])

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY: dict[str, Any] = {
     "deepspeed": str(ROOT / "configs/deepspeed/zero3.json"),
     "device": "cpu",
-    "data": {"source": "world", "prompt": "short"},
+    "data": {"source": "world", "prompt": "short", "max_prompt_tokens": 32},
     "world": {
         "entities": 12,
         "relations": 2,

@@ -55,18 +55,13 @@ def _tree_shape(config: Config) -> str:
 
 
 def _warnings(config: Config) -> list[str]:
-    path, lines = longest_path(config), []
-    if path > config.train.max_tokens:
-        lines.append(
-            f"warning: a path may have {path} tokens but a row only train.max_tokens={config.train.max_tokens}; "
-            "a trajectory must fit into a row"
-        )
-    if config.model.path is None and path > config.model.max_positions:
-        lines.append(
-            f"warning: a path may have {path} tokens but the random model only "
-            f"model.max_positions={config.model.max_positions}"
-        )
-    return lines
+    path = longest_path(config)
+    if config.model.path is not None or path <= config.model.max_positions:
+        return []
+    return [
+        f"warning: a path may have {path} tokens but the random model only "
+        f"model.max_positions={config.model.max_positions}"
+    ]
 
 
 def _count(n: int, one: str, many: str | None = None) -> str:

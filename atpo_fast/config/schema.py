@@ -68,8 +68,6 @@ class ModelConfig:
     """Reference policy for the KL term; none: the policy as it was at the start of RL."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter dtype of the policy."""
-    attention: Literal["auto", "tree", "sdpa"] = "auto"
-    """Attention over packed rows."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward instead of keeping its activations."""
     hidden_size: int = Field(default=128, ge=8)
@@ -258,7 +256,7 @@ class SFTConfig:
     warmup_steps: int = Field(default=20, ge=0)
     """Steps of warm-up."""
     demonstrations: str | None = None
-    """JSONL file of demonstrations; none: the world's own."""
+    """File of demonstrations, rows {"question", "turns": [{"action", "observation"}, ...]}; none: the world's own."""
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -358,6 +356,15 @@ class Config:
     """Evaluation."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     """Metrics."""
+
+    def __post_init__(self) -> None:
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if self.train.max_tokens < longest:
+            raise ValueError(
+                f"train.max_tokens={self.train.max_tokens} cannot hold the longest trajectory: data.max_prompt_tokens="
+                f"{self.data.max_prompt_tokens} + rollout.max_response_tokens={self.rollout.max_response_tokens} = "
+                f"{longest}; raise the first or lower the others"
+            )
 
 
 def as_dict(section: Any) -> dict[str, Any]:

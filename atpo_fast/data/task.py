@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config.schema import Config
+from atpo_fast.data.demonstrations import read_demonstrations
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
@@ -28,7 +29,7 @@ Notes = dict[str, float | str]
 class Task:
     """What a run works on.
 
-    `demonstrations` are chains for the cold start (none for files). `encode_prompt` gives the token ids of a
+    `demonstrations` are chains for the cold start (from `sft.demonstrations`, else the world's own, else none). `encode_prompt` gives the token ids of a
     question's prompt. `notes` are facts a reader of the results needs: counts, what was dropped, guess rates.
     """
 
@@ -50,6 +51,8 @@ def load_task(config: Config) -> Task:
         ValueError: a prompt longer than `data.max_prompt_tokens`, or an impossible world.
     """
     task = _world_task(config) if config.data.source == "world" else _files_task(config)
+    if config.sft.demonstrations is not None:
+        task.demonstrations = read_demonstrations(config.sft.demonstrations, task.tokenizer, task.encode_prompt)
     for question in task.train + task.test:
         task.encode_prompt(question)
     return task

@@ -47,7 +47,7 @@ class Policy(nn.Module):
             position_ids=row.position_ids[None],
             use_cache=False,
             subtree_end=row.subtree_end,
-            tree_blocks=make_tree_blocks(row.subtree_end) if row.subtree_end.device.type == "cpu" else None,
+            tree_blocks=make_tree_blocks(row.subtree_end),  # once for all layers
         )
         return out.last_hidden_state[0]
 

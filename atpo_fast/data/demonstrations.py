@@ -1,0 +1,54 @@
+"""Demonstrations from files: what the cold start imitates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from atpo_fast.data.questions import Question
+from atpo_fast.data.rows import DataError, Row, read_rows
+from atpo_fast.tree.turn_tree import TurnTree
+
+
+def read_demonstrations(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question], list[int]]
+) -> list[TurnTree]:
+    """Chains from rows `{"question": str, "turns": [{"action": str, "observation": str}, ...]}`.
+
+    An action is what the policy should write, an observation is inserted after it as it stands (with its result tags);
+    the last turn has none and is closed with the end-of-sequence token.
+
+    Raises FileNotFoundError for a missing file and DataError naming file, row and field for anything else.
+    """
+    return [_chain(row, tokenizer, encode_prompt) for row in read_rows(path)]
+
+
+def _chain(row: Row, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question], list[int]]) -> TurnTree:
+    text, turns = row.value.get("question"), row.value.get("turns")
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{row.where}: field question must be a non-empty text")
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{row.where}: field turns must be a non-empty list")
+    tree = TurnTree(encode_prompt(Question(id=row.where, text=text, answers=())), question_id=row.where)
+    parent = 0
+    for number, turn in enumerate(turns):
+        last = number == len(turns) - 1
+        action, observation = _texts(row, number, turn)
+        if bool(observation) == last:
+            raise DataError(f"{row.where}: turns[{number}] must {'not ' if last else ''}have an observation")
+        ids = tokenizer.encode(action, add_special_tokens=False) + ([tokenizer.eos_token_id] if last else [])
+        seen = tokenizer.encode(observation, add_special_tokens=False) if observation else None
+        parent = tree.add_turn(parent, ids, observation_ids=seen, finish_reason="eos" if last else "stop")
+    return tree
+
+
+def _texts(row: Row, number: int, turn: object) -> tuple[str, str]:
+    """(action, observation or an empty text) of a turn."""
+    if not isinstance(turn, dict):
+        raise DataError(f"{row.where}: turns[{number}] must be an object with action and observation")
+    action, observation = turn.get("action"), turn.get("observation") or ""
+    if not isinstance(action, str) or not action or not isinstance(observation, str):
+        raise DataError(f"{row.where}: turns[{number}] needs a non-empty text action, and observation as text")
+    return action, observation
