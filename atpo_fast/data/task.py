@@ -29,8 +29,9 @@ Notes = dict[str, float | str]
 class Task:
     """What a run works on.
 
-    `demonstrations` are chains for the cold start (from `sft.demonstrations`, else the world's own, else none). `encode_prompt` gives the token ids of a
-    question's prompt. `notes` are facts a reader of the results needs: counts, what was dropped, guess rates.
+    `demonstrations` are chains for the cold start (`sft.demonstrations`, the world's own, or none). `encode_prompt`
+    gives the token ids of a question's prompt. `notes` are facts a reader of the results needs: counts, what was
+    dropped, guess rates.
     """
 
     train: list[Question]

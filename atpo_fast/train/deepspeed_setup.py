@@ -70,19 +70,12 @@ def deepspeed_config(path: str, model: ModelConfig, optim: OptimConfig) -> dict[
 def initialize(
     policy: nn.Module, config: Config, optim: OptimConfig
 ) -> tuple[deepspeed.DeepSpeedEngine, GradientWatch]:
-    """A DeepSpeed engine over `policy` with AdamW, and the watch over its gradients.
-
-    Under bf16 DeepSpeed rounds buffers with the parameters; the rotary frequencies have to stay exact, or the trainer's
-    positions drift from the inference engine's, so buffers are put back.
-    """
-    buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+    """A DeepSpeed engine over `policy` with AdamW, and the watch over its gradients."""
     optimizer = GuardedAdamW(policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
     watch = GradientWatch(policy, optimizer)
     engine, _, _, _ = deepspeed.initialize(
         model=policy, optimizer=optimizer, config=deepspeed_config(config.deepspeed, config.model, optim)
     )
-    for name, buffer in policy.named_buffers():
-        buffer.data = buffers[name].to(buffer.device)
     return engine, watch
 
 
