@@ -52,7 +52,7 @@ class WorldConfig:
     """Test questions; none of their compositions is in training."""
     demonstrations: int = Field(default=4000, ge=1)
     """Scripted demonstrations for the cold start."""
-    good_fraction: float = Field(default=0.3, ge=0, le=1)
+    good_fraction: float = Field(default=0.2, ge=0, le=1)
     """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
     seed: int = 0
     """Seed of the world itself; the run's seed is separate."""
