@@ -204,3 +204,12 @@ def _weights(flat: Flat, acting: list[int], flats: Sequence[Flat], objective: Ob
 
 def _pick(values: list[float], at: list[int]) -> Tensor:
     return torch.tensor([values[t] for t in at], dtype=DOUBLE)
+
+
+def exact_norms(model: nn.Module) -> nn.Module:
+    """Replace transformers' RMSNorm, which rounds to float32, by torch's, which does not; returns the model."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if hasattr(child, "variance_epsilon"):
+                setattr(module, name, nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64))
+    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from flat_reference import exact_norms
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
+from atpo_fast.packing import spread_rows
 from atpo_fast.policy import Policy
 
 VOCAB = 50
@@ -72,6 +74,27 @@ def test_packed_logprobs_equal_separate_forwards(name: str) -> None:
         expected = logits[-length - 1 : -1].gather(1, ids[-length:, None])[:, 0]
         begin, end = row.turn_offsets[n : n + 2].tolist()
         torch.testing.assert_close(logprob[begin:end], expected, rtol=1e-10, atol=1e-10)
+
+
+# Fails when spreading loses or doubles a row, or an empty row has a gradient. (float64, which DeepSpeed does not have;
+# test_distributed.py repeats it on real ranks and ZeRO stages in float32.)
+@pytest.mark.parametrize("level", ["token", "turn", "sequence"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradient_does_not_depend_on_ranks_and_rows(level: str, tied: bool) -> None:
+    objective = Objective.preset("at2po", level=level, clip_low=5.0, clip_high=5.0)
+    gradients = []
+    for max_tokens, ranks in ((4096, 1), (4096, 3), (22, 1), (22, 2)):
+        torch.manual_seed(0)
+        config = Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=tied)
+        policy = Policy(exact_norms(Qwen3ForCausalLM(config).double()))
+        rows = pack_trees(trees(), objective, max_tokens, dtype=torch.float64)
+        for mine in spread_rows(rows, ranks):
+            for row in mine:
+                policy(row, objective).loss.backward()
+        gradients.append({n: p.grad for n, p in policy.named_parameters()})
+    for other in gradients[1:]:
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-10 * float(gradient.abs().max()))
 
 
 # Fails when recomputation loses the row's keyword arguments or the head's gradient is taken twice.

@@ -12,6 +12,7 @@ from flat_reference import (
     DOUBLE,
     ToyModel,
     assert_equal,
+    exact_norms,
     fill_like_flat,
     flat_loss,
     flatten,
@@ -21,7 +22,7 @@ from flat_reference import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import VOCAB, forests, special_forest
-from torch import Tensor, nn
+from torch import Tensor
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.packing import apply_entropy_advantage, empty_row, pruned_tokens, spread_rows
@@ -196,12 +197,7 @@ def test_on_qwen3(forest: list[TurnTree], level: str) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 16}
     config = Qwen3Config(**sizes, num_attention_heads=2, num_key_value_heads=1, attn_implementation="sdpa")
-    qwen = Qwen3ForCausalLM(config).double()
-    for module in list(qwen.modules()):  # transformers' RMSNorm rounds to float32; torch's does not
-        for name, child in module.named_children():
-            if hasattr(child, "variance_epsilon"):
-                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=DOUBLE)
-                setattr(module, name, norm)
+    qwen = exact_norms(Qwen3ForCausalLM(config).double())
 
     def logits(ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         mask = torch.zeros(visible.shape, dtype=DOUBLE).masked_fill(~visible, -torch.inf)

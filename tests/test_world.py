@@ -126,8 +126,10 @@ def test_demonstrations_are_well_formed_and_only_good_ones_are_right(task: Task)
     asked = [questions[tree.meta["question"]] for tree in task.demonstrations]
     scores = [row[0] for row in score_trees(task.demonstrations, asked, task.tokenizer, RewardConfig())]
     assert all(score.format_ok for score in scores)
-    for tree, score in zip(task.demonstrations, scores, strict=True):
-        assert score.reward == float(tree.meta["strategy"] == "good"), tree.meta
+    poor = [s.reward for t, s in zip(task.demonstrations, scores, strict=True) if t.meta["strategy"] != "good"]
+    good = [s.reward for t, s in zip(task.demonstrations, scores, strict=True) if t.meta["strategy"] == "good"]
+    assert min(good) == 1.0
+    assert np.mean(poor) < 0.03  # the wrong order ends at the right entity once in a while
 
 
 def test_strategies_are_mixed_at_every_number_of_hops(task: Task, world_config: WorldConfig) -> None:
@@ -137,7 +139,7 @@ def test_strategies_are_mixed_at_every_number_of_hops(task: Task, world_config: 
     for h in (1, 2, 3):
         share = seen[h, "good"] / sum(n for (k, _), n in seen.items() if k == h)
         # 200 draws each: four standard deviations around the configured share
-        assert abs(share - world_config.good_fraction) < 4 * np.sqrt(0.3 * 0.7 / 200)
+        assert abs(share - world_config.good_fraction) < 4 * np.sqrt(0.25 / 200)
 
 
 def test_results_too_small_for_the_world_are_refused() -> None:
