@@ -128,6 +128,7 @@ def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path) -> None
     for name, value in expected.items():
         assert (after[name] - value).abs().max() < 1e-6, name
     assert "nothing left to train" in run(config, f"run_dir={halves}", code=2)
+    assert "another number of ranks" in run(config, f"run_dir={halves}", "train.steps=4", "ranks=2", code=2)
 
 
 # Fails when a rank sees another share of questions or rows than its own, or averages differently.

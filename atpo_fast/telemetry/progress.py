@@ -64,7 +64,6 @@ class Progress:
         self._step_times: deque[float] = deque(maxlen=20)
 
     def __enter__(self) -> Progress:
-        self._step_times.append(time.monotonic())
         if self.mode == "live":
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._safely(self._live.start)

@@ -55,7 +55,7 @@ def save_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, policy: Policy,
         export_model(policy, run.task.tokenizer, partial / "hf", is_main=run.is_main)
         run.barrier()
         if run.is_main:
-            (partial / "state.json").write_text(json.dumps(state, indent=1))
+            (partial / "state.json").write_text(json.dumps(state | {"ranks": run.world}, indent=1))
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             _delete_old(run.folder, run.config.train.keep_checkpoints)
@@ -71,15 +71,24 @@ def save_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, policy: Policy,
     return final
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and RNG; returns the loop's state."""
+def load_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    """Restore weights, optimizer and RNG; returns the loop's state.
+
+    Raises CheckpointError when it was written by another number of ranks, over which the optimizer is sharded.
+    """
+    state = read_state(checkpoint)
+    if state.pop("ranks") != run.world:
+        raise CheckpointError(
+            f"{checkpoint} was written by another number of ranks than {run.world}; set ranks as before, or start a "
+            f"new run_dir from its weights with model.path={checkpoint / 'hf'}"
+        )
     path, client = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:
         raise CheckpointError(
             f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before"
         )
     torch.set_rng_state(client["torch_rng"])
-    return read_state(checkpoint)
+    return state
 
 
 def _delete_old(run_folder: Path, keep: int) -> None:

@@ -66,7 +66,7 @@ class Trainer:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.progress = Progress(**load_checkpoint(self.engine, checkpoint))
+        self.progress = Progress(**load_checkpoint(self.run, self.engine, checkpoint))
         self._begun = time.monotonic() - self.progress.seconds
         self.worker.sync(self.policy)
         self.run.logger.truncate_after(self.progress.step)

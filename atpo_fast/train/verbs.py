@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,11 +41,17 @@ def train(run: Run) -> int:
         summary = trainer_summary(trainer)
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         page = build_report(run.folder)
-        run.progress.message(
-            f"EM on {len(run.task.test)} test questions: {summary['cold_start_em']:.3f} before RL, "
-            f"{summary['final_em']:.3f} after; {summary['train_seconds']:.0f} s; report: {page}"
-        )
+        run.progress.message(_closing_words(summary, len(run.task.test), page))
     return 0
+
+
+def _closing_words(summary: dict[str, Any], questions: int, page: Path) -> str:
+    words = (
+        f"EM on {questions} test questions: {summary['cold_start_em']:.3f} before RL, {summary['final_em']:.3f} after"
+    )
+    if "random_guess_rate" in summary:
+        words += f" (guessing at random: {summary['random_guess_rate']:.3f})"
+    return f"{words}; {summary['train_seconds']:.0f} s; report: {page}"
 
 
 def sft(run: Run) -> int:
@@ -74,6 +81,7 @@ def rollout(run: Run) -> int:
     scored = run.gather(worker.roll_out(run.share(questions), seed=run.config.seed), len(questions))
     if run.is_main:
         path = run.folder / "forest.jsonl"
+        path.unlink(missing_ok=True)
         append_forest(path, [s.tree for s in scored])
         print(f"{len(scored)} trees in {path}")
     return 0
