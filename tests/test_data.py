@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from atpo_fast.config.schema import Config, DataConfig, ModelConfig
-from atpo_fast.data.demonstrations import read_demonstrations
+from atpo_fast.data.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt, prompt_text
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import read_passages, read_questions
@@ -315,6 +315,27 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
     assert tokenizer.decode(tree.turns[1].action_ids) == "look here"
     assert tokenizer.decode(tree.turns[1].observation_ids) == " <result> found </result>"
     assert tree.turns[2].action_ids[-1] == tokenizer.eos_token_id
+
+
+# Fails when evidence is not read from one of the layouts, or a title is searched that is no evidence.
+def test_demonstrations_from_evidence(tmp_path: Path) -> None:
+    musique = json.loads(json.dumps(MUSIQUE))
+    musique["paragraphs"][1]["is_supporting"] = True
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([HOTPOT | {"supporting_facts": [["B", 0], ["A", 1], ["B", 2]]}, musique]))
+    questions = [*read_questions(path), Question(id="unknown", text="Why?", answers=("no",))]
+    tokenizer = train_bpe(["<think> I look for A. </think> found"], 400)
+    searched: list[str] = []
+
+    def search(query: str) -> str:
+        searched.append(query)
+        return f"found {query}"
+
+    chains = evidence_demonstrations(questions, search, tokenizer, lambda question: tokenizer.encode(question.text))
+    assert searched == ["B", "A", "C"]
+    assert [chain.question_id for chain in chains] == ["h1", "2hop__1"]
+    assert tokenizer.decode(chains[1].turns[1].observation_ids) == " <result>\nfound C\n</result>"
+    assert r"\boxed{Paris}" in tokenizer.decode(chains[1].turns[2].action_ids)
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,8 @@ class SFTConfig:
     """Peak learning rate (linear warm-up, cosine decay)."""
     warmup_steps: int = Field(default=20, ge=0)
     """Steps of warm-up."""
+    from_evidence: bool = False
+    """Files: make demonstrations that search the titles of each training question's gold evidence, then answer."""
     demonstrations: str | None = None
     """File of demonstrations, rows {"question", "turns": [{"action", "observation"}, ...]}; none: the world's own."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.data.questions import Question
 from atpo_fast.data.rows import DataError, Row, read_rows
+from atpo_fast.environment.tags import format_result
 from atpo_fast.tree.turn_tree import TurnTree
+
+_MAX_SEARCHES = 4  # published limit is 6 calls
 
 
 def read_demonstrations(
@@ -23,6 +26,34 @@ def read_demonstrations(
     Raises FileNotFoundError for a missing file and DataError naming file, row and field for anything else.
     """
     return [_chain(row, tokenizer, encode_prompt) for row in read_rows(path)]
+
+
+def evidence_demonstrations(
+    questions: Sequence[Question],
+    search: Callable[[str], str],
+    tokenizer: PreTrainedTokenizerBase,
+    encode_prompt: Callable[[Question], list[int]],
+) -> list[TurnTree]:
+    """Chains that search each title of the gold evidence and then answer, for questions whose evidence is known.
+
+    They teach the format and when to search, not how to find titles. Observations are what `search` really finds.
+    """
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    chains = []
+    for question in questions:
+        titles = question.meta.get("evidence_titles", [])[:_MAX_SEARCHES]
+        tree, turn = TurnTree(encode_prompt(question), question_id=question.id), 0
+        for title in titles:
+            action = f"<think> I look for {title}. </think> <search> {title} </search>"
+            turn = tree.add_turn(turn, encode(action), observation_ids=encode(format_result(search(title))))
+        answer = f"<think> I know it. </think> <answer> \\boxed{{{question.answers[0]}}} </answer>"
+        tree.add_turn(turn, [*encode(answer), tokenizer.eos_token_id], finish_reason="eos")
+        if titles:
+            chains.append(tree)
+    return chains
 
 
 def _chain(row: Row, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question], list[int]]) -> TurnTree:

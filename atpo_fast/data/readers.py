@@ -74,8 +74,22 @@ def _question(row: Row, source: str) -> Question:
         text=clean_question(_question_text(row)),
         answers=_answers(row),
         source=str(value.get("data_source") or source),
-        meta={key: value[key] for key in ("type", "level") if isinstance(value.get(key), str)},
+        meta=_meta(value),
     )
+
+
+def _meta(value: dict[str, Any]) -> dict[str, Any]:
+    """Type and level where given, and the titles of the paragraphs that hold the evidence."""
+    meta: dict[str, Any] = {key: value[key] for key in ("type", "level") if isinstance(value.get(key), str)}
+    facts, paragraphs = value.get("supporting_facts"), value.get("paragraphs")
+    titles: list[Any] = []
+    if isinstance(facts, list):  # HotpotQA, 2Wiki: [title, number of the sentence]
+        titles = [fact[0] for fact in facts if isinstance(fact, list) and fact]
+    elif isinstance(paragraphs, list):  # MuSiQue
+        titles = [p.get("title") for p in paragraphs if isinstance(p, dict) and p.get("is_supporting")]
+    if titles:
+        meta["evidence_titles"] = list(dict.fromkeys(str(title) for title in titles))
+    return meta
 
 
 def _question_text(row: Row) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config.schema import Config
-from atpo_fast.data.demonstrations import read_demonstrations
+from atpo_fast.data.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
@@ -107,12 +107,20 @@ def _files_task(config: Config) -> Task:
     else:
         texts = [SYSTEM_PROMPT, *(q.text for q in train + test), *(p.contents for p in passages)]
         tokenizer = train_bpe(texts, config.model.vocab_size)
+    encode = _prompt_encoder(config, tokenizer)
+    demonstrations: list[TurnTree] = []
+    if config.sft.from_evidence:
+        search = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
+        demonstrations = evidence_demonstrations(train, search, tokenizer, encode)
+        if not demonstrations:
+            raise DataError("sft.from_evidence: no training question names its evidence (supporting_facts, paragraphs)")
     return Task(
         train=train,
         test=test,
         passages=passages,
         tokenizer=tokenizer,
-        encode_prompt=_prompt_encoder(config, tokenizer),
+        encode_prompt=encode,
+        demonstrations=demonstrations,
         notes=notes,
     )
 
