@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from atpo_fast.config.schema import Config, ModelConfig, OptimConfig
-from atpo_fast.train.optimizer import GradientWatch, GuardedAdamW
+from atpo_fast.train.optimizer import GradientWatch, make_optimizer
 
 OWNED_KEYS = (
     "train_batch_size",
@@ -71,11 +71,11 @@ def initialize(
     policy: nn.Module, config: Config, optim: OptimConfig
 ) -> tuple[deepspeed.DeepSpeedEngine, GradientWatch]:
     """A DeepSpeed engine over `policy` with AdamW, and the watch over its gradients."""
-    optimizer = GuardedAdamW(policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    settings = deepspeed_config(config.deepspeed, config.model, optim)
+    zero = settings.get("zero_optimization", {})
+    optimizer = make_optimizer(policy, optim, offload=zero.get("offload_optimizer", {}).get("device", "none") != "none")
     watch = GradientWatch(policy, optimizer)
-    engine, _, _, _ = deepspeed.initialize(
-        model=policy, optimizer=optimizer, config=deepspeed_config(config.deepspeed, config.model, optim)
-    )
+    engine, _, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
     return engine, watch
 
 
@@ -85,10 +85,10 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
-def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Norm of the last step's gradient before clipping; 0 before the first step."""
+def gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """Norm of the last step's gradient before clipping; None where DeepSpeed does not tell (stage 0 in float32)."""
     norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0
+    return None if norm is None else float(norm)
 
 
 def device_of(engine: deepspeed.DeepSpeedEngine) -> torch.device:

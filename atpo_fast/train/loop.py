@@ -36,7 +36,7 @@ from atpo_fast.tree.storage import append_trees
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainState:
     """What a checkpoint remembers beside weights and optimizer."""
 
     step: int = 0  # steps done
@@ -59,17 +59,17 @@ class Trainer:
         self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
         self.worker = RolloutWorker(run, start, self.engine.device)
-        self.progress = Progress()
+        self.state = TrainState()
         if resume_from is None:
             run.logger.truncate_after(-1)
         else:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.progress = Progress(**load_checkpoint(self.run, self.engine, checkpoint))
-        self._begun = time.monotonic() - self.progress.seconds
+        self.state = TrainState(**load_checkpoint(self.run, self.engine, checkpoint))
+        self._begun = time.monotonic() - self.state.seconds
         self.worker.sync(self.policy)
-        self.run.logger.truncate_after(self.progress.step)
+        self.run.logger.truncate_after(self.state.step)
         self.run.progress.message(f"resumed from {checkpoint}")
 
     def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
@@ -85,49 +85,47 @@ class Trainer:
             self._run()
         except StopRequested:  # raised on every rank, and only while the weights are those of the last finished step
             self.save()
-            self.run.progress.message(f"stopped after step {self.progress.step}; the same command continues from here")
+            self.run.progress.message(f"stopped after step {self.state.step}; the same command continues from here")
             return False
         return True
 
     def _run(self) -> None:
-        if self.progress.cold_start_em is None:
+        if self.state.cold_start_em is None:
             self._evaluate()
-            self.progress.cold_start_em = self.progress.eval_em
-        while self.progress.step < self.config.train.steps:
+            self.state.cold_start_em = self.state.eval_em
+        while self.state.step < self.config.train.steps:
             self._step()
             if self._due(self.config.train.eval_every):
                 self._evaluate()
             if self._due(self.config.train.save_every):
                 self.save()
-        if self.progress.eval_step != self.progress.step:  # stopped in the last evaluation, now resumed
+        if self.state.eval_step != self.state.step:  # stopped in the last evaluation, now resumed
             self._evaluate()
 
     def _due(self, every: int) -> bool:
-        last = self.progress.step == self.config.train.steps
-        return last or (every > 0 and self.progress.step % every == 0)
+        last = self.state.step == self.config.train.steps
+        return last or (every > 0 and self.state.step % every == 0)
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
-        self.progress.seconds = time.monotonic() - self._begun
+        self.state.seconds = time.monotonic() - self._begun
         with self.run.timer.phase("checkpoint"):
-            save_checkpoint(self.run, self.engine, self.policy, asdict(self.progress))
+            save_checkpoint(self.run, self.engine, self.policy, asdict(self.state))
 
     def _evaluate(self) -> None:
-        means = evaluate_step(self.run, self.worker, self.progress.step)
-        self.progress.eval_em, self.progress.eval_step = means["eval/em"], self.progress.step
-        self.run.progress.message(
-            f"step {self.progress.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}"
-        )
+        means = evaluate_step(self.run, self.worker, self.state.step)
+        self.state.eval_em, self.state.eval_step = means["eval/em"], self.state.step
+        self.run.progress.message(f"step {self.state.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
 
     def _step(self) -> None:
         """One batch."""
         run, begun = self.run, time.monotonic()
-        questions = draw_questions(run.task.train, self.config, self.progress.step)
+        questions = draw_questions(run.task.train, self.config, self.state.step)
         run.progress.start_phase("rollout", self.config.rollout.leaves * len(run.share(questions)))
         before = asdict(self.worker.engine.counters)
         mine: list[ScoredTree] = []
         with suppress(StopRequested):  # the ranks have to find out together
-            mine = self.worker.roll_out(run.share(questions), seed=step_seed(self.config.seed, self.progress.step))
+            mine = self.worker.roll_out(run.share(questions), seed=step_seed(self.config.seed, self.state.step))
         run.stop_together()
         rollout_seconds = time.monotonic() - begun
         counts = {k: v - before[k] for k, v in asdict(self.worker.engine.counters).items()}
@@ -136,7 +134,7 @@ class Trainer:
             assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
         metrics, pruned = self._update(forest)
         self.worker.sync(self.policy)
-        self.progress.step += 1
+        self.state.step += 1
         self._log(forest, counts | {"pruned": pruned}, metrics, rollout_seconds, begun)
 
     def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
@@ -159,7 +157,7 @@ class Trainer:
                     set_learning_rate(self.engine, self._learning_rate())
                     fresh = mismatch if mismatch.kl is None else None
                     optimizer_step(self.engine, self.watch, rows, self.objective, metrics, run.timer, fresh)
-                    self.progress.optimizer_steps += 1
+                    self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
         if mismatch.kl is not None:
@@ -181,7 +179,7 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         optim = self.config.optim
-        return optim.lr * min(1.0, (self.progress.optimizer_steps + 1) / max(1, optim.warmup_steps))
+        return optim.lr * min(1.0, (self.state.optimizer_steps + 1) / max(1, optim.warmup_steps))
 
     def _log(
         self,
@@ -199,12 +197,12 @@ class Trainer:
         metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
         metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
         for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned"):
-            self.progress.totals[name] = self.progress.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
-        run.logger.log("train", self.progress.step, metrics)
-        run.progress.step_done(self.progress.step, self.config.train.steps, metrics)
+            self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
+        run.logger.log("train", self.state.step, metrics)
+        run.progress.step_done(self.state.step, self.config.train.steps, metrics)
         if run.is_main and self.config.train.save_trees:
             trees = [scored.tree for scored in forest[: self.config.train.save_trees]]
-            append_trees(run.folder / "trees.jsonl", trees, self.progress.step, run.task.tokenizer)
+            append_trees(run.folder / "trees.jsonl", trees, self.state.step, run.task.tokenizer)
 
     @property
     def seconds(self) -> float:
@@ -254,13 +252,13 @@ def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:
 
 def trainer_summary(trainer: Trainer) -> dict[str, Any]:
     """What `summary.json` says."""
-    progress, totals = trainer.progress, trainer.progress.totals
+    state, totals = trainer.state, trainer.state.totals
     return {
-        "cold_start_em": progress.cold_start_em,
-        "final_em": progress.eval_em,
+        "cold_start_em": state.cold_start_em,
+        "final_em": state.eval_em,
         "train_seconds": trainer.seconds,
-        "steps": progress.step,
-        "optimizer_steps": progress.optimizer_steps,
+        "steps": state.step,
+        "optimizer_steps": state.optimizer_steps,
         "prefilled_tokens": int(totals.get("prefilled", 0)),
         "decoded_tokens": int(totals.get("decoded", 0)),
         "cache_hit_tokens": int(totals.get("cache_hit", 0)),

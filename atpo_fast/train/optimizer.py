@@ -14,21 +14,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atpo_fast.config.schema import OptimConfig
 
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW whose next `step` does nothing when `skip_next` is set."""
+
+class Guard:
+    """Mix-in for an optimizer: its next `step` does nothing when `skip_next` is set."""
 
     skip_next: bool = False
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update, or none; the flag is reset by `GradientWatch.settle`."""
-        return None if self.skip_next else super().step(closure)
+        """One update, or none; the flag is set by `GradientWatch.settle`."""
+        return None if self.skip_next else super().step(closure)  # type: ignore[misc]
+
+
+class GuardedAdamW(Guard, torch.optim.AdamW):
+    """AdamW on the device of its parameters."""
+
+
+def make_optimizer(module: nn.Module, settings: OptimConfig, *, offload: bool) -> Guard:
+    """AdamW for all parameters; with `offload` DeepSpeed's, which runs on the CPU (compiled on first use)."""
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+    if not offload:
+        return GuardedAdamW(module.parameters(), **options)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    kind = type("GuardedCPUAdam", (Guard, DeepSpeedCPUAdam), {})
+    return kind(list(module.parameters()), **options, adamw_mode=True)
 
 
 class GradientWatch:
     """Notes whether any gradient of any micro-batch was non-finite."""
 
-    def __init__(self, module: nn.Module, optimizer: GuardedAdamW):
+    def __init__(self, module: nn.Module, optimizer: Guard):
         parameters = [p for p in module.parameters() if p.requires_grad]
         self._bad = torch.zeros((), dtype=torch.bool, device=parameters[0].device)
         self._optimizer = optimizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,8 +26,8 @@ class MetricMean:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
         self._tokens: Tensor | None = None
-        self._totals: dict[str, float] = defaultdict(float)
-        self._count: dict[str, int] = defaultdict(int)
+        self._grad_norms: list[float] = []
+        self._steps = 0
 
     def add(self, metrics: dict[str, Tensor], loss: Tensor) -> None:
         """Take one row's metrics and its share of the loss."""
@@ -42,15 +41,15 @@ class MetricMean:
                 self._sums[name] = self._sums.get(name, torch.zeros_like(weighted)) + weighted
         self._sums["loss"] = self._sums.get("loss", torch.zeros_like(tokens)) + loss.detach().to(torch.float64)
 
-    def count(self, **values: float) -> None:
-        """Take host numbers of one optimizer step; their mean over steps is reported."""
-        for name, value in values.items():
-            self._totals[name] += value
-            self._count[name] += 1
+    def step_taken(self, grad_norm: float | None) -> None:
+        """Take the gradient norm of an optimizer step, where it is known."""
+        self._steps += 1
+        if grad_norm is not None:
+            self._grad_norms.append(grad_norm)
 
     def result(self) -> dict[str, float]:
         """Means over all rows of all ranks; a collective."""
-        out = {name: total / self._count[name] for name, total in self._totals.items()}
+        out = {"grad_norm": sum(self._grad_norms) / len(self._grad_norms)} if self._grad_norms else {}
         if self._tokens is None:
             return out
         names, peaks = sorted(self._sums), sorted(self._maxima)
@@ -60,9 +59,8 @@ class MetricMean:
             dist.all_reduce(sums)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
         tokens = max(float(sums[-1]), 1.0)
-        steps = max(self._count["grad_norm"], 1)
         for name, value in zip(names, sums[:-1].tolist(), strict=True):
-            out[name] = value / steps if name == "loss" else value / tokens
+            out[name] = value / max(self._steps, 1) if name == "loss" else value / tokens
         return out | dict(zip(peaks, maxima.tolist(), strict=True))
 
 
@@ -132,7 +130,7 @@ def optimizer_step(
     with timer.phase("step"):
         watch.settle()
         engine.step()
-    metrics.count(grad_norm=gradient_norm(engine))
+    metrics.step_taken(gradient_norm(engine))
 
 
 @torch.no_grad()
