@@ -11,7 +11,12 @@ from atpo_fast.data.questions import Question
 
 
 def draw_questions(questions: Sequence[Question], config: Config, step: int) -> list[Question]:
-    """Questions of a step: `train.questions_per_step` of a seeded permutation, made anew every epoch."""
+    """Questions of a step: `train.questions_per_step` of a seeded permutation, made anew every epoch.
+
+    Raises ValueError when there is none.
+    """
+    if not questions:
+        raise ValueError("there are no training questions: set data.train_files (test questions are dropped from them)")
     size = config.train.questions_per_step
     epochs, offsets = np.divmod(np.arange(step * size, (step + 1) * size), len(questions))
     drawn: list[Question] = []
