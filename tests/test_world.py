@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from atpo_fast.config.schema import Config, DataConfig, RewardConfig, ToolsConfig, WorldConfig
-from atpo_fast.data.task import Task, load_task
 from atpo_fast.environment.reward import score_trees
 from atpo_fast.environment.search import BM25Search
+from atpo_fast.task import Task, load_task
 from atpo_fast.world import make_world
 from atpo_fast.world.facts import composition
 

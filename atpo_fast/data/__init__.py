@@ -1,4 +1,4 @@
-"""Questions, passages, prompts and tokenizers; `task.load_task` puts them together."""
+"""Questions, passages, prompts and tokenizers: what comes from files."""
 
 from atpo_fast.data.questions import Passage, Question
 

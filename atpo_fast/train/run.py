@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from atpo_fast.config.schema import Config
-from atpo_fast.data.task import Task, load_task
+from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
 from atpo_fast.train.deepspeed_setup import join_process_group
 from atpo_fast.train.interrupt import StopRequested, StopSignal

@@ -12,13 +12,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config.schema import Config
-from atpo_fast.data.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
 from atpo_fast.data.rows import DataError
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment.search import BM25Search
+from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.tree.turn_tree import TurnTree
 from atpo_fast.world import make_demonstrations, make_tokenizer, make_world
 
