@@ -22,7 +22,6 @@ class ForestTable:
     parent: Ints  # (N,) index in this table, -1 for roots
     levels: list[Ints]  # turns by depth; levels[0] are the roots
     nll: Floats  # (N,) entropy estimate of a turn
-    count: Floats  # (N,) multiplicity of leaves, 1 for other turns
     leaves: Ints  # (S,) turns that are leaves
     leaf_tree: Ints  # (S,) index of the leaf's tree
     leaf_question: Ints  # (S,) trees with the same question_id share a number; trees without an id stand alone
@@ -56,15 +55,12 @@ def forest_table(trees: Sequence[TurnTree]) -> ForestTable:
     leaf_index = np.array([offsets[t] + n for t, n in leaves], dtype=np.int64)
     multiplicity = np.array([trees[t].turns[n].multiplicity for t, n in leaves], dtype=np.float64)
     nll = np.array([turn.nll for tree in trees for turn in tree.turns], dtype=np.float64)
-    count = np.ones(len(parent))
-    count[leaf_index] = multiplicity
     leaf_tree = np.array([t for t, _ in leaves], dtype=np.int64)
     return ForestTable(
         offsets=offsets,
         parent=np.array(parent, dtype=np.int64),
         levels=_levels(np.array(depth, dtype=np.int64)),
         nll=nll,
-        count=count,
         leaves=leaf_index,
         leaf_tree=leaf_tree,
         leaf_question=_question_numbers(trees)[leaf_tree],

@@ -14,16 +14,16 @@ ADVANTAGES = ("node_value", "diff_parent", "diff_global", "diff_localglobal")
 def turn_values(table: ForestTable, *, leaf_norm: bool, value: str) -> Floats:
     """(N,) value of every turn.
 
-    A leaf of multiplicity m counts like m identical siblings. With `leaf_norm` rewards are standardised within the
-    tree by the population std. Turns without a leaf below have value 0.
+    With `leaf_norm` rewards are standardised within the tree by the population std. Multiplicity counts trajectories:
+    in that mean and std, and in `leaf_mean`; the child values weigh turns of the tree, each once, as the published code
+    does, whose copies of a leaf are not in the tree. Turns without a leaf below have value 0.
     """
     z = _standardized_rewards(table) if leaf_norm else table.reward
     if value == "leaf_mean":
         leaves = table.sum_leaves_below(table.multiplicity)
         return table.sum_leaves_below(table.multiplicity * z) / np.maximum(leaves, 1.0)
-    weight = table.count * (_child_softmax(table) if value == "child_softmax" else 1.0)
     has_leaf = table.sum_leaves_below(table.multiplicity) > 0
-    weight = np.where(has_leaf, weight, 0.0)
+    weight = np.where(has_leaf, _child_softmax(table) if value == "child_softmax" else 1.0, 0.0)
     total = table.sum_children(weight)
     values = np.zeros(len(table.parent))
     values[table.leaves] = z
