@@ -72,7 +72,7 @@ def launch(verb: str, config_path: str, overrides: Sequence[str], placement: Pla
     """
     world = base64.urlsafe_b64encode(json.dumps({"localhost": placement.accelerators}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={_free_port()}", "--log_level=critical", "--module", "atpo_fast.train"]
+    command += [f"--master_port={free_port()}", "--log_level=critical", "--module", "atpo_fast.train"]
     command += ["--verb", verb, "--config", config_path, *overrides]
     # A session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
     child = subprocess.Popen(
@@ -140,7 +140,8 @@ def _stop_with_parent(parent: int) -> Callable[[], None] | None:
     return ask_kernel
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -11,17 +11,15 @@ lengths (11 % and 16 % of the layers' products), so that 0.8 of T_flat / T_tree 
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from forests import forest_of_overlap, written_out
+from records import write_record
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, pack_trees
@@ -104,19 +102,9 @@ def record(target: float) -> dict[str, Any]:
 
 def main() -> None:
     """Write and print one record per overlap."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     cases = [record(target) for target in OVERLAPS]
-    result = {
-        "bench": "packed_update",
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "cases": cases,
-    }
-    path = Path(__file__).parent / "results" / "packed_update_cpu.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    machine = platform.processor() or platform.machine()
+    write_record("packed_update_cpu", "packed_update", machine=machine, threads=torch.get_num_threads(), cases=cases)
     for case in cases:
         print(
             f"overlap {case['overlap']:.2f}: flat/packed time {case['time_ratio']:.2f}, "

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from records import write_record
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = ROOT / "bench" / "results" / "quickstart_seeds.json"
 KEYS = (
     "cold_start_em",
     "final_em",
@@ -58,12 +58,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run, record, print."""
     runs = [run(seed) for seed in [int(a) for a in sys.argv[1:]] or [0, 1, 2]]
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    record = {"bench": "quickstart_seeds", "commit": commit, "device": device, "torch": torch.__version__, "runs": runs}
-    RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    write_record("quickstart_seeds", "quickstart_seeds", device=device, runs=runs)
     print(table(runs))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from atpo_fast.data.questions import Question
+from atpo_fast.launcher import free_port
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.rollout import PathNode, Request, SamplingParams, TransformersEngine
@@ -33,13 +33,10 @@ VOCAB, WANTED = 12, 7
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
     """A group of one rank."""
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
+    with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             patch.setenv(name, value)
-        patch.setenv("MASTER_PORT", port)
+        patch.setenv("MASTER_PORT", str(free_port()))
         patch.setenv("DS_ACCELERATOR", "cpu")
         join_process_group(cuda=False)
         yield

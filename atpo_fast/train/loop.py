@@ -26,10 +26,11 @@ from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, r
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
+from atpo_fast.train.ranks import reduce_over_ranks
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
-from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_old_logprob, with_ref_logprob
+from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.tree import TurnTree
 from atpo_fast.tree.storage import append_trees
@@ -170,11 +171,11 @@ class Trainer:
             return rows
         if self.config.train.old_logprobs == "recompute" or self.objective.entropy_advantage:
             scores = score_rows(self.engine, rows)
-            rows = with_old_logprob(rows, scores) if self.config.train.old_logprobs == "recompute" else rows
+            rows = with_logprob(rows, "old_logprob", scores) if self.config.train.old_logprobs == "recompute" else rows
             entropies = [entropy for _, entropy in scores]
-            rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=self.run.sum_tensor)
+            rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=reduce_over_ranks)
         if self.reference is not None:
-            rows = with_ref_logprob(rows, score_rows(self.reference, rows))
+            rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows))
         return rows
 
     def _learning_rate(self) -> float:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from atpo_fast.config.schema import OptimConfig
+from atpo_fast.train.ranks import reduce_over_ranks
 
 
 class Guard:
@@ -58,9 +59,7 @@ class GradientWatch:
 
     def settle(self) -> bool:
         """Before the optimizer step: agree over the ranks; True when the step will be skipped."""
-        flag = self._bad.to(torch.int32)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = reduce_over_ranks(self._bad.to(torch.int32), dist.ReduceOp.MAX)
         self._bad.zero_()
         self._optimizer.skip_next = bool(flag)
         self.skipped_steps += int(flag)

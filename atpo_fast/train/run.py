@@ -16,6 +16,7 @@ from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
 from atpo_fast.train.deepspeed_setup import join_process_group
 from atpo_fast.train.interrupt import StopRequested, StopSignal
+from atpo_fast.train.ranks import reduce_over_ranks
 
 T = TypeVar("T")
 
@@ -53,18 +54,12 @@ class Run:
 
     def sum_over_ranks(self, values: dict[str, float]) -> dict[str, float]:
         """Add up a dictionary of numbers that has the same keys on every rank."""
-        total = self.sum_tensor(torch.tensor(list(values.values()), dtype=torch.float64))
+        total = reduce_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
-
-    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A CPU tensor added up over the ranks."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
 
     def stop_together(self) -> None:
         """Raise StopRequested on every rank when any was asked to stop; a collective."""
-        if bool(self.sum_tensor(torch.tensor([int(self.stop.requested)])).item()):
+        if bool(reduce_over_ranks(torch.tensor([int(self.stop.requested)])).item()):
             raise StopRequested
 
     def barrier(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -15,6 +16,7 @@ from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
 from atpo_fast.train.optimizer import GradientWatch
+from atpo_fast.train.ranks import reduce_over_ranks
 
 MAX_METRICS = ("ratio_max",)
 
@@ -55,9 +57,8 @@ class MetricMean:
         names, peaks = sorted(self._sums), sorted(self._maxima)
         sums = torch.stack([self._sums[n] for n in names] + [self._tokens]).cpu()
         maxima = torch.tensor([float(self._maxima[n]) for n in peaks], dtype=torch.float64)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        reduce_over_ranks(sums)
+        reduce_over_ranks(maxima, dist.ReduceOp.MAX)
         tokens = max(float(sums[-1]), 1.0)
         for name, value in zip(names, sums[:-1].tolist(), strict=True):
             out[name] = value / max(self._steps, 1) if name == "loss" else value / tokens
@@ -89,15 +90,40 @@ class Mismatch:
 
     def settle(self) -> None:
         """Average over the ranks; a collective. Raises MismatchError above the limit."""
-        total = torch.stack(self._sums).sum(0).cpu()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
+        total = reduce_over_ranks(torch.stack(self._sums).sum(0).cpu())
         self.kl = float(total[0] / total[1].clamp(min=1))
         if not self.kl <= self._limit:
             raise MismatchError(
                 f"the log-probs of engine and trainer differ by {self.kl:.3g} nats a token (k3), more than "
                 f"train.max_mismatch_kl={self._limit}: are weights synced, and do temperature and dtype agree?"
             )
+
+
+def accumulate(
+    engine: deepspeed.DeepSpeedEngine,
+    rows: Sequence[PackedTrees],
+    row_loss: Callable[[PackedTrees], Tensor],
+    timer: PhaseTimer,
+) -> None:
+    """Add up the gradients of this rank's rows.
+
+    `row_loss` gets a row on the engine's device. Row losses of all ranks sum to the mini-batch loss; DeepSpeed averages
+    gradients over ranks, hence the factor.
+    """
+    device, world = device_of(engine), dist.get_world_size()
+    for i, row in enumerate(rows):
+        engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
+        with timer.phase("forward"):
+            loss = row_loss(row.to(device))
+        with timer.phase("backward"):
+            engine.backward(loss * world)
+
+
+def apply_gradients(engine: deepspeed.DeepSpeedEngine, watch: GradientWatch, timer: PhaseTimer) -> None:
+    """Step with what `accumulate` added up, unless some of it is not finite."""
+    with timer.phase("step"):
+        watch.settle()
+        engine.step()
 
 
 def optimizer_step(
@@ -109,27 +135,22 @@ def optimizer_step(
     timer: PhaseTimer,
     mismatch: Mismatch | None = None,
 ) -> None:
-    """Accumulate the gradient of this rank's rows and step.
+    """One step on the objective over this rank's rows.
 
-    Row losses of all ranks sum to the mini-batch loss; DeepSpeed averages gradients over ranks, hence the factor.
     `mismatch` is filled and checked before the step; give it while the weights are those of the rollout.
     """
-    device, world = device_of(engine), dist.get_world_size()
-    for i, row in enumerate(rows):
-        engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
-        row = row.to(device)
-        with timer.phase("forward"):
-            out = engine(row, objective)
-        with timer.phase("backward"):
-            engine.backward(out.loss * world)
+
+    def row_loss(row: PackedTrees) -> Tensor:
+        out = engine(row, objective)
         metrics.add(out.metrics, out.loss)
         if mismatch is not None:
             mismatch.add(row, out.logprob)
+        return out.loss
+
+    accumulate(engine, rows, row_loss, timer)
     if mismatch is not None:
         mismatch.settle()
-    with timer.phase("step"):
-        watch.settle()
-        engine.step()
+    apply_gradients(engine, watch, timer)
     metrics.step_taken(gradient_norm(engine))
 
 
@@ -147,17 +168,12 @@ def score_rows(engine: deepspeed.DeepSpeedEngine, rows: Sequence[PackedTrees]) -
     return scores
 
 
-def with_old_logprob(rows: Sequence[PackedTrees], scores: Sequence[tuple[Tensor, Tensor]]) -> list[PackedTrees]:
-    """Rows whose `old_logprob` is the trainer's own."""
-    return [
-        replace(row, old_logprob=logprob.to(row.old_logprob.dtype))
-        for row, (logprob, _) in zip(rows, scores, strict=True)
-    ]
-
-
-def with_ref_logprob(rows: Sequence[PackedTrees], scores: Sequence[tuple[Tensor, Tensor]]) -> list[PackedTrees]:
-    """Rows whose `ref_logprob` is the reference policy's."""
-    return [
-        replace(row, ref_logprob=logprob.to(row.ref_logprob.dtype))
-        for row, (logprob, _) in zip(rows, scores, strict=True)
-    ]
+def with_logprob(
+    rows: Sequence[PackedTrees], field: Literal["old_logprob", "ref_logprob"], scores: Sequence[tuple[Tensor, Tensor]]
+) -> list[PackedTrees]:
+    """Rows whose log-probs under the old or the reference policy are those of `score_rows`."""
+    filled: list[PackedTrees] = []
+    for row, (logprob, _) in zip(rows, scores, strict=True):
+        changes: dict[str, Any] = {field: logprob.to(row.old_logprob.dtype)}
+        filled.append(replace(row, **changes))
+    return filled

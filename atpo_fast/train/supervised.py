@@ -13,15 +13,16 @@ from pathlib import Path
 
 import deepspeed
 import numpy as np
-import torch.distributed as dist
+from torch import Tensor
 
 from atpo_fast.config.schema import OptimConfig, SFTConfig
 from atpo_fast.objective import Objective
-from atpo_fast.packing import pack_trees, spread_rows
+from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
 from atpo_fast.policy import Policy, build_model
-from atpo_fast.train.deepspeed_setup import device_of, initialize, set_learning_rate
+from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
 from atpo_fast.train.optimizer import GradientWatch
 from atpo_fast.train.run import Run
+from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model
 from atpo_fast.tree import TurnTree
 
@@ -66,6 +67,7 @@ def cold_start(run: Run) -> Path:
         (folder / "state.json").write_text(json.dumps({"seconds": time.monotonic() - begun, "steps": config.sft.steps}))
     run.barrier()
     engine.destroy()
+    run.timer.pop()  # its phases are not the first RL step's
     return folder
 
 
@@ -76,17 +78,16 @@ def _sft_step(
     begun = time.monotonic()
     rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens)
     mine = spread_rows(rows, run.world)[run.rank]
-    device, total = device_of(engine), 0.0
-    for i, row in enumerate(mine):
-        engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
-        row = row.to(device)
-        logprob, _ = engine(row)
-        loss = -(row.weight_pos * logprob).sum()
-        engine.backward(loss * dist.get_world_size())
-        total += float(loss.detach())
-    watch.settle()
-    engine.step()
-    loss_sum = run.sum_over_ranks({"loss": total})["loss"]
+    losses: list[Tensor] = []
+
+    def row_loss(row: PackedTrees) -> Tensor:
+        loss = -(row.weight_pos * engine(row)[0]).sum()
+        losses.append(loss.detach())
+        return loss
+
+    accumulate(engine, mine, row_loss, run.timer)
+    apply_gradients(engine, watch, run.timer)
+    loss_sum = run.sum_over_ranks({"loss": float(sum(losses))})["loss"]
     return loss_sum, sum(row.num_tokens for row in rows), time.monotonic() - begun
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from atpo_fast.config.load import load_config, save_config
+from atpo_fast.policy import build_model
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
 from atpo_fast.train.evaluate import evaluate, evaluate_step
 from atpo_fast.train.interrupt import StopRequested
@@ -135,10 +136,8 @@ def check_vocabulary(run: Run, folder: Path | str) -> None:
 
 def initial_model(run: Run) -> Path:
     """A random model of the configured sizes, written to the run folder once."""
-    from atpo_fast.policy import build_model
-
     folder = run.folder / "initial_model"
-    if run.is_main and not (folder / "config.json").is_file():
+    if run.is_main and not (folder / "tokenizer.json").is_file():  # written last
         build_model(run.config.model, run.task.tokenizer, run.config.seed).save_pretrained(folder)
         run.task.tokenizer.save_pretrained(folder)
     run.barrier()
