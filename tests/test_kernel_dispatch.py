@@ -56,9 +56,23 @@ def test_cuda_tensors_take_the_kernel_where_there_is_one() -> None:
 @pytest.mark.usefixtures("operators")
 def test_a_missing_kernel_is_an_error_that_names_the_operator() -> None:
     """Fails if impl="triton" silently falls back, or dies in an ImportError."""
-    assert choose("with_kernel", "triton", CPU, {"torch": len})() == "kernel"
+    assert choose("with_kernel", "triton", CUDA, {"torch": len})() == "kernel"
     with pytest.raises(RuntimeError, match="without_kernel: this build has no Triton kernel"):
         choose("without_kernel", "triton", CUDA, {"torch": len})
+
+
+@pytest.mark.usefixtures("operators")
+def test_kernels_are_for_floats_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if float64 is silently computed in float32, or CPU tensors reach a compiled kernel."""
+    pytest.importorskip("triton")
+    assert choose("with_kernel", "auto", CUDA, {"torch": len}, torch.float64) is len
+    with pytest.raises(ValueError, match="float64 needs impl='auto' or 'torch'"):
+        choose("with_kernel", "triton", CUDA, {"torch": len}, torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("with_kernel", "triton", CPU, {"torch": len})() == "kernel"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="needs CUDA tensors"):
+        choose("with_kernel", "triton", CPU, {"torch": len})
 
 
 def test_unknown_implementations_are_refused() -> None:

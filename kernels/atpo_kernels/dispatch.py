@@ -6,6 +6,7 @@ with the signature of the operator's PyTorch path.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,16 +23,21 @@ def has_triton_kernel(operator: str) -> bool:
 
 
 def choose(
-    operator: str, impl: str, device: torch.device, paths: Mapping[str, Callable[..., Result]]
+    operator: str,
+    impl: str,
+    device: torch.device,
+    paths: Mapping[str, Callable[..., Result]],
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[..., Result]:
     """The function that carries out `impl`: one of `paths`, "triton", or "auto".
 
-    "auto" is Triton for CUDA tensors where this build has the kernel and Triton is installed, else `paths["torch"]`.
-    Raises ValueError for an unknown name and RuntimeError for a Triton kernel that this build does not have.
+    "auto" is Triton for CUDA tensors where this build has the kernel and Triton is installed, else `paths["torch"]`, as
+    for float64 everywhere. Raises ValueError for an unknown name or for float64 with "triton", and RuntimeError for a
+    Triton kernel that this build does not have, or for CPU tensors with "triton" outside Triton's interpreter.
     """
     if impl == "auto":
         on_gpu = device.type == "cuda" and has_triton_kernel(operator) and find_spec("triton") is not None
-        impl = "triton" if on_gpu else "torch"
+        impl = "triton" if on_gpu and dtype != torch.float64 else "torch"
     if impl in paths:
         return paths[impl]
     if impl != "triton":
@@ -39,4 +45,8 @@ def choose(
         raise ValueError(f"{operator}: impl={impl!r} is unknown; use one of {known}")
     if not has_triton_kernel(operator):
         raise RuntimeError(f"{operator}: this build has no Triton kernel for this operator; use impl='auto' or 'torch'")
+    if dtype == torch.float64:
+        raise ValueError(f"{operator}: Triton kernels compute in float32; float64 needs impl='auto' or 'torch'")
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{operator}: impl='triton' needs CUDA tensors; use impl='auto' or 'torch' on the CPU")
     return getattr(import_module(f"atpo_kernels.{operator}.triton"), operator)

@@ -27,14 +27,14 @@ def linear_logprob(
     in `hidden`, `weight` and `bias`. Logits and statistics are float32 (float64) whatever the input dtype. Logits of a
     chunk of rows exist at a time; the backward recomputes them. A = 0 is allowed.
 
-    `impl`: "auto" (Triton on CUDA where built, else "torch"), "torch" (chunks of rows), "reference" (materialises
-    (A, V)), "triton".
+    `impl`: "auto" (Triton on CUDA, but for float64; else "torch"), "torch" (chunks of rows), "reference" (materialises
+    (A, V)), "triton". Triton computes the logits once without gradients, and again in chunks for them; its results are
+    the same bits every time.
 
     Raises ValueError for shapes, dtypes, devices or targets that do not fit, and for a weight without elements (a
     parameter that ZeRO-3 holds in parts: call this inside the forward of the module that owns the weight).
     """
     check_linear("linear_logprob", hidden, weight, targets, bias, temperature)
-    run = choose(
-        "linear_logprob", impl, hidden.device, {"torch": linear_logprob_chunked, "reference": linear_logprob_reference}
-    )
+    paths = {"torch": linear_logprob_chunked, "reference": linear_logprob_reference}
+    run = choose("linear_logprob", impl, hidden.device, paths, hidden.dtype)
     return run(hidden, weight, targets.long(), bias, temperature)
