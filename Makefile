@@ -1,5 +1,6 @@
-# make train   install into .venv, then cold start, RL, evaluation and report of CONFIG
-# make test    install, then lint, format check, types and all tests
+# make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
+# make test        install, then lint, format check, types and all tests
+# make resources   compile every kernel, without a GPU, and write what it takes to bench/RESOURCES.md
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
@@ -10,7 +11,7 @@ export PATH := $(BIN):$(PATH)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
 SOURCES = atpo_fast kernels/atpo_kernels tests bench .ci/venv.py setup.py
 
-.PHONY: train test lint format bench clean
+.PHONY: train test lint format bench resources clean
 
 train: .venv/installed
 	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
@@ -31,6 +32,11 @@ bench: .venv/installed-dev
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --benchmark-json=.benchmarks/latest.json $(ARGS)
 	$(BIN)/python bench/bench_packed_update.py
+	$(BIN)/python bench/run.py
+	$(BIN)/python bench/report_results.py
+
+resources: .venv/installed-dev
+	$(BIN)/python bench/resources.py
 
 clean:
 	rm -rf build dist *.egg-info kernels/build kernels/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

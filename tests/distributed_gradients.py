@@ -10,11 +10,10 @@ import itertools
 import sys
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
+from other_trainer import module_gradients, start_engine, whole_gradients
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
@@ -43,7 +42,7 @@ def forest() -> list[TurnTree]:
     return trees
 
 
-def gradients(stage: int, tied: bool, budget: int, rank: int, world: int) -> dict[str, np.ndarray]:
+def gradients(stage: int, tied: bool, budget: int, checkpointed: bool, rank: int, world: int) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch after the last backward."""
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -55,41 +54,38 @@ def gradients(stage: int, tied: bool, budget: int, rank: int, world: int) -> dic
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    policy = Policy(Qwen3ForCausalLM(config))
+    policy = Policy(Qwen3ForCausalLM(config), gradient_checkpointing=checkpointed).train()
     optimizer = GuardedAdamW(policy.parameters(), lr=0.0)
     GradientWatch(policy, optimizer)
-    engine, _, _, _ = deepspeed.initialize(
-        model=policy,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
-    )
+    engine = start_engine(policy, optimizer, stage)
     objective = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
     rows = spread_rows(pack_trees(forest(), objective, budget), world)[rank]
     for i, row in enumerate(rows):
         engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
         engine.backward(engine(row, objective).loss * world)
-    if stage == 0:
-        out = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
-    else:
-        out = {name: safe_get_full_grad(p).clone() for name, p in policy.model.named_parameters()}
+    assert (policy.dropped_tokens > 0) == checkpointed or not rows
+    out = whole_gradients(policy.model, stage)
     engine.destroy()
-    return {name: g.double().numpy() for name, g in out.items()}
+    return out
 
 
 def main() -> None:
     """All cases, one after another."""
     join_process_group(cuda=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for stage, tied, budget in itertools.product((0, 2, 3), (True, False), BUDGETS):
-        result = gradients(stage, tied, budget, rank, world)
+    cases = [(stage, tied, budget, False) for stage in (0, 2, 3) for tied in (True, False) for budget in BUDGETS]
+    for stage, tied, budget, checkpointed in [*cases, (3, True, 40, True), (3, False, 4096, True)]:
+        result = gradients(stage, tied, budget, checkpointed, rank, world)
+        name = f"stage{stage}_tied{int(tied)}_budget{budget}{'_checkpointed' * checkpointed}_ranks{world}.npz"
         if rank == 0:
-            np.savez(Path(sys.argv[1]) / f"stage{stage}_tied{int(tied)}_budget{budget}_ranks{world}.npz", **result)
+            np.savez(Path(sys.argv[1]) / name, **result)
+    for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
+        result = module_gradients(stage, tied, inside, rank, world)
+        if rank == 0:
+            np.savez(
+                Path(sys.argv[1]) / f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}_ranks{world}.npz",
+                **result,
+            )
     dist.barrier()
     dist.destroy_process_group()
 

@@ -20,14 +20,12 @@ import torch
 triton = pytest.importorskip("triton")  # skips the importing test module
 
 import triton.language as tl  # noqa: E402
-from triton.language.extra import libdevice  # noqa: E402
 from triton.runtime import interpreter as stock  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
-LIBDEVICE = {"expm1": np.expm1, "log1p": np.log1p}
 
 stock_cast = InterpreterBuilder.cast_impl
 stock_dot = InterpreterBuilder.create_dot
@@ -59,6 +57,12 @@ def round_to_bfloat16(numbers: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(numbers), 0x7FC0, rounded).astype(np.uint16)
 
 
+def refuse_bfloat16(operation: str, *handles: TensorHandle) -> None:
+    """Kernels load, cast to float32 and calculate there: what was not cast was forgotten."""
+    if any(is_bfloat16(handle) for handle in handles):
+        raise TypeError(f"{operation} of bfloat16 numbers: cast them to float32 first")
+
+
 def cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
     """Casts to and from bfloat16. Stock: float32 is truncated, other types are not converted at all."""
     if target.scalar == tl.bfloat16 and not is_bfloat16(source):
@@ -80,12 +84,6 @@ def binary(builder: InterpreterBuilder, left: TensorHandle, right: TensorHandle,
     return stock_binary(builder, widen(left), widen(right), operation)
 
 
-def refuse_bfloat16(operation: str, *handles: TensorHandle) -> None:
-    """Kernels load, cast to float32 and calculate there: what was not cast was forgotten."""
-    if any(is_bfloat16(handle) for handle in handles):
-        raise TypeError(f"{operation} of bfloat16 numbers: cast them to float32 first")
-
-
 def fused_multiply_add(builder: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> Any:
     """Refuses bfloat16 numbers. Stock: calculates with their bits."""
     refuse_bfloat16("fma", x, y, z)
@@ -105,16 +103,6 @@ def argument(value: Any) -> Any:
     return stock_argument(value)
 
 
-def elementwise(function: Callable[[np.ndarray], np.ndarray]) -> Callable[..., tl.tensor]:
-    """A function of libdevice. Stock: an empty body that returns None."""
-
-    def apply(x: tl.tensor) -> tl.tensor:
-        refuse_bfloat16(function.__name__, x.handle)
-        return tl.tensor(TensorHandle(function(x.handle.data), x.handle.dtype), x.type)
-
-    return apply
-
-
 def repair() -> None:
     """Put the functions above in place of the interpreter's."""
     InterpreterBuilder.cast_impl = cast
@@ -123,8 +111,6 @@ def repair() -> None:
     InterpreterBuilder.create_fma = fused_multiply_add
     ReduceOps.apply_impl = reduce
     stock._implicit_cvt = argument
-    for name, function in LIBDEVICE.items():
-        setattr(libdevice, name, elementwise(function))
 
 
 if DEVICE == "cpu":

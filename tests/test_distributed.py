@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.distributed
 WORKER = Path(__file__).with_name("distributed_gradients.py")
 
 
@@ -33,12 +34,32 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, n
 @pytest.mark.parametrize("tied", [0, 1])
 def test_gradient_is_the_same_everywhere(gradients: dict[str, dict[str, np.ndarray]], tied: int) -> None:
     reference = gradients[f"stage0_tied{tied}_budget4096_ranks1"]
-    assert max(np.abs(g).max() for g in reference.values()) > 1e-3
     for stage, budget, ranks in itertools.product((0, 2, 3), (4096, 40), (1, 2)):
-        other = gradients[f"stage{stage}_tied{tied}_budget{budget}_ranks{ranks}"]
-        assert other.keys() == reference.keys()
-        for name, value in reference.items():
-            scale = np.abs(value).max()
-            np.testing.assert_allclose(
-                other[name], value, rtol=0, atol=5e-6 * scale, err_msg=f"{stage=} {budget=} {ranks=} {name}"
-            )
+        assert_same(gradients[f"stage{stage}_tied{tied}_budget{budget}_ranks{ranks}"], reference, stage, budget, ranks)
+
+
+# Layers computed again over some of the tokens only, inside a backward in which parameters are gathered and released.
+@pytest.mark.parametrize(("tied", "budget"), [(1, 40), (0, 4096)])
+def test_checkpointing_under_partitioning(gradients: dict[str, dict[str, np.ndarray]], tied: int, budget: int) -> None:
+    reference = gradients[f"stage0_tied{tied}_budget4096_ranks1"]
+    for ranks in (1, 2):
+        assert_same(gradients[f"stage3_tied{tied}_budget{budget}_checkpointed_ranks{ranks}"], reference, budget, ranks)
+
+
+# The same for FusedLinearTurnPolicyLoss in the head of another trainer, called in the policy's forward or after it: a
+# weight that is partitioned when the loss or the backward runs, a loss_type "dapo" whose mean is not over all ranks.
+@pytest.mark.parametrize("tied", [0, 1])
+@pytest.mark.parametrize("inside", [0, 1])
+def test_module_in_another_trainer(gradients: dict[str, dict[str, np.ndarray]], tied: int, inside: int) -> None:
+    reference = gradients[f"module_stage0_tied{tied}_inside1_ranks1"]
+    for stage, ranks in itertools.product((0, 3), (1, 2)):
+        assert_same(gradients[f"module_stage{stage}_tied{tied}_inside{inside}_ranks{ranks}"], reference, stage, ranks)
+
+
+def assert_same(other: dict[str, np.ndarray], reference: dict[str, np.ndarray], *case: int) -> None:
+    """Every parameter's gradient to float32 rounding."""
+    assert max(np.abs(g).max() for g in reference.values()) > 1e-3
+    assert other.keys() == reference.keys()
+    for name, value in reference.items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(other[name], value, rtol=0, atol=5e-6 * scale, err_msg=f"{case} {name}")

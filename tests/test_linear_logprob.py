@@ -18,8 +18,11 @@ SIZES = [(1, 1), (5, 7), (128, 40), (300, 33)]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 128 rows, so that small inputs have several."""
+    """Chunks of 128 rows in blocks of a few, so that small inputs have several."""
     monkeypatch.setitem(chunked._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(chunked._MIN_ROWS, "cpu", 128)
+    monkeypatch.setitem(chunked._BLOCK_BYTES, "cpu", 4000)
+    monkeypatch.setitem(chunked._TILE, "cpu", (100, 17))
 
 
 def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7) -> list[Tensor]:

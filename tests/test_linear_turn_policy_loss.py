@@ -24,8 +24,10 @@ CHUNK = 8
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 8 rows, so that small inputs have several and some turns are longer than a chunk."""
+    """Chunks of 8 rows in blocks of a few, so that small inputs have several and some turns exceed a chunk."""
     monkeypatch.setitem(chunked._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(chunked._BLOCK_BYTES, "cpu", 300)
+    monkeypatch.setitem(chunked._TILE, "cpu", (CHUNK, 4))
     monkeypatch.setitem(chunked._MIN_ROWS, "cpu", CHUNK)
 
 
@@ -139,12 +141,17 @@ def test_frozen_inputs_get_no_gradient() -> None:
 
 
 def test_backward_twice() -> None:
-    """Fails if the backward scales the stored gradients in place."""
+    """Fails if a backward that keeps the graph scales the stored gradients in place, or one that does not is silent."""
     head, keywords = case([3, 6], 0)
     leaves = head.leaves(torch.float64)
     loss = linear_turn_policy_loss(leaves[0], leaves[1], head.targets, bias=leaves[2], **keywords).loss
-    first, second = (torch.autograd.grad(loss * 3, leaves, retain_graph=True) for _ in range(2))
-    assert_equal(list(first), list(second))
+    first = [g.clone() for g in torch.autograd.grad(loss * 3, leaves, retain_graph=True)]
+    second = torch.autograd.grad(loss * 3, leaves, retain_graph=True)
+    third = torch.autograd.grad(loss * 3, leaves)
+    assert_equal(first, list(second))
+    assert_equal(first, list(third))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss * 3, leaves)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -11,31 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import turn_offsets
 from torch import Tensor
+from turn_loss_cases import BOUNDS, packed_case, padded_case
 
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, turn_policy_loss
 from atpo_kernels.records import ClipMode, KLMode, RatioLevel, Reduction
 
 LEVELS, CLIPS, REDUCTIONS, KLS = (get_args(x) for x in (RatioLevel, ClipMode, Reduction, KLMode))
-# wide enough that tokens fall on both sides of both bounds and beyond the dual cap
-BOUNDS = {"clip_low": 0.2, "clip_high": 0.3, "dual_cap": 1.5, "sapo_tau_pos": 0.9, "sapo_tau_neg": 1.2}
-
-
-def batch(rows: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """A padded batch in float64; row 1 has no action tokens."""
-    rng = torch.Generator().manual_seed(seed)
-    old = -torch.rand(rows, length, generator=rng, dtype=torch.float64) * 3
-    made = {
-        "logprob": old + 0.6 * torch.randn(rows, length, generator=rng, dtype=torch.float64),
-        "old_logprob": old,
-        "advantages": torch.randn(rows, length, generator=rng, dtype=torch.float64),
-        "mask": torch.rand(rows, length, generator=rng) < 0.7,
-        "ref_logprob": old + torch.randn(rows, length, generator=rng, dtype=torch.float64),
-        "rollout_logprob": old + torch.randn(rows, length, generator=rng, dtype=torch.float64),
-        "entropy": torch.rand(rows, length, generator=rng, dtype=torch.float64),
-    }
-    if rows > 1:
-        made["mask"][1] = False
-    return made
 
 
 def loop_f(rho: Tensor, logprob: Tensor, advantage: float, c: LossConfig) -> Tensor:
@@ -137,14 +118,14 @@ def test_padded_batch_equals_the_loop(level: Any, clip: Any) -> None:
     """Fails on an error in ratio level, clip family, aggregation, or their gradients."""
     config = LossConfig(level=level, clip=clip, **BOUNDS)
     for reduction in REDUCTIONS:
-        for ours, loop in zip(*ours_and_loop(batch(4, 9), config, reduction), strict=True):
+        for ours, loop in zip(*ours_and_loop(padded_case(4, 9), config, reduction), strict=True):
             torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kl", [x for x in KLS if x != "none"])
 def test_kl_entropy_and_importance_weights_equal_the_loop(kl: Any) -> None:
     """Fails on an error in a KL estimator or its derivative, the entropy bonus or the truncated weights."""
-    b = batch(3, 8)
+    b = padded_case(3, 8)
     b["ref_logprob"][0, :4] += torch.tensor([4.0, -4.0, 30.0, -30.0])  # beyond both clamps of low_var
     config = LossConfig(level="turn", kl=kl, kl_coef=0.3, entropy_coef=0.2, importance_cap=1.1, **BOUNDS)
     for ours, loop in zip(*ours_and_loop(b, config, "seq-mean-token-mean"), strict=True):
@@ -153,7 +134,7 @@ def test_kl_entropy_and_importance_weights_equal_the_loop(kl: Any) -> None:
 
 def test_default_is_the_published_loss() -> None:
     """Fails if a default is not level turn, clip 3e-3/4e-3, seq-mean-token-mean over all rows."""
-    b = batch(4, 9)
+    b = padded_case(4, 9)
     plain = turn_policy_loss(b["logprob"], b["old_logprob"], b["advantages"], mask=b["mask"]).loss
     config = LossConfig(level="turn", clip="hard", clip_low=3e-3, clip_high=4e-3)
     torch.testing.assert_close(plain, loop_loss(b, config, "seq-mean-token-mean"), rtol=1e-12, atol=1e-14)
@@ -161,29 +142,13 @@ def test_default_is_the_published_loss() -> None:
 
 def test_advantage_by_row_and_denominator() -> None:
     """Fails if (B,) advantages are not spread over rows, or the caller's denominator is not used in place of B."""
-    b = batch(4, 9)
+    b = padded_case(4, 9)
     by_row = b["advantages"][:, 0]
     spread = b | {"advantages": by_row[:, None].expand(4, 9)}
     one = turn_policy_loss(b["logprob"], b["old_logprob"], by_row, mask=b["mask"], denominator=16.0)
     torch.testing.assert_close(one.loss * 4, turn_policy_loss(**spread).loss)
     tokens = turn_policy_loss(**spread, reduction="token-mean", denominator=torch.tensor(10.0, dtype=torch.float64))
     torch.testing.assert_close(tokens.loss * 10, turn_policy_loss(**spread, reduction="sum").loss)
-
-
-def packed_case(lengths: list[int], seed: int) -> tuple[dict[str, Tensor], TokenWeights, LeafPaths]:
-    """Packed turns with weights of both signs, and 3 trajectories through random turns."""
-    rng = torch.Generator().manual_seed(seed)
-    tokens, turns = sum(lengths), len(lengths)
-    b = {k: v[0] for k, v in batch(1, max(tokens, 1), seed).items()}
-    b = {k: v[:tokens] for k, v in b.items() if k not in ("mask", "advantages")}
-    share = torch.rand(3, tokens, generator=rng, dtype=torch.float64)
-    share[0][torch.rand(tokens, generator=rng) < 0.3] = 0
-    chosen = [torch.randperm(turns, generator=rng)[: max(1, turns - i)] for i in range(3)] if turns else []
-    entries = torch.cat(chosen) if chosen else torch.zeros(0, dtype=torch.int64)
-    signs = torch.randn(len(entries), generator=rng, dtype=torch.float64)
-    offsets = turn_offsets([len(c) for c in chosen])
-    paths = LeafPaths(offsets, entries.int(), signs.clamp(min=0), (-signs).clamp(min=0))
-    return b, TokenWeights(*share), paths
 
 
 def assert_equal_results(results: list[Any], leaves: list[list[Tensor]]) -> None:
@@ -212,17 +177,13 @@ def assert_equal_results(results: list[Any], leaves: list[list[Tensor]]) -> None
 )
 def test_packed_turns_equal_the_definition(lengths: list[int], level: Any, clip: Any, kl: Any, seed: int) -> None:
     """Fails if a segment (empty, of one token, the last one) is averaged wrongly, or a path entry is lost."""
-    b, weights, paths = packed_case(lengths, seed)
+    case = packed_case(lengths, seed)
     config = LossConfig(level=level, clip=clip, kl=kl, kl_coef=0.2, entropy_coef=0.1, importance_cap=1.2, **BOUNDS)
     results, leaves = [], []
     for impl in ("torch", "reference"):
-        leaf = [b["logprob"].clone().requires_grad_(), b["entropy"].clone().requires_grad_()]
-        inputs = b | {"logprob": leaf[0], "entropy": leaf[1]}
-        results.append(
-            turn_policy_loss(
-                **inputs, turn_offsets=turn_offsets(lengths), weights=weights, paths=paths, config=config, impl=impl
-            )
-        )
+        leaf = [case["logprob"].clone().requires_grad_(), case["entropy"].clone().requires_grad_()]
+        inputs = case | {"logprob": leaf[0], "entropy": leaf[1]}
+        results.append(turn_policy_loss(**inputs, config=config, impl=impl))
         leaves.append(leaf)
     assert_equal_results(results, leaves)
 
@@ -276,7 +237,7 @@ def test_packed_trajectories_equal_their_padded_batch(level: Any) -> None:
 
 def test_turn_ids_replace_the_runs_of_the_mask() -> None:
     """Fails if adjacent turns merge, or a hole in the mask cuts a turn, although the caller said where turns are."""
-    b = batch(1, 6)
+    b = padded_case(1, 6)
     b["mask"] = torch.tensor([[True, True, True, False, True, False]])
     ids = torch.tensor([[3, 3, 5, 7, 5, -9]])  # anything outside the mask
     joined = turn_policy_loss(**b, turn_ids=ids, reduction="sum", **BOUNDS)
@@ -291,6 +252,18 @@ def test_turn_ids_replace_the_runs_of_the_mask() -> None:
     torch.testing.assert_close(joined.loss, packed.loss)
     with pytest.raises(ValueError, match="turn_ids must lie in"):
         turn_policy_loss(**b, turn_ids=ids + 4)
+    with pytest.raises(ValueError, match="must not be interrupted"):
+        turn_policy_loss(**b, turn_ids=torch.tensor([[3, 5, 3, 7, 5, -9]]))
+
+
+def test_without_old_logprobs_the_policy_is_on_policy() -> None:
+    """Fails if old_logprob=None is not the current log-probs, or a gradient flows through them."""
+    b = padded_case(3, 7)
+    leaf = b["logprob"].clone().requires_grad_()
+    out = turn_policy_loss(**(b | {"logprob": leaf, "old_logprob": None}))
+    given = turn_policy_loss(**(b | {"old_logprob": b["logprob"]}))
+    assert torch.equal(out.loss, given.loss) and torch.equal(torch.autograd.grad(out.loss, leaf)[0], given.coef)
+    assert float(out.metrics["ratio_max"]) == 1
 
 
 @pytest.mark.parametrize("garbage", [float("inf"), float("-inf"), float("nan")])
@@ -298,7 +271,7 @@ def test_turn_ids_replace_the_runs_of_the_mask() -> None:
 def test_garbage_in_padding_is_not_seen(garbage: float, clip: Any) -> None:
     """Fails if padding reaches loss, metrics or gradient, also as 0 * inf or through exp."""
     config = LossConfig(clip=clip, kl="low_var", kl_coef=0.1, entropy_coef=0.1, importance_cap=2.0, **BOUNDS)
-    clean = batch(4, 9)
+    clean = padded_case(4, 9)
     dirty = {k: v if k == "mask" else torch.where(clean["mask"], v, garbage) for k, v in clean.items()}
     results = []
     for b in (clean, dirty):
@@ -311,7 +284,7 @@ def test_garbage_in_padding_is_not_seen(garbage: float, clip: Any) -> None:
 
 def test_gradcheck_where_the_gradient_is_a_true_derivative() -> None:
     """Fails if value and coefficient disagree; levels and clips with a stop-gradient have no such derivative."""
-    b = batch(2, 5)
+    b = padded_case(2, 5)
     for clip in ("hard", "dual", "sapo"):
 
         def loss(logprob: Tensor, entropy: Tensor, clip: Any = clip) -> Tensor:
@@ -343,7 +316,7 @@ def test_metrics_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     """Fails if half precision is not computed in float32, or the gradient has another dtype than logprob."""
-    b = {k: v if k == "mask" else v.to(dtype) for k, v in batch(3, 5).items()}
+    b = {k: v if k == "mask" else v.to(dtype) for k, v in padded_case(3, 5).items()}
     leaf = b["logprob"].clone().requires_grad_()
     out = turn_policy_loss(**(b | {"logprob": leaf}))
     out.loss.backward()
@@ -363,7 +336,7 @@ def test_shapes_at_the_edge(shape: tuple[int, ...]) -> None:
 
 def test_non_contiguous_inputs() -> None:
     """Fails if a stride is ignored when rows are flattened."""
-    b = batch(4, 9)
+    b = padded_case(4, 9)
     strided = {k: v.T.contiguous().T for k, v in b.items()}
     plain, other = (turn_policy_loss(**x, reduction="none") for x in (b, strided))
     assert torch.equal(plain.loss, other.loss) and torch.equal(plain.coef, other.coef)
@@ -371,8 +344,8 @@ def test_non_contiguous_inputs() -> None:
 
 def test_errors_say_what_is_wrong() -> None:
     """Fails if a combination without meaning is computed anyway."""
-    b, weights, _ = packed_case([2, 3], 0)
-    lp, old, adv = b["logprob"], b["old_logprob"], b["logprob"]
+    b = packed_case([2, 3])
+    lp, old, adv, weights = b["logprob"], b["old_logprob"], b["logprob"], b["weights"]
     offsets = turn_offsets([2, 3])
     bad: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
         ((lp, old), {}, "either advantages or weights"),

@@ -30,7 +30,7 @@ class PackedTrees:
     old_logprob: Tensor  # (A,) log-prob when the batch was sampled (the engine's until replaced)
     rollout_logprob: Tensor  # (A,) the engine's log-prob
     ref_logprob: Tensor  # (A,) log-prob under the reference policy (zeros until filled)
-    turn_offsets: Tensor  # (N+1,) int32, CSR over the A axis
+    turn_offsets: Tensor  # (N+1,) int32, CSR over the A axis; stays on the CPU
     weight_pos: Tensor  # (A,) W+: sum of w * max(A, 0) over the trajectories through the token
     weight_neg: Tensor  # (A,) W-: sum of w * max(-A, 0)
     weight_all: Tensor  # (A,) W0: sum of w; weighs KL and entropy terms
@@ -71,10 +71,10 @@ class PackedTrees:
         return self.path_offsets.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedTrees:
-        """A copy with every tensor on `device`."""
+        """A copy with every tensor on `device`, but `turn_offsets`: by them the fused head plans on the host."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
+            if isinstance(getattr(self, f.name), Tensor) and f.name != "turn_offsets"
         }
         return replace(self, **moved)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from atpo_fast.objective import Objective
 from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.policy.attention import TREE_ATTENTION, check_supported, register
+from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
 from atpo_kernels import make_tree_blocks
 
@@ -20,7 +21,7 @@ class Policy(nn.Module):
         model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`. Its attention and
             head are replaced; parameter names stay Hugging Face's.
         temperature: sampling temperature of the rollouts, applied to the logits.
-        gradient_checkpointing: recompute each layer in the backward.
+        gradient_checkpointing: recompute each layer in the backward, without the tokens that carry no gradient.
 
     Raises ValueError for models with windowed or capped attention.
     """
@@ -32,8 +33,9 @@ class Policy(nn.Module):
         model.set_attn_implementation(TREE_ATTENTION)
         install_head(model, temperature)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         self.model = model
+        self.dropped_tokens = 0  # left out of backward passes so far, with gradient checkpointing
 
     def forward(self, row: PackedTrees, objective: Objective | None = None) -> tuple[Tensor, Tensor] | RowLoss:
         """Score one row: ((A,) log-prob, (A,) entropy), or its loss when an objective is given."""
@@ -42,14 +44,23 @@ class Policy(nn.Module):
 
     def hidden_states(self, row: PackedTrees) -> Tensor:
         """(T, D) final hidden states of a row."""
+        tokens = GradientTokens(row.subtree_end)
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
             use_cache=False,
             subtree_end=row.subtree_end,
             tree_blocks=make_tree_blocks(row.subtree_end),  # once for all layers
+            gradient_tokens=tokens,
         )
-        return out.last_hidden_state[0]
+        hidden = out.last_hidden_state
+        if self.model.is_gradient_checkpointing and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
+        return hidden[0]
+
+    def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:
+        tokens.observe(gradient)
+        self.dropped_tokens += tokens.dropped
 
     @property
     def device(self) -> torch.device:

@@ -133,10 +133,12 @@ class Trainer:
         forest = run.gather(mine, len(questions))
         with run.timer.phase("credit"):
             assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
+        dropped = self.policy.dropped_tokens
         metrics, pruned = self._update(forest)
+        counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
         self.worker.sync(self.policy)
         self.state.step += 1
-        self._log(forest, counts | {"pruned": pruned}, metrics, rollout_seconds, begun)
+        self._log(forest, counts, metrics, rollout_seconds, begun)
 
     def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
         """Optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
@@ -197,7 +199,7 @@ class Trainer:
         metrics |= policy
         metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
         metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
-        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned"):
+        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned", "pruned_backward"):
             self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
         run.logger.log("train", self.state.step, metrics)
         run.progress.step_done(self.state.step, self.config.train.steps, metrics)
@@ -266,6 +268,7 @@ def trainer_summary(trainer: Trainer) -> dict[str, Any]:
         "unique_tokens": int(totals.get("unique", 0)),
         "flat_tokens": int(totals.get("flat", 0)),
         "pruned_tokens": int(totals.get("pruned", 0)),
+        "pruned_backward_tokens": int(totals.get("pruned_backward", 0)),
         "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
         "seed": trainer.config.seed,
         **trainer.run.task.notes,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from atpo_kernels.linear_logprob import linear_logprob
 from atpo_kernels.linear_turn_policy_loss import linear_turn_policy_loss
+from atpo_kernels.linear_turn_policy_loss.module import FusedLinearTurnPolicyLoss
 from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, TokenWeights, TurnLoss
 from atpo_kernels.tree_attention import TreeBlocks, make_tree_blocks, tree_attention
 from atpo_kernels.turn_policy_loss import turn_policy_loss
 
 __all__ = [
+    "FusedLinearTurnPolicyLoss",
     "LeafPaths",
     "LinearTurnLoss",
     "LossConfig",

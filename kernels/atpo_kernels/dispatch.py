@@ -7,12 +7,14 @@ with the signature of the operator's PyTorch path.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -20,6 +22,13 @@ Result = TypeVar("Result")
 def has_triton_kernel(operator: str) -> bool:
     """Whether this build has a Triton kernel for the operator; imports nothing but its package."""
     return find_spec(f"atpo_kernels.{operator}.triton") is not None
+
+
+@contextmanager
+def kernel_context(tensor: Tensor) -> Iterator[None]:
+    """Autocast is off, for operators that choose their own precision, and the tensor's GPU is the current one."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield
 
 
 def choose(

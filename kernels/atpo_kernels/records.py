@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -86,6 +86,14 @@ class LeafPaths:
     turns: Tensor  # (P,) int32 index of a turn in turn_offsets
     weight_pos: Tensor  # (P,) per-token w * max(A, 0) of the trajectory in the turn
     weight_neg: Tensor  # (P,) per-token w * max(-A, 0)
+
+
+class HeadInputs(NamedTuple):
+    """What an LM head is differentiated by, or the gradients; None where there is none."""
+
+    hidden: Tensor | None  # (A, D)
+    weight: Tensor | None  # (V, D)
+    bias: Tensor | None  # (V,)
 
 
 @dataclass(slots=True)

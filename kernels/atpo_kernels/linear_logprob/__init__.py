@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose
+from atpo_kernels.dispatch import choose, kernel_context
 from atpo_kernels.linear_logprob.checks import check_linear
 from atpo_kernels.linear_logprob.chunked import linear_logprob_chunked
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
@@ -25,7 +25,7 @@ def linear_logprob(
 
     Both outputs are float32 for float32, bfloat16 and float16 inputs and float64 for float64 ones, and differentiable
     in `hidden`, `weight` and `bias`. Logits and statistics are float32 (float64) whatever the input dtype. Logits of a
-    chunk of rows exist at a time; the backward recomputes them. A = 0 is allowed.
+    chunk of rows exist at a time; the backward recomputes them. A = 0 is allowed. Autocast has no effect here.
 
     `impl`: "auto" (Triton on CUDA, but for float64; else "torch"), "torch" (chunks of rows), "reference" (materialises
     (A, V)), "triton". Triton computes the logits once without gradients, and again in chunks for them; its results are
@@ -37,4 +37,5 @@ def linear_logprob(
     check_linear("linear_logprob", hidden, weight, targets, bias, temperature)
     paths = {"torch": linear_logprob_chunked, "reference": linear_logprob_reference}
     run = choose("linear_logprob", impl, hidden.device, paths, hidden.dtype)
-    return run(hidden, weight, targets.long(), bias, temperature)
+    with kernel_context(hidden):
+        return run(hidden, weight, targets.long(), bias, temperature)

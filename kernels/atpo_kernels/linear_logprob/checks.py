@@ -20,7 +20,8 @@ def check_linear(
     if weight.numel() == 0:
         raise ValueError(
             f"{operator}: weight has no elements (shape {tuple(weight.shape)}). Under ZeRO-3 a parameter is whole only "
-            "inside the forward of the module that owns it: call the operator there, or gather the weight first"
+            "inside the forward of the module that owns it: call the operator there (gathering it around the call "
+            "is enough only without gradients)"
         )
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -13,30 +13,48 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 29}
-_MIN_ROWS = {"cpu": 128, "cuda": 1024}
+# rows of the whole vocabulary, whose logits are kept from the statistics to the gradients
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
+_MIN_ROWS = {"cpu": 192, "cuda": 1024}
+# rows and words whose logits are recomputed at a time: near square, so that products run fast
+_TILE = {"cpu": (1024, 4096), "cuda": (4096, 32768)}
+_BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 29}
 LN_2 = math.log(2)
 
 
 def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows whose logits fill the chunk buffer: enough to keep a matrix product busy, few enough to stay in cache."""
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    return max(_MIN_ROWS[kind], _CHUNK_BYTES[kind] // (vocab * dtype.itemsize))
+    """Rows whose logits fill the chunk buffer: enough to keep a matrix product busy."""
+    return max(_MIN_ROWS[_kind(device)], _CHUNK_BYTES[_kind(device)] // (vocab * dtype.itemsize))
+
+
+def blocks(chunk: Tensor) -> list[slice]:  # (C, V)
+    """Rows of a chunk that are worked on at a time: on a CPU as many as stay in its cache."""
+    size = max(1, _BLOCK_BYTES[_kind(chunk.device)] // (chunk.shape[1] * chunk.itemsize))
+    return [slice(start, min(start + size, len(chunk))) for start in range(0, len(chunk), size)]
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
 
 
 @dataclass(slots=True)
 class Head:
-    """The LM head, ready to make float32 (float64) logits."""
+    """The LM head, or the part of it for some words, ready to make float32 (float64) logits."""
 
     weight: Tensor  # (V, D) in the statistics dtype
     bias: Tensor | None  # (V,) likewise
     temperature: float
+    first: int = 0  # the word of weight[0]
 
     @classmethod
     def prepare(cls, weight: Tensor, bias: Tensor | None, temperature: float) -> Head:
         """Casts half-precision weights once, so that logits are never rounded to half precision."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return cls(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), temperature)
+
+    def part(self, words: slice) -> Head:
+        """For some of the words."""
+        return Head(self.weight[words], None if self.bias is None else self.bias[words], self.temperature, words.start)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:  # (C, D), (>=C, V) -> (C, V)
         """Logits, before the temperature, written into the first rows of `out`."""
@@ -45,12 +63,14 @@ class Head:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
-    def exponentials(self, logits: Tensor, peak: Tensor, out: Tensor) -> Tensor:  # (C, V), (C,), (C, V) -> (C, V)
-        """exp((logits - peak) / temperature) into `out`; `logits` become its base-2 logarithm.
+    def exponentials(self, logits: Tensor, peak: Tensor) -> Tensor:  # (C, V), (C,) -> (C, V)
+        """Overwrite `logits` by exp((logits - peak) / temperature); returns the base-2 logarithm of that.
 
         Subtracting before scaling keeps the digits of the likely tokens.
         """
-        return torch.exp2(logits.sub_(peak[:, None]).mul_(1 / (self.temperature * LN_2)), out=out)
+        logarithm = torch.sub(logits, peak[:, None]).mul_(1 / (self.temperature * LN_2))
+        torch.exp2(logarithm, out=logits)
+        return logarithm
 
     def buffer(self, rows: int) -> Tensor:
         """(C, V) for the logits of a chunk of at most `rows` rows."""
@@ -85,23 +105,27 @@ class HeadGradients:
             torch.zeros_like(head.bias) if needs_bias and head.bias is not None else None,
         )
 
+    def part(self, hidden: Tensor | None, words: slice) -> HeadGradients:
+        """For some of the words, and with other rows of `hidden`."""
+        weight, bias = (None if x is None else x[words] for x in (self.weight, self.bias))
+        return HeadGradients(hidden, weight, bias)
+
     def add_chunk(
         self,
         rows: slice | Tensor,  # C of the A rows
         hidden: Tensor,  # (C, D) in the statistics dtype
         head: Head,
-        targets: Tensor,  # (C,)
+        targets: Tensor,  # (C,) words; those that the head does not have count for nothing here
         known: Statistics,  # (C,) each
-        softmax: tuple[Tensor, Tensor],  # (C, V) base-2 logarithm and value of exp((logits - peak) / T), overwritten
+        exponential: Tensor,  # (C, V) exp((logits - peak) / temperature), overwritten
         up: tuple[Tensor, Tensor | None],  # (C,) gradients by logprob and by entropy
     ) -> None:
-        """Add the gradients of a chunk of rows.
+        """Add the gradients of a chunk of rows by the words of `head`, whose rows `self.weight` and `self.bias` hold.
 
         With e = total * softmax, d loss / d logits = -(e * factor - total * up_logprob * onehot) / (total * T), where
         factor = up_logprob + up_entropy * (log softmax + entropy). What is constant over a row is applied to the (C, D)
         sides of the products, which saves passes over (C, V).
         """
-        logarithm, dlogits = softmax
         up_logprob, up_entropy = up
         scale = -1 / (known.total * head.temperature)
         if up_entropy is None:
@@ -109,44 +133,57 @@ class HeadGradients:
         else:
             onehot = known.total * up_logprob
             constant = up_logprob + up_entropy * (known.entropy - known.total.log())
-            # where exp2 underflows e = 0 and its logarithm is finite, so their product is 0
-            dlogits = logarithm.mul_((up_entropy * LN_2)[:, None]).add_(constant[:, None]).mul_(dlogits)
-        dlogits.scatter_add_(1, targets[:, None], -onehot[:, None])
+            _multiply_by_factor(exponential, up_entropy, constant)
+        at = targets - head.first
+        inside = at.clamp(0, len(head.weight) - 1)
+        exponential.scatter_add_(1, inside[:, None], torch.where(at == inside, -onehot, 0)[:, None])
         if self.hidden is not None:
-            self.hidden[rows] = (dlogits @ head.weight).mul_(scale[:, None]).to(self.hidden.dtype)
+            self.hidden[rows] += (exponential @ head.weight).mul_(scale[:, None]).to(self.hidden.dtype)
         if self.weight is not None:
-            self.weight.addmm_(dlogits.t(), hidden * scale[:, None])
+            self.weight.addmm_(exponential.t(), hidden * scale[:, None])
         if self.bias is not None:
-            self.bias.addmv_(dlogits.t(), scale)
+            self.bias.addmv_(exponential.t(), scale)
+
+
+def _multiply_by_factor(
+    exponential: Tensor,  # (C, V) e, multiplied in place by slope * ln e + constant
+    slope: Tensor,  # (C,)
+    constant: Tensor,  # (C,)
+) -> None:
+    """Where e has underflowed to 0 the product stays 0, whatever stands for its logarithm."""
+    tiny = torch.finfo(exponential.dtype).tiny
+    for rows in blocks(exponential):
+        logarithm = exponential[rows].clamp_min(tiny).log2_()
+        exponential[rows] *= logarithm.mul_((slope[rows] * LN_2)[:, None]).add_(constant[rows, None])
 
 
 def chunk_statistics(
     head: Head,
-    logits: Tensor,  # (C, V), overwritten by (logits - peak) / temperature in base 2, or by anything if product is it
+    logits: Tensor,  # (C, V), overwritten by exp((logits - peak) / temperature)
     targets: Tensor,  # (C,)
-    exponential: Tensor,  # (C, V), receives exp((logits - peak) / temperature)
-    product: Tensor,  # (C, V) scratch; may be `logits`
 ) -> Statistics:
     """Statistics of a chunk."""
-    peak = logits.amax(1)
-    head.exponentials(logits, peak, exponential)
-    target = logits.gather(1, targets[:, None]).squeeze(1)
-    total = exponential.sum(1)
+    peak, total, target, weighted = logits.new_empty(4, len(logits)).unbind()
+    for rows in blocks(logits):
+        block = logits[rows]
+        torch.amax(block, 1, out=peak[rows])
+        logarithm = head.exponentials(block, peak[rows])
+        torch.gather(logarithm, 1, targets[rows, None], out=target[rows, None])
+        torch.sum(block, 1, out=total[rows])
+        torch.sum(logarithm.mul_(block), 1, out=weighted[rows])
     log_total = total.log2()
-    entropy = log_total - torch.mul(logits, exponential, out=product).sum(1) / total
-    return Statistics((target - log_total) * LN_2, entropy * LN_2, peak, total)
+    return Statistics((target - log_total) * LN_2, (log_total - weighted / total) * LN_2, peak, total)
 
 
 def statistics(hidden: Tensor, head: Head, targets: Tensor) -> Statistics:
     """Statistics of all rows of hidden (A, D)."""
     rows = hidden.shape[0]
     buffer = head.buffer(rows)
-    scratch = torch.empty_like(buffer)
-    result = Statistics(*(buffer.new_empty(rows) for _ in range(4)))
+    result = Statistics(*buffer.new_empty(4, rows))
     for start in range(0, rows, max(len(buffer), 1)):
         part = slice(start, min(start + len(buffer), rows))
         logits = head.logits(hidden[part].to(buffer.dtype), buffer)
-        chunk = chunk_statistics(head, logits, targets[part], scratch[: len(logits)], logits)
+        chunk = chunk_statistics(head, logits, targets[part])
         for whole, values in zip(result, chunk, strict=True):
             whole[part] = values
     return result
@@ -161,21 +198,27 @@ def accumulate_gradients(
     grad_logprob: Tensor | None,  # (A,)
     grad_entropy: Tensor | None,  # (A,)
 ) -> None:
-    """Recompute the logits in chunks and add the gradients of sum(grad_logprob * logprob + grad_entropy * entropy).
+    """Recompute the logits in tiles and add the gradients of sum(grad_logprob * logprob + grad_entropy * entropy).
 
     Rows with zero gradient cost nothing.
     """
-    rows = _rows_with_gradient(grad_logprob, grad_entropy)
-    buffer = head.buffer(rows.numel())
-    scratch = torch.empty_like(buffer)
-    for part in rows.split(max(len(buffer), 1)) if rows.numel() else ():
-        chunk = hidden[part].to(buffer.dtype)
-        logits = head.logits(chunk, buffer)
-        exponential = head.exponentials(logits, known.peak[part], scratch[: len(part)])
-        seen = Statistics(*(x[part] for x in known))
+    size, width = _TILE[_kind(hidden.device)]
+    rows, vocab = _rows_with_gradient(grad_logprob, grad_entropy), len(head.weight)
+    buffer = head.weight.new_empty(min(rows.numel(), size) * min(vocab, width))
+    for part in rows.split(size) if rows.numel() else ():
+        chunk, seen = hidden[part].to(buffer.dtype), Statistics(*(x[part] for x in known))
         up_logprob = torch.zeros_like(seen.total) if grad_logprob is None else grad_logprob[part]
-        up_entropy = None if grad_entropy is None else grad_entropy[part]
-        gradients.add_chunk(part, chunk, head, targets[part], seen, (logits, exponential), (up_logprob, up_entropy))
+        up = (up_logprob, None if grad_entropy is None else grad_entropy[part])
+        by_hidden = None if gradients.hidden is None else torch.zeros_like(chunk)
+        for first in range(0, vocab, width):
+            words = slice(first, first + width)
+            tile = head.part(words)
+            logits = tile.logits(chunk, buffer[: len(part) * len(tile.weight)].view(len(part), -1))
+            for block in blocks(logits):
+                tile.exponentials(logits[block], seen.peak[block])
+            gradients.part(by_hidden, words).add_chunk(slice(None), chunk, tile, targets[part], seen, logits, up)
+        if gradients.hidden is not None and by_hidden is not None:
+            gradients.hidden[part] = by_hidden.to(gradients.hidden.dtype)
 
 
 def _rows_with_gradient(*gradients: Tensor | None) -> Tensor:

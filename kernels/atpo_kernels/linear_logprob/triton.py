@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atpo_kernels.dispatch import kernel_context
 from atpo_kernels.linear_logprob.matmul import matmul_float32
 from atpo_kernels.linear_logprob.triton_head import Statistics, TritonHead
 from atpo_kernels.linear_logprob.triton_variants import variants
+from atpo_kernels.records import HeadInputs
 
 __all__ = ["linear_logprob", "variants"]
 
@@ -43,27 +46,30 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_logprob is None and grad_entropy is None:
             return None, None, None, None, None
-        hidden, weight, bias, targets, *known = ctx.saved_tensors
-        head = TritonHead.prepare(hidden, weight, bias, targets, ctx.temperature)
-        sums = Gradients(head, ctx.needs_input_grad[:3])
-        up_logprob = torch.zeros_like(known[0]) if grad_logprob is None else grad_logprob.contiguous()
-        up_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-        chunk = rows_per_chunk(head)
-        buffer = head.scratch(chunk).exponentials
-        for start in range(0, len(targets), max(chunk, 1)):
-            rows = min(chunk, len(targets) - start)
-            dlogits = head.dlogits(buffer, Statistics(*known), up_logprob, up_entropy, start, rows)
-            sums.add(dlogits, head.hidden[start : start + rows], slice(start, start + rows))
-        sums.finish()
-        by_weight = None if sums.weight is None else sums.weight.to(weight.dtype)
-        by_bias = None if sums.bias is None else sums.bias.to(weight.dtype)
-        return sums.hidden, by_weight, by_bias, None, None
+        with kernel_context(ctx.saved_tensors[0]):
+            return *_backward(ctx, grad_logprob, grad_entropy), None, None
+
+
+def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> HeadInputs:
+    """Gradients of hidden, weight and bias, chunk by chunk."""
+    hidden, weight, bias, targets, *known = ctx.saved_tensors
+    head = TritonHead.prepare(hidden, weight, bias, targets, ctx.temperature)
+    sums = Gradients(head, ctx.needs_input_grad[:3])
+    up_logprob = torch.zeros_like(known[0]) if grad_logprob is None else grad_logprob.contiguous()
+    up_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    chunk = rows_per_chunk(head)
+    buffer = head.scratch(chunk).dlogits
+    for start in range(0, len(targets), max(chunk, 1)):
+        rows = min(chunk, len(targets) - start)
+        dlogits = head.dlogits(buffer, Statistics(*known), up_logprob, up_entropy, start, rows)
+        sums.add(dlogits, head.hidden[start : start + rows], slice(start, start + rows))
+    return HeadInputs(*(None if total is None else total.to(hidden.dtype) for total in sums.finish()))
 
 
 class Gradients:
     """Sums over chunks of the gradients of hidden, weight and bias; None where not asked for."""
 
-    def __init__(self, head: TritonHead, needs: tuple[bool, ...]):
+    def __init__(self, head: TritonHead, needs: Sequence[bool]):
         (rows, width), vocab, device = head.hidden.shape, head.weight.shape[0], head.hidden.device
         needs_hidden, needs_weight, needs_bias = needs
         self._head, self._empty = head, True
@@ -91,12 +97,13 @@ class Gradients:
             matmul_float32(dlogits.t(), ones, self.bias[:, None], accumulate=not self._empty)
         self._empty = False
 
-    def finish(self) -> None:
-        """Zeros where no chunk was added."""
+    def finish(self) -> HeadInputs:
+        """The sums; zeros where no chunk was added."""
         if self._empty:
             for total in (self.weight, self.bias):
                 if total is not None:
                     total.zero_()
+        return HeadInputs(self.hidden, self.weight, self.bias)
 
 
 def _statistics(head: TritonHead) -> Statistics:

@@ -5,9 +5,11 @@ the float32 accumulators of the product. Exponentials are powers of 2, and diffe
 with c = 1 / (temperature ln 2), softmax = 2^((logit - peak) c - log_total).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from atpo_kernels.linear_logprob.tiles import Tile, processors, target_of, tile_
 
 LN_2 = tl.constexpr(log(2))
 MASKED = tl.constexpr(-1e30)  # the logit of a column beyond the vocabulary: finite, so that 0 * MASKED is 0
+STORED_BITS = tl.constexpr(15)  # exponentials are stored times 2^15: float16 then has all its digits down to 2^-29
+STORED_SCALE = tl.constexpr(2.0**STORED_BITS.value)
 ROWS_PER_LAUNCH = 1 << 16  # of a statistics pass: bounds the partial results
 _ANY_VALUE = ["start", "rows", "splits", "tiles_per_split"]
 
@@ -64,16 +68,16 @@ def _logits(
 
 @triton.jit
 def _store(
-    out, values, first_row, first_column, rows, vocab, stride,
+    out, values, first_row, first_column, rows, stride,
     DESCRIPTORS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write a (ROWS, COLUMNS) tile into the (rows, vocab) scratch buffer."""
+    """Write a (ROWS, COLUMNS) tile into the scratch buffer, whose rows of `stride` are padded to whole vectors."""
     if DESCRIPTORS:
         out.store([first_row, first_column], values.to(out.dtype))
     else:
         row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
         pointer = out + first_row.to(tl.int64) * stride + first_column + row[:, None] * stride + column[None, :]
-        live = (first_row + row < rows)[:, None] & (first_column + column < vocab)[None, :]
+        live = (first_row + row < rows)[:, None] & (first_column + column < stride)[None, :]
         tl.store(pointer, values.to(out.dtype.element_ty), mask=live)
 
 
@@ -122,8 +126,9 @@ def _statistics_kernel(
         peak = risen
         # 5. 2^x and the peak it is relative to, for the gradient
         if STORED:
-            tl.store(references + tile.to(tl.int64) * capacity + row, risen, mask=live)
-            _store(exponentials, exponential, first_row, first_column, rows, vocab, stride, DESCRIPTORS, ROWS, COLUMNS)
+            tl.store(references + tile * capacity + row, risen, mask=live)
+            scaled = exponential * STORED_SCALE
+            _store(exponentials, scaled, first_row, first_column, rows, stride, DESCRIPTORS, ROWS, COLUMNS)
     out = partial + (row.to(tl.int64) * splits + split) * 4
     tl.store(out, peak, mask=live)
     tl.store(out + 1, total, mask=live)
@@ -201,7 +206,7 @@ def _gradient_kernel(
         log2_softmax = (logits - top[:, None]) * scale - in_bits[:, None]
         hit = column[None, :] == target[:, None]
         gradient = logit_gradient(tl.exp2(log2_softmax), log2_softmax, hit, up, up_2, spread, HAS_ENTROPY)
-        _store(dlogits, gradient, first_row, first_column, rows, vocab, stride, DESCRIPTORS, ROWS, COLUMNS)
+        _store(dlogits, gradient, first_row, first_column, rows, stride, DESCRIPTORS, ROWS, COLUMNS)
 
 
 class Statistics(NamedTuple):
@@ -213,11 +218,16 @@ class Statistics(NamedTuple):
     log_total: Tensor  # log2 of the sum over the vocabulary of 2^((logit - peak) c)
 
 
-class Stored(NamedTuple):
-    """Exponentials of a chunk of rows, and what they are relative to."""
+class Scratch(NamedTuple):
+    """Room for a chunk of rows: first their exponentials, then in their place the gradients by their logits.
 
-    exponentials: Tensor  # (capacity, V) dtype of hidden
-    references: Tensor  # (tiles of the vocabulary, capacity) float32 peak at the time
+    float16 rounds the exponentials by an eighth of what bfloat16 would: their error does not show beside the one
+    rounding of the gradients, which is as plain PyTorch's.
+    """
+
+    exponentials: Tensor  # (capacity, V) float16 (float32)
+    dlogits: Tensor  # (capacity, V) dtype of hidden, the same memory
+    references: Tensor  # (tiles of the vocabulary, capacity) float32 peak that the exponentials are relative to
 
 
 @dataclass(slots=True)
@@ -242,38 +252,46 @@ class TritonHead:
         bias = None if bias is None else bias.detach().contiguous()
         return cls(hidden, weight, bias, targets.contiguous(), temperature, tile, processors(hidden.device))
 
+    def take(self, rows: Tensor) -> TritonHead:  # (C,) int64
+        """The same head over some of the rows, copied."""
+        return replace(self, hidden=_aligned_rows(self.hidden[rows]), targets=self.targets[rows])
+
     @property
     def scale(self) -> float:
         """c of the module's derivation."""
         return 1 / (self.temperature * log(2))
 
-    def scratch(self, rows: int) -> Stored:
-        """Buffers for the exponentials of a chunk; rows start at multiples of 128 bytes."""
+    def scratch(self, rows: int) -> Scratch:
+        """Room for the logits of a chunk; rows start at multiples of 128 bytes."""
         vocab = self.weight.shape[0]
-        buffer = self.hidden.new_empty(rows, ceil(vocab / 64) * 64)[:, :vocab]
+        buffer = self.hidden.new_empty(rows, ceil(vocab / 64) * 64)
+        exponentials = buffer if buffer.dtype == torch.float32 else buffer.view(torch.float16)
         tiles = ceil(vocab / self.tile.columns)
-        return Stored(buffer, torch.empty(tiles, rows, dtype=torch.float32, device=buffer.device))
+        references = torch.empty(tiles, rows, dtype=torch.float32, device=buffer.device)
+        return Scratch(exponentials[:, :vocab], buffer[:, :vocab], references)
 
     def empty_statistics(self) -> Statistics:
         """Room for the statistics of all rows."""
         rows, device = self.hidden.shape[0], self.hidden.device
         return Statistics(*torch.empty(4, rows, dtype=torch.float32, device=device).unbind())
 
-    def statistics(self, out: Statistics, start: int, rows: int, stored: Stored | None = None) -> None:
-        """Fill in rows [start, start + rows); with `stored`, for at most its capacity, keep their exponentials."""
-        step = rows if stored is not None else ROWS_PER_LAUNCH
+    def statistics(self, out: Statistics, start: int, rows: int, scratch: Scratch | None = None) -> None:
+        """Fill in rows [start, start + rows); with `scratch`, for at most its capacity, keep their exponentials."""
+        step = rows if scratch is not None else ROWS_PER_LAUNCH
         for first in range(start, start + rows, max(step, 1)):
-            self._statistics(out, first, min(step, start + rows - first), stored)
+            self._statistics(out, first, min(step, start + rows - first), scratch)
 
-    def _statistics(self, out: Statistics, start: int, rows: int, stored: Stored | None) -> None:
+    def _statistics(self, out: Statistics, start: int, rows: int, scratch: Scratch | None) -> None:
         splits, grid = self._grid(rows)
         partial = torch.empty(rows, splits, 4, dtype=torch.float32, device=self.hidden.device)
-        exponentials, references = (None, None) if stored is None else (self._out(stored[0]), stored[1])
+        exponentials, references, stride, capacity = None, None, 0, 0
+        if scratch is not None:
+            exponentials, references = self._out(scratch.exponentials), scratch.references
+            stride, capacity = scratch.exponentials.stride(0), scratch.references.shape[1]
         _statistics_kernel[grid](
             *self._operands(), self.targets, partial, exponentials, references, start, rows, *self._sizes(),
-            0 if stored is None else stored[0].stride(0), 0 if stored is None else stored[1].shape[1],
-            splits, self._tiles_per_split(splits), self.scale,
-            STORED=stored is not None, **self._constants(),
+            stride, capacity, splits, self._tiles_per_split(splits), self.scale,
+            STORED=scratch is not None, **self._constants(),
         )  # fmt: skip
         block, padded = merge_block(splits), triton.next_power_of_2(splits)
         _merge_kernel[(ceil(rows / block),)](

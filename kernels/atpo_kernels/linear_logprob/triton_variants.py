@@ -16,7 +16,7 @@ from atpo_kernels.linear_logprob.triton_head import (
     merge_block,
 )
 
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _INTEGERS = ("start", "rows", "vocab", "width", "hidden_stride", "weight_stride", "stride", "capacity", "splits")
 _STRIDES = ("width", "hidden_stride", "weight_stride", "stride")
 
@@ -24,7 +24,7 @@ _STRIDES = ("width", "hidden_stride", "weight_stride", "stride")
 def variants(target: str) -> list[Variant]:
     """Every kernel of `linear_logprob` on a target ("sm_90", ...)."""
     found = []
-    for dtype in NAMES:
+    for dtype in DTYPE_NAMES:
         tile = tile_for(target, dtype)
         for has_bias in (False, True):
             found += [_statistics(tile, dtype, has_bias, stored) for stored in (False, True)]
@@ -33,7 +33,7 @@ def variants(target: str) -> list[Variant]:
 
 
 def _statistics(tile: Tile, dtype: torch.dtype, has_bias: bool, stored: bool) -> Variant:
-    out = _buffer(tile, dtype) if stored else "constexpr"
+    out = _buffer(tile, torch.float32 if dtype == torch.float32 else torch.float16) if stored else "constexpr"
     types = _operands(tile, dtype, has_bias) | {
         "targets": "*i64", "partial": "*fp32", "exponentials": out, "references": "*fp32" if stored else "constexpr",
         "tiles_per_split": "i32", "scale": "fp32",
@@ -64,11 +64,11 @@ def _merge(splits: int) -> Variant:
 def _label(tile: Tile, dtype: torch.dtype, has_bias: bool) -> str:
     moved = "descriptors" if tile.descriptors else "pointers"
     size = f"{tile.rows}x{tile.columns}x{tile.depth}"
-    return f"{NAMES[dtype]} {size} {moved}" + (", bias" if has_bias else "")
+    return f"{DTYPE_NAMES[dtype]} {size} {moved}" + (", bias" if has_bias else "")
 
 
 def _operands(tile: Tile, dtype: torch.dtype, has_bias: bool) -> dict[str, str]:
-    name = NAMES[dtype]
+    name = DTYPE_NAMES[dtype]
     hidden, weight = (
         f"tensordesc<{name}[{rows}, {tile.depth}]>" if tile.descriptors else f"*{name}"
         for rows in (tile.rows, tile.columns)
@@ -77,7 +77,11 @@ def _operands(tile: Tile, dtype: torch.dtype, has_bias: bool) -> dict[str, str]:
 
 
 def _buffer(tile: Tile, dtype: torch.dtype) -> str:
-    return f"tensordesc<{NAMES[dtype]}[{tile.rows}, {tile.columns}]>" if tile.descriptors else f"*{NAMES[dtype]}"
+    return (
+        f"tensordesc<{DTYPE_NAMES[dtype]}[{tile.rows}, {tile.columns}]>"
+        if tile.descriptors
+        else f"*{DTYPE_NAMES[dtype]}"
+    )
 
 
 def _variant(kernel: Any, label: str, types: dict[str, str], constants: dict[str, Any], tile: Tile) -> Variant:

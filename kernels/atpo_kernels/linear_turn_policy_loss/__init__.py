@@ -8,12 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose
+from atpo_kernels.dispatch import choose, kernel_context
 from atpo_kernels.linear_logprob.checks import check_linear
 from atpo_kernels.linear_turn_policy_loss.chunked import linear_turn_policy_loss_chunked
 from atpo_kernels.linear_turn_policy_loss.reference import linear_turn_policy_loss_reference
 from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, Reduction, TokenWeights
-from atpo_kernels.turn_policy_loss.layout import Aggregation, LossInputs, Structure, loss_tokens
+from atpo_kernels.turn_policy_loss.checks import check_arguments
+from atpo_kernels.turn_policy_loss.layout import Aggregation, LossArguments, LossInputs, Structure
 
 __all__ = ["linear_turn_policy_loss"]
 
@@ -25,7 +26,7 @@ def linear_turn_policy_loss(
     old_logprob: Tensor | None,  # (A,)
     advantages: Tensor | None = None,  # (N,) or (A,)
     *,
-    turn_offsets: Tensor,  # (N+1,) int32
+    turn_offsets: Tensor,  # (N+1,) int32, on the device or on the CPU
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
     weights: TokenWeights | None = None,  # (A,) each
@@ -41,14 +42,15 @@ def linear_turn_policy_loss(
     """`turn_policy_loss(linear_logprob(hidden, weight, targets), ...)` on packed turns, gradient in the forward.
 
     Arguments as in those two operators; `reduction` may be anything that packed turns allow but "none". Logits of a
-    chunk of whole turns exist at a time, in float32 (float64); as a turn's ratio is known once its chunk's logits are,
-    the gradients of hidden, weight and bias are formed from them at once and the backward only scales them. Rows
-    without gradient (clipped, of zero weight) are left out of those products. Only a turn that is longer than a chunk,
-    and level "sequence", compute the logits a second time.
+    chunk of whole turns exist at a time; as a turn's ratio is known once its chunk's logits are, the gradients of
+    hidden, weight and bias are formed from them at once and the backward only scales them. Rows without gradient
+    (clipped, of zero weight) are left out of those products. Only a turn that is longer than a chunk, and level
+    "sequence", compute the logits a second time.
 
     Without gradients (torch.no_grad, or no input that requires one) none are computed. `old_logprob=None` takes the
-    current log-probs (the first pass over freshly sampled data: every ratio is 1). The chunks are planned on the host
-    from `turn_offsets`, which is one wait for the device when they lie on a GPU.
+    current log-probs (the first pass over freshly sampled data: every ratio is 1). The chunks are planned on the host:
+    give `turn_offsets` on the CPU, or there is one wait for the device. Memory beside inputs and outputs: a scratch
+    buffer of at most 0.95 GB on a GPU whatever A is, and the weight's gradient is summed in float32 (V, D), then cast.
 
     Returns LinearTurnLoss: the fields of TurnLoss, and `logprob` and `entropy` (A,), detached.
     Raises ValueError as `linear_logprob` and `turn_policy_loss` do.
@@ -63,14 +65,12 @@ def linear_turn_policy_loss(
         )
     # stands in for what the head is about to compute
     unknown = torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    old = unknown if old_logprob is None else old_logprob
-    tensors = LossInputs(unknown, old, ref_logprob, rollout_logprob, unknown)
-    structure, aggregation = Structure(turn_offsets, paths=paths), Aggregation(reduction, denominator=denominator)
-    tokens = loss_tokens(tensors, advantages, weights, structure, aggregation, config)
-    run = choose(
-        "linear_turn_policy_loss",
-        impl,
-        hidden.device,
-        {"torch": linear_turn_policy_loss_chunked, "reference": linear_turn_policy_loss_reference},
-    )
-    return run(hidden, weight, targets.long(), bias, temperature, tokens, turn_offsets, config, old_logprob is None)
+    inputs = LossInputs(unknown, old_logprob, ref_logprob, rollout_logprob, unknown)
+    structure = Structure(turn_offsets.to(hidden.device, non_blocking=True), paths=paths)
+    aggregation = Aggregation(reduction, denominator=denominator)
+    arguments = LossArguments(inputs, advantages, weights, structure, aggregation, config)
+    check_arguments(arguments)
+    known_paths = {"torch": linear_turn_policy_loss_chunked, "reference": linear_turn_policy_loss_reference}
+    run = choose("linear_turn_policy_loss", impl, hidden.device, known_paths, hidden.dtype)
+    with kernel_context(hidden):
+        return run(hidden, weight, targets.long(), bias, temperature, arguments, turn_offsets)

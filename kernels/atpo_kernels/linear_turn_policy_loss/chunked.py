@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from atpo_kernels.linear_logprob.chunked import (
     Head,
@@ -18,10 +16,12 @@ from atpo_kernels.linear_logprob.chunked import (
     statistics,
 )
 from atpo_kernels.linear_turn_policy_loss.chunks import Chunk, plan_chunks
-from atpo_kernels.records import LinearTurnLoss, LossConfig, TokenWeights
+from atpo_kernels.linear_turn_policy_loss.known_gradients import with_gradients
+from atpo_kernels.records import HeadInputs, LinearTurnLoss, LossConfig, TokenWeights
+from atpo_kernels.turn_policy_loss.layout import LossArguments, loss_tokens
 from atpo_kernels.turn_policy_loss.terms import token_terms
 from atpo_kernels.turn_policy_loss.tokens import LossTokens
-from atpo_kernels.turn_policy_loss.torch_path import turn_policy_loss_torch
+from atpo_kernels.turn_policy_loss.torch_path import evaluate
 
 _WORTH_COPYING = 0.85  # rows without gradient are left out when fewer than this share of a chunk has one
 
@@ -32,22 +32,22 @@ def linear_turn_policy_loss_chunked(
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
     temperature: float,
-    tokens: LossTokens,  # its logprob and entropy are placeholders
+    arguments: LossArguments,  # its logprob and entropy are placeholders
     turn_offsets: Tensor,  # (N+1,)
-    config: LossConfig,
-    on_policy: bool,
 ) -> LinearTurnLoss:
     """See `linear_turn_policy_loss`."""
+    tokens, config, on_policy = loss_tokens(arguments), arguments.config, arguments.inputs.old_logprob is None
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias))
     with torch.no_grad():
         head = Head.prepare(weight, bias, temperature)
         gradients = HeadGradients.zeros(hidden.detach(), head, (needs[0], needs[1], needs[2]))
         job = _Job(hidden.detach(), head, targets, tokens, config, on_policy, gradients)
         known = job.by_chunks(turn_offsets) if any(needs) else statistics(job.hidden, head, targets)
-        result = turn_policy_loss_torch(job.with_values(tokens, known), config, False)
+        result = evaluate(job.with_values(tokens, known), config, False)
     loss = result.loss
     if any(needs):
-        loss = _Scaled.apply(loss, hidden, weight, bias, gradients.hidden, gradients.weight, gradients.bias)
+        known_gradients = HeadInputs(gradients.hidden, gradients.weight, gradients.bias)
+        loss = with_gradients(loss, HeadInputs(hidden, weight, bias), known_gradients)
     return LinearTurnLoss(loss, result.metrics, result.coef, known.logprob, known.entropy)
 
 
@@ -71,35 +71,32 @@ class _Job:
     def by_chunks(self, turn_offsets: Tensor) -> Statistics:  # (A,) each
         """Every chunk in turn; at level sequence all rows are one, since every turn may share a trajectory."""
         buffer = self.head.buffer(len(self.targets))
-        product = torch.empty_like(buffer) if self.config.needs_entropy else buffer
-        buffers = (buffer, torch.empty_like(buffer), product)
         offsets = turn_offsets.cpu().numpy()
         if self.config.level == "sequence":
             offsets = offsets[[0, -1]]
-        result = Statistics(*(buffer.new_empty(len(self.targets)) for _ in range(4)))
+        result = Statistics(*buffer.new_empty(4, len(self.targets)))
         for chunk in plan_chunks(offsets, max(len(buffer), 1), self.config.level == "token"):
             tokens = self.tokens if self.config.level == "sequence" else _part(self.tokens, chunk)
-            known = self.one_pass(tokens, chunk.rows, buffers) if chunk.fits else self.two_pass(tokens, chunk.rows)
+            known = self.one_pass(tokens, chunk.rows, buffer) if chunk.fits else self.two_pass(tokens, chunk.rows)
             for whole, values in zip(result, known, strict=True):
                 whole[chunk.rows] = values
         return result
 
-    def one_pass(self, tokens: LossTokens, rows: slice, buffers: tuple[Tensor, ...]) -> Statistics:  # (C,) each
+    def one_pass(self, tokens: LossTokens, rows: slice, buffer: Tensor) -> Statistics:  # (C,) each
         """Logits of whole turns once: statistics, ratio, and from the same logits the gradients."""
         hidden, targets = self.hidden[rows].to(self.head.weight.dtype), self.targets[rows]
-        logits, exponential, product = (x[: len(targets)] for x in buffers)
-        self.head.logits(hidden, logits)
-        known = chunk_statistics(self.head, logits, targets, exponential, product)
+        exponential = self.head.logits(hidden, buffer)
+        known = chunk_statistics(self.head, exponential, targets)
         terms = token_terms(self.with_values(tokens, known), self.config)
         up = (terms.coef, terms.entropy_slope)
         moved = terms.coef.nonzero().squeeze(1)
         if terms.entropy_slope is not None or len(moved) >= _WORTH_COPYING * len(targets):
-            self.gradients.add_chunk(rows, hidden, self.head, targets, known, (logits, exponential), up)
+            self.gradients.add_chunk(rows, hidden, self.head, targets, known, exponential, up)
         elif len(moved):
             kept = Statistics(*(x[moved] for x in known))
             hidden, targets, coef, values = hidden[moved], targets[moved], terms.coef[moved], exponential[moved]
             at = moved + rows.start
-            self.gradients.add_chunk(at, hidden, self.head, targets, kept, (values, values), (coef, None))
+            self.gradients.add_chunk(at, hidden, self.head, targets, kept, values, (coef, None))
         return known
 
     def two_pass(self, tokens: LossTokens, rows: slice) -> Statistics:  # (C,) each
@@ -134,29 +131,3 @@ def _part(tokens: LossTokens, chunk: Chunk) -> LossTokens:
         rollout_logprob=cut(tokens.rollout_logprob),
         entropy=cut(tokens.entropy),
     )
-
-
-class _Scaled(torch.autograd.Function):
-    """A loss whose gradients by hidden, weight and bias are already known."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        loss: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        by_hidden: Tensor | None,
-        by_weight: Tensor | None,
-        by_bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(by_hidden, by_weight, by_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return loss.view_as(loss)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if known is None else (known * grad).to(dtype) for known, dtype in pairs]
-        return None, *scaled, None, None, None

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
-from atpo_kernels.records import LinearTurnLoss, LossConfig
-from atpo_kernels.turn_policy_loss.reference import turn_policy_loss_reference
-from atpo_kernels.turn_policy_loss.tokens import LossTokens
+from atpo_kernels.records import LinearTurnLoss
+from atpo_kernels.turn_policy_loss.layout import LossArguments, loss_tokens
+from atpo_kernels.turn_policy_loss.reference import evaluate_reference
 from atpo_kernels.turn_policy_loss.torch_path import KnownGradient
 
 
@@ -20,17 +20,16 @@ def linear_turn_policy_loss_reference(
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
     temperature: float,
-    tokens: LossTokens,  # its logprob and entropy are placeholders
+    arguments: LossArguments,  # its logprob and entropy are placeholders
     turn_offsets: Tensor,  # (N+1,)
-    config: LossConfig,
-    on_policy: bool,
 ) -> LinearTurnLoss:
     """Materialises (A, V); every gradient by autograd."""
     logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature)
     seen, seen_entropy = logprob.detach(), entropy.detach()
-    old = seen if on_policy else tokens.old_logprob
+    tokens = loss_tokens(arguments)
+    old = seen if arguments.inputs.old_logprob is None else tokens.old_logprob
     tokens = replace(tokens, logprob=seen, old_logprob=old, entropy=seen_entropy)
-    result = turn_policy_loss_reference(tokens, config, False)
+    result = evaluate_reference(tokens, arguments.config, False)
     loss = result.loss
     if torch.is_grad_enabled():
         loss = KnownGradient.apply(loss, logprob, result.coef, entropy, result.entropy_slope)

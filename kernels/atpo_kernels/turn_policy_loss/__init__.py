@@ -10,7 +10,8 @@ from torch import Tensor
 
 from atpo_kernels.dispatch import choose
 from atpo_kernels.records import LeafPaths, LossConfig, Reduction, TokenWeights, TurnLoss
-from atpo_kernels.turn_policy_loss.layout import Aggregation, LossInputs, Structure, loss_tokens
+from atpo_kernels.turn_policy_loss.checks import check_arguments
+from atpo_kernels.turn_policy_loss.layout import Aggregation, LossArguments, LossInputs, Structure
 from atpo_kernels.turn_policy_loss.reference import turn_policy_loss_reference
 from atpo_kernels.turn_policy_loss.torch_path import KnownGradient, turn_policy_loss_torch
 
@@ -19,7 +20,7 @@ __all__ = ["turn_policy_loss"]
 
 def turn_policy_loss(
     logprob: Tensor,  # (A,) or (B, T)
-    old_logprob: Tensor,  # same shape
+    old_logprob: Tensor | None,  # same shape
     advantages: Tensor | None = None,  # packed: (N,) or (A,); padded: (B,) or (B, T)
     *,
     turn_offsets: Tensor | None = None,  # (N+1,) int32
@@ -41,7 +42,8 @@ def turn_policy_loss(
 
     Layouts. *Packed*: with `turn_offsets` (CSR over the A axis), tensors are (A,). *Padded*: without, tensors are
     (B, T), a row is a sequence, and turns are the maximal runs of ones of `mask` in a row (all ones if not given), or
-    the tokens of a row with equal `turn_ids` in [0, T). A 1-D tensor without `turn_offsets` is one padded row.
+    the tokens of a row with equal `turn_ids` in [0, T): these may have masked tokens between them, but none of another
+    turn. A 1-D tensor without `turn_offsets` is one padded row.
 
     Weights. Either `advantages`, aggregated by `reduction`, or `weights` = (W+, W-, W0) that already hold advantages
     and aggregation (design, section 4). `reduction` is, with |y| the action tokens of a row, K its turns, a a turn:
@@ -59,9 +61,11 @@ def turn_policy_loss(
     say which of them form a sequence, so seq-* needs `weights` there, and turn-mean takes them for one sequence.
 
     Level "sequence" on packed turns needs `weights` and `paths`; its policy term uses the weights in `paths`.
+    `old_logprob=None` takes the current log-probs: every ratio is 1.
     `config` (default LossConfig()) holds the loss; `overrides` are fields of it, as in `clip_low=0.2`.
     Inputs outside the mask may be anything, inf and nan included. bfloat16 and float16 are computed in float32,
-    float64 in float64. Nothing waits for the device. `impl`: "auto", "torch", "reference" (autograd), "triton".
+    float64 in float64. Nothing waits for the device. `impl`: "auto" (Triton on CUDA, but for float64; else "torch"),
+    "torch", "reference" (autograd), "triton": two kernel launches.
 
     Returns TurnLoss: `loss`, differentiable in logprob and entropy; `coef` = d loss / d logprob, exact, without the
     way through the entropy; `metrics`, detached 0-dim tensors. All but ratio_max, turns and tokens are means over the
@@ -71,7 +75,8 @@ def turn_policy_loss(
     against new. ratio_mean, ratio_max, and entropy and ref_kl where given and used. At level "sequence" on packed
     turns, ratio and clipping of a token are means over the trajectories through it.
 
-    Raises ValueError for shapes, names or combinations that do not fit.
+    Raises ValueError for shapes, names or combinations that do not fit, on the CPU also for turn_offsets that do not
+    end at A and turn_ids that are out of range or interrupted.
     """
     config = replace(config or LossConfig(), **overrides)
     if reduction is None:
@@ -81,14 +86,11 @@ def turn_policy_loss(
     tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
     structure = Structure(turn_offsets, mask, turn_ids, paths)
     aggregation = Aggregation(reduction, max_length, denominator)
-    tokens = loss_tokens(tensors, advantages, weights, structure, aggregation, config)
-    run = choose(
-        "turn_policy_loss",
-        impl,
-        logprob.device,
-        {"torch": turn_policy_loss_torch, "reference": turn_policy_loss_reference},
-    )
-    result = run(tokens, config, reduction == "none")
+    arguments = LossArguments(tensors, advantages, weights, structure, aggregation, config)
+    check_arguments(arguments)
+    implementations = {"torch": turn_policy_loss_torch, "reference": turn_policy_loss_reference}
+    run = choose("turn_policy_loss", impl, logprob.device, implementations, logprob.dtype)
+    result = run(arguments)
     coef = result.coef.view(logprob.shape)
     slope = None if result.entropy_slope is None else result.entropy_slope.view(logprob.shape)
     value = result.loss.view(logprob.shape) if reduction == "none" else result.loss

@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from atpo_kernels.records import LossConfig
+from atpo_kernels.turn_policy_loss.layout import LossArguments, loss_tokens
 from atpo_kernels.turn_policy_loss.terms import TokenTerms
 from atpo_kernels.turn_policy_loss.tokens import LossTokens
 from atpo_kernels.turn_policy_loss.torch_path import Evaluation, loss_metrics
 
 
-def turn_policy_loss_reference(tokens: LossTokens, config: LossConfig, by_token: bool) -> Evaluation:
+def turn_policy_loss_reference(arguments: LossArguments) -> Evaluation:
+    """See `turn_policy_loss`."""
+    return evaluate_reference(loss_tokens(arguments), arguments.config, arguments.by_token)
+
+
+def evaluate_reference(tokens: LossTokens, config: LossConfig, by_token: bool) -> Evaluation:
     """Loss, and its derivatives by autograd through the straight-through ratio."""
     with torch.enable_grad():
         logprob = tokens.logprob.detach().requires_grad_()

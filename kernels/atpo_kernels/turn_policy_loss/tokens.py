@@ -151,11 +151,7 @@ def packed_shares(
         return share
     if reduction == "token-mean":
         return share / (share.sum().clamp_min(1) if denominator is None else denominator)
-    if reduction != "turn-mean":
-        raise ValueError(
-            f"turn_policy_loss: reduction={reduction!r} needs to know which turns form a sequence, which turn_offsets "
-            "do not tell. Pass the aggregated weights=, or use 'sum', 'token-mean', 'turn-mean' or 'none'"
-        )
+    assert reduction == "turn-mean"  # turn_offsets do not tell which turns form a sequence
     share = share / turn_sizes(share, turn_of_token(turn_offsets, share.numel()), turn_offsets.numel() - 1)
     return share / (share.sum().clamp_min(1) * (1 if denominator is None else denominator))
 

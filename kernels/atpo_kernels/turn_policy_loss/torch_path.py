@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atpo_kernels.records import LossConfig
+from atpo_kernels.turn_policy_loss.layout import LossArguments, loss_tokens
 from atpo_kernels.turn_policy_loss.terms import TokenTerms, approximate_kl, token_terms
 from atpo_kernels.turn_policy_loss.tokens import LossTokens
 
@@ -25,7 +26,12 @@ class Evaluation:
 
 
 @torch.no_grad()
-def turn_policy_loss_torch(tokens: LossTokens, config: LossConfig, by_token: bool) -> Evaluation:
+def turn_policy_loss_torch(arguments: LossArguments) -> Evaluation:
+    """See `turn_policy_loss`."""
+    return evaluate(loss_tokens(arguments), arguments.config, arguments.by_token)
+
+
+def evaluate(tokens: LossTokens, config: LossConfig, by_token: bool) -> Evaluation:
     """Loss (its sum, or by token), derivatives and metrics of a line of tokens."""
     terms = token_terms(tokens, config)
     loss = terms.value if by_token else terms.value.sum()

@@ -1,0 +1,14 @@
+"""The turn loss from hidden states, forward and backward, against the peers; sweeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases import Case
+from pytest_cases import parameters, run
+
+
+@pytest.mark.parametrize(("case", "name"), parameters("linear_turn_policy_loss"))
+def test_linear_turn_policy_loss(benchmark: Any, case: Case, name: str) -> None:
+    run(benchmark, case, name)

@@ -1,0 +1,14 @@
+"""The turn loss from given log-probs, forward and backward, against plain PyTorch and the published loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases import Case
+from pytest_cases import parameters, run
+
+
+@pytest.mark.parametrize(("case", "name"), parameters("turn_policy_loss"))
+def test_turn_policy_loss(benchmark: Any, case: Case, name: str) -> None:
+    run(benchmark, case, name)

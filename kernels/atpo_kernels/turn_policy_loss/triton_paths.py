@@ -1,0 +1,162 @@
+"""Sums over packed turns, and level `sequence` on them: trajectories that share turns.
+
+(1) a program per turn sums its log-ratios; (2) a program per trajectory averages them over its turns; (3) the program
+of a turn adds up the policy terms of the trajectories through it, in their order. Nothing is added by atomics.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from atpo_kernels.records import LeafPaths
+from atpo_kernels.turn_policy_loss.triton_launch import Launch
+from atpo_kernels.turn_policy_loss.triton_sums import is_valid, load, log_ratios
+from atpo_kernels.turn_policy_loss.triton_terms import clamp_min, policy_term
+
+ENTRIES = tl.constexpr(32)  # of paths at a time
+TABLES = ("entry_offsets", "entries", "entry_leaf", "leaf_log_ratio", "path_pos", "path_neg")
+
+
+@triton.jit
+def place_turn(turn_offsets, turn):
+    """Where a turn's tokens begin, and their number."""
+    base = tl.load(turn_offsets + turn).to(tl.int64)
+    return base, (tl.load(turn_offsets + turn + 1).to(tl.int64) - base).to(tl.int32)
+
+
+@triton.jit
+def sum_turn(logprob, old_logprob, mask, base, length, SUMMED: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum of the log-ratios of a turn (0 unless SUMMED), and its number of tokens."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    count = tl.zeros((BLOCK,), tl.float32)
+    size = length.to(tl.float32)
+    if SUMMED or mask is not None:
+        for start in range(0, length, BLOCK):
+            t = start + tl.arange(0, BLOCK)
+            valid = is_valid(mask, base, t, t < length)
+            count += tl.where(valid, 1.0, 0.0)
+            if SUMMED:
+                total += log_ratios(logprob, old_logprob, base, t, valid)
+        size = tl.sum(count, 0)
+    return tl.sum(total, 0), size
+
+
+@triton.jit(do_not_specialize=["turns"])
+def _turn_sums_kernel(logprob, old_logprob, mask, turn_offsets, turn_sums, turns, BLOCK: tl.constexpr):
+    """turn_sums (2, N): sum of the log-ratios and number of tokens of every turn."""
+    turn = tl.program_id(0)
+    base, length = place_turn(turn_offsets, turn)
+    total, size = sum_turn(logprob, old_logprob, mask, base, length, True, BLOCK)
+    tl.store(turn_sums + turn, total)
+    tl.store(turn_sums + turns + turn, size)
+
+
+@triton.jit(do_not_specialize=["turns"])
+def _leaf_kernel(turn_sums, leaf_offsets, entry_turns, leaf_log_ratio, turns):
+    """leaf_log_ratio (S,): log-ratio of a trajectory, averaged over the tokens of its turns."""
+    leaf = tl.program_id(0)
+    begin, end = tl.load(leaf_offsets + leaf), tl.load(leaf_offsets + leaf + 1)
+    total = tl.zeros((ENTRIES,), tl.float32)
+    count = tl.zeros((ENTRIES,), tl.float32)
+    for start in range(begin, end, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        inside = entry < end
+        turn = tl.load(entry_turns + entry, mask=inside, other=0)
+        total += load(turn_sums, 0, turn, inside)
+        count += load(turn_sums, turns, turn, inside)
+    tl.store(leaf_log_ratio + leaf, tl.sum(total, 0) / clamp_min(tl.sum(count, 0), 1.0))
+
+
+@triton.jit
+def path_term(
+    turn, entry_offsets, entries, entry_leaf, leaf_log_ratio, path_pos, path_neg,
+    low, high, dual_cap, tau_pos, tau_neg, max_log_ratio, CLIP: tl.constexpr,
+):  # fmt: skip
+    """The policy term of a turn, summed over the trajectories through it; ratio and cuts are means over these."""
+    begin, end = tl.load(entry_offsets + turn), tl.load(entry_offsets + turn + 1)
+    zero = tl.zeros((ENTRIES,), tl.float32)
+    gain, slope, ratio, cut_low, cut_high = zero, zero, zero, zero, zero
+    for start in range(begin, end, ENTRIES):
+        at = start + tl.arange(0, ENTRIES)
+        inside = at < end
+        entry = tl.load(entries + at, mask=inside, other=0)
+        leaf = tl.load(entry_leaf + entry, mask=inside, other=0)
+        log_ratio = load(leaf_log_ratio, 0, leaf, inside)
+        pos, neg = load(path_pos, 0, entry, inside), load(path_neg, 0, entry, inside)
+        term = policy_term(log_ratio, pos, neg, low, high, dual_cap, tau_pos, tau_neg, max_log_ratio, CLIP)
+        gain += term[0]
+        slope += term[1]
+        ratio += tl.where(inside, term[2], 0.0)
+        cut_low += term[3]
+        cut_high += term[4]
+    share = 1 / clamp_min((end - begin).to(tl.float32), 1.0)
+    ratio, cut_low, cut_high = tl.sum(ratio, 0) * share, tl.sum(cut_low, 0) * share, tl.sum(cut_high, 0) * share
+    return tl.sum(gain, 0), tl.sum(slope, 0), ratio, cut_low, cut_high
+
+
+@dataclass(slots=True)
+class Paths:
+    """Trajectories through turns, looked up both ways."""
+
+    leaf_offsets: Tensor  # (S+1,) CSR over P
+    entry_turns: Tensor  # (P,) turn of an entry
+    entry_offsets: Tensor  # (N+1,) CSR over `entries`
+    entries: Tensor  # (P,) entries in the order of their turns, those of one turn in the order of the trajectories
+    entry_leaf: Tensor  # (P,) trajectory of an entry
+    path_pos: Tensor  # (P,)
+    path_neg: Tensor  # (P,)
+    turn_sums: Tensor  # (2, N) float32 sum of the log-ratios and number of tokens of a turn
+    leaf_log_ratio: Tensor  # (S,) float32
+
+    @classmethod
+    def of(cls, paths: LeafPaths, turns: int) -> Paths:
+        """A handful of launches, none of which waits for the device."""
+        entry_turns, leaf_offsets = paths.turns.contiguous(), paths.offsets.contiguous()
+        in_order, entries = entry_turns.sort(stable=True)
+        every_turn = torch.arange(turns + 1, device=entry_turns.device, dtype=entry_turns.dtype)
+        every_entry = torch.arange(len(entries), device=entry_turns.device, dtype=leaf_offsets.dtype)
+        return cls(
+            leaf_offsets=leaf_offsets,
+            entry_turns=entry_turns,
+            entry_offsets=torch.searchsorted(in_order, every_turn),
+            entries=entries,
+            entry_leaf=torch.bucketize(every_entry, leaf_offsets[1:].contiguous(), right=True),
+            path_pos=paths.weight_pos.detach().contiguous(),
+            path_neg=paths.weight_neg.detach().contiguous(),
+            turn_sums=paths.weight_pos.new_empty(2, turns, dtype=torch.float32),
+            leaf_log_ratio=paths.weight_pos.new_empty(leaf_offsets.numel() - 1, dtype=torch.float32),
+        )
+
+    def tables(self) -> dict[str, Tensor]:
+        """What the program of a turn reads, under the names that its kernel gives it."""
+        return {name: getattr(self, name) for name in TABLES}
+
+    def launches(self, given: dict[str, Any], block: int, num_warps: int) -> list[Launch]:
+        """What fills in leaf_log_ratio; `given` are the arguments of the kernel of a turn."""
+        turns = {"turn_sums": self.turn_sums, "turns": self.turn_sums.shape[1]}
+        read = {name: given[name] for name in ("logprob", "old_logprob", "mask", "turn_offsets")}
+        leaves = {name: getattr(self, name) for name in ("leaf_offsets", "entry_turns", "leaf_log_ratio")}
+        return [
+            Launch(
+                kernel=_turn_sums_kernel,
+                programs=self.turn_sums.shape[1],
+                arguments=read | turns,
+                constants={"BLOCK": block},
+                num_warps=num_warps,
+            ),
+            Launch(
+                kernel=_leaf_kernel,
+                programs=len(self.leaf_log_ratio),
+                arguments=leaves | turns,
+                constants={},
+                num_warps=1,
+            ),
+        ]
