@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atpo_kernels import LeafPaths, LinearTurnLoss, TokenWeights, linear_logprob, linear_turn_policy_loss
 
-
 TEMPERATURE = 0.8  # of `loss_case` and `run_linear_loss`
 
 

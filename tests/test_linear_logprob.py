@@ -135,6 +135,15 @@ def test_non_contiguous_inputs_and_int32_targets() -> None:
     torch.testing.assert_close(strided, plain)
 
 
+def test_autocast_has_no_effect() -> None:
+    """Fails if a trainer's autocast rounds logits or gradients to half precision, in the forward or the backward."""
+    head = random_head(20, 8, 30)
+    plain = run(head, torch.float32, "torch")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run(head, torch.float32, "torch")
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
 def test_errors_say_what_is_wrong() -> None:
     """Fails if bad arguments reach the arithmetic, or a partitioned weight gives an obscure message."""
     head = random_head(4, 3, 5)

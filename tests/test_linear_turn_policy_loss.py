@@ -129,6 +129,15 @@ def test_no_gradient_asked_for() -> None:
     assert not out.loss.requires_grad and largest.elements <= max(CHUNK * 11, head.hidden.numel())
 
 
+def test_autocast_has_no_effect() -> None:
+    """Fails if a trainer's autocast rounds logits or gradients to half precision."""
+    head, keywords = case([3, 6, 20], 0)
+    plain = run(head, keywords, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run(head, keywords, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
 def test_frozen_inputs_get_no_gradient() -> None:
     """Fails if one needed gradient depends on the others being needed."""
     head, keywords = case([3, 20, 1, 6], 0)

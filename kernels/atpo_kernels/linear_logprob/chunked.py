@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atpo_kernels.dispatch import kernel_context
+
 # rows of the whole vocabulary, whose logits are kept from the statistics to the gradients
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
 _MIN_ROWS = {"cpu": 192, "cuda": 1024}
@@ -248,7 +250,8 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, targets, *known = ctx.saved_tensors
         head = Head.prepare(weight, bias, ctx.temperature)
         sums = HeadGradients.zeros(hidden, head, ctx.needs_input_grad[:3])
-        accumulate_gradients(sums, hidden, head, targets, Statistics(*known), grad_logprob, grad_entropy)
+        with kernel_context(hidden):
+            accumulate_gradients(sums, hidden, head, targets, Statistics(*known), grad_logprob, grad_entropy)
         weight_grad = None if sums.weight is None else sums.weight.to(weight.dtype)
         bias_grad = None if sums.bias is None else sums.bias.to(bias.dtype)
         return sums.hidden, weight_grad, bias_grad, None, None

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose
+from atpo_kernels.dispatch import choose, kernel_context
 from atpo_kernels.records import LeafPaths, LossConfig, Reduction, TokenWeights, TurnLoss
 from atpo_kernels.turn_policy_loss.checks import check_arguments
 from atpo_kernels.turn_policy_loss.layout import Aggregation, LossArguments, LossInputs, Structure
@@ -23,7 +23,7 @@ def turn_policy_loss(
     old_logprob: Tensor | None,  # same shape
     advantages: Tensor | None = None,  # packed: (N,) or (A,); padded: (B,) or (B, T)
     *,
-    turn_offsets: Tensor | None = None,  # (N+1,) int32
+    turn_offsets: Tensor | None = None,  # (N+1,) int32, on the device or on the CPU
     mask: Tensor | None = None,  # same shape as logprob
     turn_ids: Tensor | None = None,  # (B, T) int
     weights: TokenWeights | None = None,  # same shape as logprob
@@ -84,13 +84,16 @@ def turn_policy_loss(
     if reduction not in get_args(Reduction):
         raise ValueError(f"turn_policy_loss: reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
     tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
+    if turn_offsets is not None:
+        turn_offsets = turn_offsets.to(logprob.device, non_blocking=True)
     structure = Structure(turn_offsets, mask, turn_ids, paths)
     aggregation = Aggregation(reduction, max_length, denominator)
     arguments = LossArguments(tensors, advantages, weights, structure, aggregation, config)
     check_arguments(arguments)
     implementations = {"torch": turn_policy_loss_torch, "reference": turn_policy_loss_reference}
     run = choose("turn_policy_loss", impl, logprob.device, implementations, logprob.dtype)
-    result = run(arguments)
+    with kernel_context(logprob):
+        result = run(arguments)
     coef = result.coef.view(logprob.shape)
     slope = None if result.entropy_slope is None else result.entropy_slope.view(logprob.shape)
     value = result.loss.view(logprob.shape) if reduction == "none" else result.loss
