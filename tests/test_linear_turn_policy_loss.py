@@ -129,6 +129,19 @@ def test_no_gradient_asked_for() -> None:
     assert not out.loss.requires_grad and largest.elements <= max(CHUNK * 11, head.hidden.numel())
 
 
+def test_loss_may_be_scaled_in_place() -> None:
+    """Fails if the loss is a view: gradient accumulation is often written `loss /= steps`."""
+    head, keywords = case([3, 6], 0)
+    grads = []
+    for scaled in (False, True):
+        leaves = head.leaves(torch.float64)
+        loss = linear_turn_policy_loss(leaves[0], leaves[1], head.targets, bias=leaves[2], **keywords).loss
+        if scaled:
+            loss /= 4
+        grads.append(torch.autograd.grad(loss, leaves))
+    assert_equal([g / 4 for g in grads[0]], list(grads[1]))
+
+
 def test_autocast_has_no_effect() -> None:
     """Fails if a trainer's autocast rounds logits or gradients to half precision."""
     head, keywords = case([3, 6, 20], 0)

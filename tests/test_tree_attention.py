@@ -2,51 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import LargestOutput
-from torch import Tensor
 from torch.nn import functional as F
+from tree_cases import forward_backward, inputs, random_row, tree_mask
 
 from atpo_kernels import make_tree_blocks, tree_attention
-
-
-def random_row(tokens: int, turn: int, seed: int) -> Tensor:
-    """subtree_end (T,) of random trees in pre-order with turns of up to `turn` tokens."""
-    rng = np.random.default_rng(seed)
-    starts, depth_of = [0], [0]
-    while starts[-1] < tokens:
-        starts.append(starts[-1] + int(rng.integers(1, turn + 1)))
-        # one deeper (a child), the same or less deep (a sibling of it or of an ancestor), 0: a new tree
-        depth_of.append(int(rng.integers(0, depth_of[-1] + 2)))
-    starts[-1] = tokens
-    end = np.full(tokens, tokens, dtype=np.int32)
-    for i in range(len(starts) - 1):
-        after = next((j for j in range(i + 1, len(starts) - 1) if depth_of[j] <= depth_of[i]), len(starts) - 1)
-        end[starts[i] : starts[i + 1]] = starts[after]
-    return torch.from_numpy(end)
-
-
-def inputs(tokens: int, heads: tuple[int, int], width: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """q, k, v and an upstream gradient."""
-    rng = torch.Generator().manual_seed(0)
-    shapes = [
-        (tokens, heads[0], width),
-        (tokens, heads[1], width),
-        (tokens, heads[1], width),
-        (tokens, heads[0], width),
-    ]
-    made = [torch.randn(s, generator=rng, dtype=torch.float64).to(dtype) for s in shapes]
-    return [x.requires_grad_() for x in made[:3]] + made[3:]
-
-
-def forward_backward(tensors: list[Tensor], end: Tensor, **options: object) -> list[Tensor]:
-    """Output and gradients of q, k and v."""
-    out = tree_attention(*tensors[:3], end, **options)  # type: ignore[arg-type]
-    return [out, *torch.autograd.grad(out, tensors[:3], tensors[3].to(out.dtype))]
 
 
 @settings(max_examples=50, deadline=None)
@@ -109,8 +73,7 @@ def test_work_follows_the_visible_pairs() -> None:
     """Fails if blocks compute much more than is visible, or anything of the size of the (T, T) mask is made."""
     trees = [random_row(500, 60, seed) for seed in range(8)]
     end = torch.cat([tree + 500 * i for i, tree in enumerate(trees)]).int()
-    index = torch.arange(4000)
-    visible = int(((index[None] <= index[:, None]) & (index[:, None] < end[None])).sum())
+    visible = int(tree_mask(end).sum())
     blocks = make_tree_blocks(end)
     assert visible <= blocks.pairs < 3 * visible  # the dense mask has 16,000,000 pairs
     with LargestOutput() as largest:

@@ -23,7 +23,7 @@ class _KnownGradients(torch.autograd.Function):
         ctx.save_for_backward(loss, unit)
         ctx.gradients = gradients  # not saved, so that the backward may take them
         ctx.dtypes = [None if x is None else x.dtype for x in inputs]
-        return loss.view_as(loss)
+        return loss.clone()  # a view could not be changed in place
 
     @staticmethod
     @once_differentiable

@@ -74,7 +74,7 @@ class KnownGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(coef, entropy_slope)
         ctx.dtypes = (logprob.dtype, None if entropy is None else entropy.dtype)
-        return loss.view_as(loss)
+        return loss.clone()  # a view could not be changed in place
 
     @staticmethod
     @once_differentiable

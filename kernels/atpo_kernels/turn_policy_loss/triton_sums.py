@@ -23,7 +23,9 @@ LOSS, CLIP_LOW, CLIP_HIGH, APPROX_KL, RATIO, ENTROPY, REF_KL, TOKENS = (tl.const
 RATIO_MAX, TURNS, UNITS = (tl.constexpr(i) for i in range(8, 11))
 ROWS = tl.constexpr(11)
 PADDED_ROWS = tl.constexpr(16)  # the next power of 2
-_BLOCKS = {"cpu": (16, 64)}  # columns of the partial sums, and tokens; others: below
+# columns of the partial sums at a time, and derivatives per program
+GPU_BLOCKS = (1024, 2048)
+_BLOCKS = {"cpu": (16, 64)}  # others: GPU_BLOCKS
 _METRICS = {
     "clip_low": CLIP_LOW, "clip_high": CLIP_HIGH, "approx_kl": APPROX_KL, "ratio_mean": RATIO, "ratio_max": RATIO_MAX,
     "turns": TURNS, "tokens": TOKENS, "entropy": ENTROPY, "ref_kl": REF_KL,
@@ -226,7 +228,7 @@ class Outputs:
 
     def last_launch(self, per_unit: bool, turn_offsets: Tensor | None) -> Launch:
         """The reduction of the partial sums, of rows or, with turn_offsets (N+1,), of turns."""
-        block, tokens_block = _BLOCKS.get(self.coef.device.type, (1024, 2048))
+        block, tokens_block = _BLOCKS.get(self.coef.device.type, GPU_BLOCKS)
         return Launch(
             kernel=_finish_kernel,
             programs=max(triton.cdiv(len(self.coef), tokens_block), 1) if per_unit else 1,

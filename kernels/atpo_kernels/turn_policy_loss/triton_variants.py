@@ -94,7 +94,8 @@ def _arguments(
     like = torch.empty_like(logprob)
     inputs = LossInputs(logprob, like, like, like, like if config.needs_entropy else None)
     weights = TokenWeights(*(torch.empty_like(logprob, dtype=torch.float32) for _ in range(3)))
-    aggregation = Aggregation(reduction or "sum")  # type: ignore[arg-type]
+    denominator = _meta(1) if reduction == "turn-mean" else None
+    aggregation = Aggregation(reduction or "sum", denominator=denominator)  # type: ignore[arg-type]
     if reduction is None:
         return LossArguments(inputs, None, weights, structure, aggregation, config)
     return LossArguments(inputs, _meta(*advantages), None, structure, aggregation, config)
