@@ -1,5 +1,6 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
 # make test        install, then lint, format check, types and all tests
+# make bench       measure everything on this machine; tables and plots in bench/RESULTS.md
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/RESOURCES.md
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml

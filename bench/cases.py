@@ -139,5 +139,8 @@ def _turn_losses(peers: tuple[str, ...]) -> list[Case]:
 
 
 def _unique(cases: list[Case]) -> list[Case]:
-    """The first case of every name."""
-    return list({case.name: case for case in reversed(cases)}.values())[::-1]
+    """The first case of every name, in order."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(case.name, case)
+    return list(found.values())

@@ -27,7 +27,7 @@ from problems import Outcome, Problem, errors, make_problem, turn_coefficients
 from records import RESULTS, commit, device_name, environment, slug, write_record
 from torch import Tensor
 
-_SECONDS = {"cuda": 1.0, "cpu": 6.0}  # of samples per implementation
+_SECONDS = {"cuda": 1.0, "cpu": 3.0}  # of samples per implementation
 _GEMMS = ("logits", "hidden_gradient", "weight_gradient")
 
 

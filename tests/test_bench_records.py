@@ -52,6 +52,18 @@ def test_record_and_report_of_a_small_case(tmp_path: Path) -> None:
     assert all((tmp_path / line.split("(")[1][:-1]).exists() for line in text.splitlines() if line.startswith("!["))
 
 
+def test_must_show_cases_come_first(bench: None) -> None:
+    """Fails if a short lease of a GPU would be spent on other cases, or two cases overwrite one record."""
+    from cases import for_device
+
+    for kind in ("cuda", "cpu"):
+        cases = for_device(kind)
+        quick = [case.quick for case in cases]
+        assert quick == sorted(quick, reverse=True) and quick[0]
+        assert len({case.name for case in cases}) == len(cases)
+        assert all(case.quick or case.peers for case in cases)
+
+
 def gpu_record(**changes: Any) -> dict[str, Any]:
     """A made-up record of the main case."""
     ours = {"ms": {"p50": 50.0}, "same_work": True, "fraction_of_gemm": 0.9, "peak_bytes": 3, "gradient_bytes": 2}

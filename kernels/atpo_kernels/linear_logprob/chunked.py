@@ -1,4 +1,4 @@
-"""`linear_logprob` in chunks of rows: at most one chunk's logits exist, in the forward and in the backward.
+"""`linear_logprob` with few logits at a time: those of a chunk of rows, or in the backward of a tile of rows and words.
 
 Exponentials are powers of 2: exp2 is several times faster than exp on CPU, above all where it underflows.
 """
@@ -15,11 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from atpo_kernels.dispatch import kernel_context
 
-# rows of the whole vocabulary, whose logits are kept from the statistics to the gradients
+# A chunk: rows of the whole vocabulary, whose logits are kept from the statistics to the gradients.
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
 _MIN_ROWS = {"cpu": 192, "cuda": 1024}
-# rows and words whose logits are recomputed at a time: near square, so that products run fast
-_TILE = {"cpu": (1024, 4096), "cuda": (4096, 32768)}
+# A tile: rows and words whose logits are computed again; near square, so that matrix products run fast.
+_TILE = {"cpu": (512, 2048), "cuda": (4096, 32768)}
+# A block: rows of a chunk or tile that pass through the elementwise operations together; on a CPU they stay in cache.
 _BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 29}
 LN_2 = math.log(2)
 
@@ -30,9 +31,16 @@ def rows_per_chunk(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def blocks(chunk: Tensor) -> list[slice]:  # (C, V)
-    """Rows of a chunk that are worked on at a time: on a CPU as many as stay in its cache."""
+    """The rows of a chunk, block by block."""
     size = max(1, _BLOCK_BYTES[_kind(chunk.device)] // (chunk.shape[1] * chunk.itemsize))
     return [slice(start, min(start + size, len(chunk))) for start in range(0, len(chunk), size)]
+
+
+def move_to_front(chunk: Tensor, rows: Tensor) -> Tensor:  # (C, V), (K,) increasing -> (K, V)
+    """Some rows of a chunk, in its first rows; without a second chunk in memory."""
+    for block in blocks(chunk[: len(rows)]):
+        chunk[block] = chunk[rows[block]]
+    return chunk[: len(rows)]
 
 
 def _kind(device: torch.device) -> str:

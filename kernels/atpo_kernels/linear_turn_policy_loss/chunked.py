@@ -13,6 +13,7 @@ from atpo_kernels.linear_logprob.chunked import (
     Statistics,
     accumulate_gradients,
     chunk_statistics,
+    move_to_front,
     statistics,
 )
 from atpo_kernels.linear_turn_policy_loss.chunks import Chunk, plan_chunks
@@ -94,9 +95,9 @@ class _Job:
             self.gradients.add_chunk(rows, hidden, self.head, targets, known, exponential, up)
         elif len(moved):
             kept = Statistics(*(x[moved] for x in known))
-            hidden, targets, coef, values = hidden[moved], targets[moved], terms.coef[moved], exponential[moved]
-            at = moved + rows.start
-            self.gradients.add_chunk(at, hidden, self.head, targets, kept, values, (coef, None))
+            hidden, targets, coef, at = hidden[moved], targets[moved], terms.coef[moved], moved + rows.start
+            exponential = move_to_front(exponential, moved)
+            self.gradients.add_chunk(at, hidden, self.head, targets, kept, exponential, (coef, None))
         return known
 
     def two_pass(self, tokens: LossTokens, rows: slice) -> Statistics:  # (C,) each
