@@ -88,6 +88,23 @@ def test_turn_lengths(turn: int, bias: bool) -> None:
         torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("lengths", [[5, 3, 0, 8], [5, 3, 0, 9]])  # 16 rows fill a chunk, 17 do not fit
+def test_sequences_in_one_pass_where_they_fit(lengths: list[int]) -> None:
+    """Fails if trajectories that fit a chunk are computed twice, or wrongly."""
+    head, keywords = loss_case(lengths, width=16, vocab=70, seed=8)
+    passes = []
+    dlogits = triton_head.TritonHead.dlogits
+
+    def counted(self: Any, *arguments: Any) -> Tensor:
+        passes.append(1)
+        return dlogits(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_head.TritonHead, "dlogits", counted)
+        assert_exact(head, keywords, level="sequence")
+    assert bool(passes) == (sum(lengths) > CHUNK)
+
+
 def test_on_policy_takes_the_current_log_probs() -> None:
     """Fails if the placeholder of the old log-probs is used, or the ratio is not exactly 1."""
     head, keywords = loss_case(LENGTHS, width=16, vocab=70, seed=2)

@@ -45,7 +45,7 @@ def linear_turn_policy_loss(
     chunk of whole turns exist at a time; as a turn's ratio is known once its chunk's logits are, the gradients of
     hidden, weight and bias are formed from them at once and the backward only scales them. Rows without gradient
     (clipped, of zero weight) are left out of those products. Only a turn that is longer than a chunk, and level
-    "sequence", compute the logits a second time.
+    "sequence" when there are more rows than a chunk has, compute the logits a second time.
 
     Without gradients (torch.no_grad, or no input that requires one) none are computed. `old_logprob=None` takes the
     current log-probs (the first pass over freshly sampled data: every ratio is 1). The chunks are planned on the host:

@@ -121,10 +121,10 @@ def linear_turn_policy_loss(
 
 
 def _chunks(offsets: np.ndarray, capacity: int, level: RatioLevel) -> list[Chunk]:
-    """Chunks of whole turns. At level sequence all rows are one, since turns may share a trajectory."""
+    """Chunks of whole turns. At level sequence all rows are one chunk, since turns may share a trajectory."""
     rows, turns = int(offsets[-1]), len(offsets) - 1
     if level == "sequence":
-        return [Chunk(slice(0, rows), slice(0, turns), False)] if rows else []
+        return [Chunk(slice(0, rows), slice(0, turns), rows <= capacity)] if rows else []
     return plan_chunks(offsets, capacity, False)
 
 
