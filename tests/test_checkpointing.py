@@ -12,6 +12,7 @@ from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy
 from atpo_fast.policy.checkpointing import GradientTokens
+from atpo_kernels import make_tree_blocks
 
 
 def gradients(policy: Policy, row: PackedTrees, coef: Tensor) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ def test_needed_tokens_are_the_ancestors(seed: int) -> None:
     q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
     needed = ((k <= q) & (q < end[None, :]) & carries[:, None]).any(0)
     needed[0] = True
-    tokens = GradientTokens(row.subtree_end)
+    tokens = GradientTokens(row.subtree_end, make_tree_blocks)
     tokens.observe(carries[None, :, None].double())
     if needed.sum() > 0.95 * length:
         assert tokens.index is None

@@ -23,7 +23,7 @@ class PackedTrees:
 
     input_ids: Tensor  # (T,) int64
     position_ids: Tensor  # (T,) int64, depth along the path
-    subtree_end: Tensor  # (T,) int32, row index after the last token of the token's turn's subtree
+    subtree_end: Tensor  # (T,) int32, row index after the last token of the token's turn's subtree; stays on the CPU
 
     predictor: Tensor  # (A,) int64, row index of the hidden state that predicts the action token
     targets: Tensor  # (A,) int64, the action tokens
@@ -71,10 +71,10 @@ class PackedTrees:
         return self.path_offsets.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedTrees:
-        """A copy with every tensor on `device`, but `turn_offsets`: by them the fused head plans on the host."""
+        """A copy with every tensor on `device` but those by which the host plans: `subtree_end` and `turn_offsets`."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor) and f.name != "turn_offsets"
+            if isinstance(getattr(self, f.name), Tensor) and f.name not in ("subtree_end", "turn_offsets")
         }
         return replace(self, **moved)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
 
-from atpo_kernels import tree_attention
+from atpo_kernels import make_attention_blocks, tree_attention
 
 TREE_ATTENTION = "atpo_tree"
 
@@ -35,6 +35,24 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"{config.model_type}: sliding-window attention is not supported on packed trees")
     if config.model_type in {"gpt_oss", "gemma2", "gemma3_text"}:
         raise ValueError(f"{config.model_type}: attention sinks and soft-capped scores are not supported")
+
+
+def attention_blocks(
+    config: PretrainedConfig,
+    subtree_end: Tensor,  # (T,) on the host, or this waits for the device
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """What the attention of all layers of a row shares."""
+    heads = config.num_attention_heads
+    return make_attention_blocks(
+        subtree_end,
+        query_heads=heads,
+        key_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def _tree_attention_forward(

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atpo_kernels import make_tree_blocks
-
 WORTH_CUTTING = 0.95  # tokens are left out when no more than this share is needed
 BY_TOKEN = ("position_ids", "position_embeddings")  # what decoder layers are given by token, as (1, T, ...)
 
@@ -26,11 +24,12 @@ class GradientTokens:
     """Which tokens of a row the backward needs; filled in when the gradient of the final hidden states arrives.
 
     Args:
-        subtree_end: (T,) of the row.
+        subtree_end: (T,) of the row, on the device.
+        make_blocks: makes the attention's block lists from a row's subtree_end.
     """
 
-    def __init__(self, subtree_end: Tensor):
-        self._subtree_end = subtree_end
+    def __init__(self, subtree_end: Tensor, make_blocks: Callable[[Tensor], Any]):
+        self._subtree_end, self._make_blocks = subtree_end, make_blocks
         self.index: Tensor | None = None  # (K,) int64 in order; None: all
         self.dropped = 0  # T - K
         self._by_name: dict[str, Any] = {}
@@ -47,7 +46,7 @@ class GradientTokens:
         place = torch.nn.functional.pad(needed.cumsum(0), (1, 0))
         subtree_end = place[end][index].int()
         self.index, self.dropped = index, len(needed) - len(index)
-        self._by_name = {"subtree_end": subtree_end, "tree_blocks": make_tree_blocks(subtree_end)}
+        self._by_name = {"subtree_end": subtree_end, "tree_blocks": self._make_blocks(subtree_end)}
 
     def cut(self, run: partial[Tensor]) -> partial[Tensor]:
         """A layer's call over the needed tokens."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atpo_fast.objective import Objective
 from atpo_fast.packing.packed_trees import PackedTrees
-from atpo_fast.policy.attention import TREE_ATTENTION, check_supported, register
+from atpo_fast.policy.attention import TREE_ATTENTION, attention_blocks, check_supported, register
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
-from atpo_kernels import make_tree_blocks
 
 
 class Policy(nn.Module):
@@ -44,19 +45,23 @@ class Policy(nn.Module):
 
     def hidden_states(self, row: PackedTrees) -> Tensor:
         """(T, D) final hidden states of a row."""
-        tokens = GradientTokens(row.subtree_end)
+        subtree_end = row.subtree_end.to(self.device, non_blocking=True)
+        tokens = GradientTokens(subtree_end, self._attention_blocks)
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
             use_cache=False,
-            subtree_end=row.subtree_end,
-            tree_blocks=make_tree_blocks(row.subtree_end),  # once for all layers
+            subtree_end=subtree_end,
+            tree_blocks=self._attention_blocks(row.subtree_end),  # once for all layers
             gradient_tokens=tokens,
         )
         hidden = out.last_hidden_state
         if self.model.is_gradient_checkpointing and hidden.requires_grad:
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
+
+    def _attention_blocks(self, subtree_end: Tensor) -> Any:  # (T,)
+        return attention_blocks(self.model.config, subtree_end, self.model.dtype, self.device)
 
     def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:
         tokens.observe(gradient)

@@ -10,7 +10,7 @@ from atpo_kernels.linear_logprob import linear_logprob
 from atpo_kernels.linear_turn_policy_loss import linear_turn_policy_loss
 from atpo_kernels.linear_turn_policy_loss.module import FusedLinearTurnPolicyLoss
 from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, TokenWeights, TurnLoss
-from atpo_kernels.tree_attention import TreeBlocks, make_tree_blocks, tree_attention
+from atpo_kernels.tree_attention import TreeBlocks, make_attention_blocks, make_tree_blocks, tree_attention
 from atpo_kernels.turn_policy_loss import turn_policy_loss
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "TurnLoss",
     "linear_logprob",
     "linear_turn_policy_loss",
+    "make_attention_blocks",
     "make_tree_blocks",
     "tree_attention",
     "turn_policy_loss",

@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose
+from atpo_kernels.dispatch import choose, kernel_context
+from atpo_kernels.tree_attention.block_lists import BlockSizes, TreeBlockLists, make_tree_block_lists
 from atpo_kernels.tree_attention.blocks import TreeBlocks, make_tree_blocks
 from atpo_kernels.tree_attention.blockwise import tree_attention_blockwise
+from atpo_kernels.tree_attention.flat import tree_attention_xformers
+from atpo_kernels.tree_attention.flex import make_flex_mask, tree_attention_flex
 from atpo_kernels.tree_attention.reference import tree_attention_reference, tree_attention_sdpa
+from atpo_kernels.tree_attention.tiles import block_sizes, has_tiles, processors, target_of, tiles_for
 
-__all__ = ["TreeBlocks", "make_tree_blocks", "tree_attention"]
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+__all__ = [
+    "BlockSizes",
+    "TreeBlockLists",
+    "TreeBlocks",
+    "make_attention_blocks",
+    "make_flex_mask",
+    "make_tree_block_lists",
+    "make_tree_blocks",
+    "tree_attention",
+]
+
+_PATHS: dict[str, Callable[..., Tensor]] = {
+    "torch": tree_attention_blockwise,
+    "sdpa": tree_attention_sdpa,
+    "reference": tree_attention_reference,
+    "flex": tree_attention_flex,
+    "xformers": tree_attention_xformers,
+}
 
 
 def tree_attention(
@@ -19,7 +46,7 @@ def tree_attention(
     v: Tensor,  # (T, Hkv, d)
     subtree_end: Tensor,  # (T,) int32
     *,
-    blocks: TreeBlocks | None = None,
+    blocks: TreeBlocks | TreeBlockLists | BlockMask | Any | None = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T, Hq, d)
@@ -27,26 +54,71 @@ def tree_attention(
 
     Query i sees key j iff j <= i < subtree_end[j], where subtree_end[j] is the index after the last token of the
     subtree of j's turn. Trees in a row do not see one another. Query heads are grouped over key heads as usual: query
-    head h reads key head h // (Hq / Hkv). `scale` defaults to 1/sqrt(d). Output in the dtype of q; scores and softmax
-    of half-precision inputs are float32 ("torch", "triton"). Differentiable in q, k and v; T = 0 is allowed.
+    head h reads key head h // (Hq / Hkv). `scale`, positive, defaults to 1/sqrt(d). Output in the dtype of q; scores
+    and softmax of half-precision inputs are float32 ("torch", "triton", "flex"). Differentiable in q, k and v; T = 0 is
+    allowed. `blocks` are made once per row by `make_attention_blocks` and serve all its layers and steps; without
+    them they are made in every call, which reads subtree_end on the host and so waits for the device.
 
-    `impl`: "auto" (Triton on CUDA where built, else "torch"), "torch" (visits the visible keys of each block of
-    queries; `blocks = make_tree_blocks(subtree_end)`, made here if not given, serves all layers and steps of a row),
-    "sdpa" (scaled_dot_product_attention with the dense (T, T) mask), "reference" (the definition), "triton".
+    `impl`:
+      "auto"       "triton" for CUDA tensors of a dtype and head width that it takes, else "torch"
+      "triton"     Triton kernels on lists of full and partial blocks (TreeBlockLists); heads of up to 256 dimensions in
+                   half precision, 128 in float32; on CPU tensors in Triton's interpreter
+      "torch"      visits the visible keys of each block of queries (TreeBlocks); any device and dtype
+      "flex"       PyTorch's FlexAttention on the same lists (BlockMask), compiled on CUDA; on the CPU eager, and
+                   without gradients
+      "xformers"   varlen attention (BlockDiagonalCausalMask) of rows without branches, CUDA only
+      "sdpa"       scaled_dot_product_attention with the dense (T, T) mask; takes no blocks
+      "reference"  the definition, with the dense mask; takes no blocks
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, or blocks of another row.
+    Raises ValueError for shapes, dtypes or devices that do not fit, blocks of another row or another implementation,
+    or a row with branches for "xformers"; RuntimeError for an implementation that is missing here.
     """
     _check(q, k, v, subtree_end, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    paths = {
-        "torch": tree_attention_blockwise,
-        "sdpa": tree_attention_sdpa,
-        "reference": tree_attention_reference,
-    }
-    return choose("tree_attention", impl, q.device, paths)(q, k, v, subtree_end, scale, blocks)
+    if not scale > 0:
+        raise ValueError(f"tree_attention: scale must be positive, got {scale}")
+    run = _choose(impl, q.device, q.dtype, q.shape[-1])
+    with kernel_context(q):
+        return run(q, k, v, subtree_end, scale, blocks)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: TreeBlocks | None) -> None:
+def make_attention_blocks(
+    subtree_end: Tensor,  # (T,) int32
+    *,
+    query_heads: int,
+    key_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    impl: str = "auto",
+) -> Any:
+    """What `tree_attention` takes as `blocks` of a row for tensors of this shape, dtype and device.
+
+    Made on the host from subtree_end, so give it there: then nothing waits for the device (default: that of
+    subtree_end). None for implementations that use no blocks. Raises ValueError if subtree_end is not that of
+    depth-first pre-order.
+    """
+    device = subtree_end.device if device is None else torch.device(device)
+    path = _choose(impl, device, dtype, head_dim)
+    if path is tree_attention_blockwise:
+        return make_tree_blocks(subtree_end)
+    if path is tree_attention_flex:
+        return make_flex_mask(subtree_end.to(device))
+    if path in _PATHS.values():
+        return None
+    sizes = block_sizes(tiles_for(target_of(device), dtype, head_dim), query_heads // key_heads)
+    lists = make_tree_block_lists(subtree_end, sizes, key_heads=key_heads, workers=processors(device))
+    return lists.to(device)
+
+
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
+    """The implementation; "auto" passes by kernels that do not have heads of this width."""
+    if impl == "auto" and not has_tiles(dtype, width):
+        impl = "torch"
+    return choose("tree_attention", impl, device, _PATHS, dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Any | None) -> None:
     tokens = q.shape[0]
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, subtree_end {tuple(subtree_end.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != q.shape[2]:
@@ -59,5 +131,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: TreeBlo
         raise ValueError(f"tree_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if len({x.device for x in (q, k, v, subtree_end)}) != 1:
         raise ValueError("tree_attention: q, k, v and subtree_end must be on one device")
-    if blocks is not None and blocks.starts[-1] != tokens:
-        raise ValueError(f"tree_attention: blocks are of a row of {blocks.starts[-1]} tokens, but there are {tokens}")
+    if isinstance(blocks, (TreeBlocks, TreeBlockLists)) and blocks.tokens != tokens:
+        raise ValueError(f"tree_attention: blocks are of a row of {blocks.tokens} tokens, but there are {tokens}")

@@ -28,6 +28,11 @@ class TreeBlocks:
     partial: list[list[tuple[int, int]]]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the row."""
+        return self.starts[-1]
+
+    @property
     def pairs(self) -> int:
         """(query, key) pairs that are computed."""
         sizes = np.diff(self.starts)

@@ -32,7 +32,10 @@ def tree_attention_blockwise(
     blocks: TreeBlocks | None,
 ) -> Tensor:  # (T, Hq, d)
     """See `tree_attention`."""
-    return _Blockwise.apply(q, k, v, subtree_end, scale, blocks or make_tree_blocks(subtree_end))
+    blocks = make_tree_blocks(subtree_end) if blocks is None else blocks
+    if not isinstance(blocks, TreeBlocks):
+        raise ValueError("tree_attention: blocks for impl='torch' are those of make_tree_blocks")
+    return _Blockwise.apply(q, k, v, subtree_end, scale, blocks)
 
 
 @dataclass(slots=True)

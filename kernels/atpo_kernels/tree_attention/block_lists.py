@@ -1,0 +1,245 @@
+"""Which blocks of keys each block of queries of a row sees, and which queries see each block of keys.
+
+Queries and keys are cut at multiples of fixed sizes. A pair of blocks is *full* if every query sees every key (no mask
+is evaluated there), *partial* if some query sees some key, and absent otherwise.
+
+From the side of the queries: the keys that a query sees are a few runs of consecutive tokens, one for each ancestor
+that is not the first child of its parent (a first child follows its parent without a gap). A block of queries sees
+what its first query sees, and its own tokens; a run becomes at most one partial block at either end and full blocks
+between. From the side of the keys, blocks need no lists, as subtrees are ranges: keys [a, b) are seen by the queries
+[a, max subtree_end), and all of them by [b - 1, min subtree_end).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int32]
+_ALIGNMENT = 4  # int32: every list starts at a multiple of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """Tokens in a block: of queries and keys in passes over queries, and in passes over keys."""
+
+    queries: int
+    keys: int
+    queries_by_key: int
+    keys_by_key: int
+
+
+@dataclass(frozen=True, slots=True)
+class TreeBlockLists:
+    """Lists of blocks of one row for `tree_attention(impl="triton")`; all tensors int32, on the row's device."""
+
+    tokens: int
+    sizes: BlockSizes
+    key_heads: int
+    query_order: Tensor
+    """(B,) query blocks, those that see most key blocks first."""
+    full_offsets: Tensor
+    """(B + 1,) CSR: query block i sees all of the key blocks full[full_offsets[i] : full_offsets[i + 1]]."""
+    full: Tensor
+    partial_offsets: Tensor
+    """(B + 1,) likewise, of the key blocks of which it sees a part."""
+    partial: Tensor
+    key_parts: Tensor
+    """(P, 6) pieces of work for gradients of keys, longest first: key block; bounds lo <= full_lo <= full_hi <= hi of
+    the query blocks that see it, full ones in the middle; slot for a partial sum, or -1 if the piece is all of it."""
+    split_keys: Tensor
+    """(S, 3) key blocks in several pieces: block, first slot, after the last slot."""
+    slots: int
+
+    def to(self, device: torch.device | str) -> TreeBlockLists:
+        """The same lists on another device, in one copy that the host does not wait for."""
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        moved = _join([getattr(self, name) for name in names], torch.device(device))
+        changes: dict[str, Any] = dict(zip(names, moved, strict=True))
+        return replace(self, **changes)
+
+
+def make_tree_block_lists(
+    subtree_end: Tensor,  # (T,) int32
+    sizes: BlockSizes,
+    *,
+    key_heads: int = 1,
+    workers: int = 132,
+) -> TreeBlockLists:
+    """Lists for a row of trees, on the host: O(turns * depth + listed blocks), in NumPy.
+
+    Key blocks that very many queries see are cut in pieces, so that of the work that `workers` multiprocessors do for
+    `key_heads` heads none is a long tail. Raises ValueError if subtree_end is not that of depth-first pre-order.
+    """
+    end = subtree_end.detach().cpu().numpy().astype(np.int32, copy=False)
+    turns = _find_turns(end)
+    order, full_offsets, full, partial_offsets, partial = map(torch.from_numpy, _key_lists(turns, len(end), sizes))
+    parts, split, slots = _query_ranges(end, sizes, key_heads, workers)
+    return TreeBlockLists(
+        tokens=len(end),
+        sizes=sizes,
+        key_heads=key_heads,
+        query_order=order,
+        full_offsets=full_offsets,
+        full=full,
+        partial_offsets=partial_offsets,
+        partial=partial,
+        key_parts=torch.from_numpy(parts),
+        split_keys=torch.from_numpy(split),
+        slots=slots,
+    )
+
+
+class _Turns(NamedTuple):
+    """Maximal stretches of tokens with one subtree_end, in order; (N,) each, and a last one of no tokens that stands
+    for "none". Stretches rather than turns: a turn and its only child make one."""
+
+    start: Ints
+    stop: Ints
+    end: Ints  # subtree_end
+    parent: Ints  # nearest stretch before this one whose subtree holds it, or N
+    run_start: Ints  # first token of the run of visible tokens that ends with this stretch
+    above: Ints  # last stretch of the run of visible tokens before that, or N
+
+
+def _find_turns(end: Ints) -> _Turns:
+    tokens = len(end)
+    start = np.flatnonzero(np.diff(end, prepend=-1)).astype(np.int32)
+    number = len(start)
+    stop = np.append(start[1:], np.int32(tokens))[:number].astype(np.int32)
+    ends = end[start]
+    if np.any(ends < stop) or np.any(ends > tokens):
+        raise ValueError("make_tree_block_lists: subtree_end[k] must lie in (k, T]")
+    parent, run_start, above = np.empty((3, number + 1), np.int32)
+    parent[number] = above[number] = number
+    run_start[number] = tokens
+    path: list[int] = []
+    starts, stops, stretch_ends = start.tolist(), stop.tolist(), ends.tolist()
+    for i in range(number):
+        while path and stretch_ends[path[-1]] <= starts[i]:
+            path.pop()
+        up = path[-1] if path else number
+        if up < number and stretch_ends[i] > stretch_ends[up]:
+            raise ValueError("make_tree_block_lists: the subtrees of subtree_end overlap without one holding the other")
+        first = up < number and stops[up] == starts[i]
+        parent[i] = up
+        run_start[i] = run_start[up] if first else starts[i]
+        above[i] = above[up] if first else up
+        path.append(i)
+    start, stop, ends = (np.append(x, np.int32(last)) for x, last in ((start, tokens), (stop, 0), (ends, 0)))
+    return _Turns(start, stop, ends, parent, run_start, above)
+
+
+def _key_lists(turns: _Turns, tokens: int, sizes: BlockSizes) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """query_order, full_offsets, full, partial_offsets and partial of TreeBlockLists."""
+    size = sizes.keys
+    first = np.arange(0, tokens, sizes.queries, dtype=np.int32)  # query of each block
+    after = np.minimum(first + sizes.queries, tokens).astype(np.int32)
+    # 1. the runs of visible tokens [lo, hi) of every query block, its own first and then upwards
+    own = np.searchsorted(turns.start[:-1], first, side="right") - 1
+    chain_offsets, chain = _chains(turns)
+    count = np.diff(chain_offsets)[own]
+    offsets = _offsets(count)
+    at = np.repeat(chain_offsets[own] - offsets[:-1], count) + np.arange(offsets[-1], dtype=np.int32)
+    turn = chain[at]
+    lo, hi = turns.run_start[turn], turns.stop[turn]
+    hi[offsets[:-1]] = after
+    # 2. the tokens [lo, common) of each run that all of the block's queries see
+    common = turns.stop[turn]
+    last = np.repeat(after, count)
+    beyond, up = np.arange(len(turn), dtype=np.int32), turn
+    while len(beyond):  # those whose block goes on behind the subtree of the turn that the run ended with so far
+        shorter = (turns.end[up] < last[beyond]) & (common[beyond] > lo[beyond])
+        beyond, up = beyond[shorter], turns.parent[up[shorter]]
+        common[beyond] = turns.stop[up]
+    common[offsets[:-1]] = np.minimum(common[offsets[:-1]], first + 1)
+    # 3. blocks: head [head, full), full ones [full, tail), and tail [tail, stop); one that is also the last of the run
+    # above is left to that
+    above = -(-turns.stop[turns.above[turn]] // size)
+    head, full = np.maximum(lo // size, above), -(-lo // size)
+    tail = np.maximum(common // size, full)
+    stop = np.maximum(-(-hi // size), tail)
+    partial_starts = np.stack([head, tail], 1).ravel()
+    partial_counts = np.stack([full - head, stop - tail], 1).ravel()
+    full_offsets = _offsets(tail - full)[offsets]
+    partial_offsets = _offsets(partial_counts)[2 * offsets]
+    listed = np.diff(full_offsets) + np.diff(partial_offsets)
+    order = np.argsort(-listed, kind="stable").astype(np.int32)
+    return order, full_offsets, _expand(full, tail - full), partial_offsets, _expand(partial_starts, partial_counts)
+
+
+def _chains(turns: _Turns) -> tuple[Ints, Ints]:
+    """CSR over turns: the turn itself and the last turns of the runs above it."""
+    none = len(turns.above) - 1
+    levels = [np.arange(none, dtype=np.int32)]
+    members = [levels[0]]
+    while len(members[-1]):
+        up = turns.above[levels[-1]]
+        alive = up < none
+        levels.append(up[alive])
+        members.append(members[-1][alive])
+    turn, level_turn = np.concatenate(members), np.concatenate(levels)
+    order = np.argsort(turn, kind="stable")
+    return _offsets(np.bincount(turn, minlength=none)), level_turn[order]
+
+
+def _query_ranges(end: Ints, sizes: BlockSizes, key_heads: int, workers: int) -> tuple[Ints, Ints, int]:
+    """key_parts, split_keys and slots of TreeBlockLists."""
+    tokens, size = len(end), sizes.queries_by_key
+    first = np.arange(0, tokens, sizes.keys_by_key, dtype=np.int32)  # key of each block
+    if tokens == 0:
+        return np.zeros((0, 6), np.int32), np.zeros((0, 3), np.int32), 0
+    last_end, common_end = np.maximum.reduceat(end, first), np.minimum.reduceat(end, first)
+    # 1. query blocks [lo, hi) see the key block, [full_lo, full_hi) see all of it; never a short last one
+    lo, hi = first // size, -(-last_end // size)
+    full_lo = np.minimum(-(-(first + sizes.keys_by_key - 1) // size), hi)
+    full_hi = np.maximum(common_end // size, full_lo)
+    # 2. pieces of at most half of what a multiprocessor has to do
+    total = int((hi - lo).sum()) * key_heads
+    most = max(1, -(-total // (2 * workers)))
+    pieces = -(-(hi - lo) // most)
+    offsets = _offsets(pieces)
+    block = np.repeat(np.arange(len(first), dtype=np.int32), pieces)
+    piece = np.arange(offsets[-1], dtype=np.int32) - offsets[block]
+    length = -(-(hi - lo) // pieces)[block]
+    part_lo = np.minimum(lo[block] + piece * length, hi[block])
+    part_hi = np.minimum(part_lo + length, hi[block])
+    bounds = [np.clip(x, part_lo, part_hi) for x in (full_lo[block], full_hi[block])]
+    # 3. slots for the sums of the pieces of one block, side by side
+    split = pieces > 1
+    slot = _offsets(np.where(split, pieces, 0))
+    slots = np.where(split[block], slot[block] + piece, -1)
+    parts = np.stack([block, part_lo, *bounds, part_hi, slots], 1)
+    parts = parts[np.argsort(part_lo - part_hi, kind="stable")]
+    splits = np.stack([np.arange(len(first)), slot[:-1], slot[1:]], 1)[split]
+    return np.ascontiguousarray(parts, np.int32), np.ascontiguousarray(splits, np.int32), int(slot[-1])
+
+
+def _offsets(counts: NDArray[np.integer]) -> Ints:
+    """(N,) -> (N + 1,) sums of all before."""
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
+
+
+def _expand(starts: Ints, counts: Ints) -> Ints:
+    """start, start + 1, ... of every range, one range after the other."""
+    before = _offsets(counts)
+    return np.repeat(starts - before[:-1], counts) + np.arange(before[-1], dtype=np.int32)
+
+
+def _join(lists: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies on a device, all in one buffer."""
+    padded = [-(-x.numel() // _ALIGNMENT) * _ALIGNMENT for x in lists]
+    pin = device.type == "cuda"
+    buffer = torch.empty(sum(padded), dtype=torch.int32, pin_memory=pin)
+    places = buffer.split(padded)
+    for place, values in zip(places, lists, strict=True):
+        place[: values.numel()] = values.flatten()
+    moved = buffer.to(device, non_blocking=True).split(padded)
+    return [place[: x.numel()].view(x.shape) for place, x in zip(moved, lists, strict=True)]

@@ -1,0 +1,45 @@
+"""`tree_attention` for flat rows, whose trees do not branch, by xformers: what a flat trainer runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def sequence_lengths(subtree_end: Tensor) -> list[int]:  # (T,)
+    """Lengths of the sequences of a flat row. Raises ValueError if a tree branches. Reads subtree_end on the host."""
+    end = subtree_end.detach().cpu().numpy()
+    bounds = np.unique(end)
+    lengths = np.diff(bounds, prepend=0)
+    if not np.array_equal(np.repeat(bounds, lengths), end):
+        raise ValueError("tree_attention: impl='xformers' takes flat rows only, but a tree of this row branches")
+    return lengths.tolist()
+
+
+def tree_attention_xformers(
+    q: Tensor,  # (T, Hq, d)
+    k: Tensor,  # (T, Hkv, d)
+    v: Tensor,  # (T, Hkv, d)
+    subtree_end: Tensor,  # (T,)
+    scale: float,
+    blocks: Any | None,
+) -> Tensor:  # (T, Hq, d)
+    """See `tree_attention`; `blocks` is the row's BlockDiagonalCausalMask."""
+    lengths = sequence_lengths(subtree_end) if blocks is None else None
+    try:
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise RuntimeError("tree_attention: impl='xformers' needs the package xformers") from error
+    if q.device.type != "cuda":
+        raise RuntimeError("tree_attention: impl='xformers' needs CUDA tensors; use impl='auto' or 'sdpa' on the CPU")
+    tokens, heads, width = q.shape
+    key_heads = k.shape[1]
+    if tokens == 0:
+        return q * 1.0
+    mask = BlockDiagonalCausalMask.from_seqlens(lengths) if lengths is not None else blocks
+    grouped = (1, tokens, key_heads, heads // key_heads, width)
+    keys, values = (x[None, :, :, None].expand(grouped) for x in (k, v))
+    return memory_efficient_attention(q.view(grouped), keys, values, attn_bias=mask, scale=scale).view(q.shape)

@@ -1,0 +1,79 @@
+"""`tree_attention` by PyTorch's FlexAttention, its BlockMask made from block lists without a (T, T) mask."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from atpo_kernels.tree_attention.block_lists import BlockSizes, make_tree_block_lists
+
+if TYPE_CHECKING:  # takes long to import
+    from torch.nn.attention.flex_attention import BlockMask
+
+_BLOCK = 128  # tokens of a block of queries and of keys: FlexAttention's own
+
+
+def make_flex_mask(subtree_end: Tensor) -> BlockMask:
+    """Blocks for `tree_attention(impl="flex")` on the device of subtree_end (T,), which is read on the host.
+
+    `subtree_end` itself is looked at in partial blocks only.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    tokens = subtree_end.numel()
+    lists = make_tree_block_lists(subtree_end, BlockSizes(_BLOCK, _BLOCK, _BLOCK, _BLOCK))
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[key])
+
+    mask = BlockMask.from_kv_blocks(
+        *_padded(lists.partial_offsets, lists.partial),
+        *_padded(lists.full_offsets, lists.full),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=sees,
+        seq_lengths=(tokens, tokens),
+    )
+    return mask.to(subtree_end.device)
+
+
+def tree_attention_flex(
+    q: Tensor,  # (T, Hq, d)
+    k: Tensor,  # (T, Hkv, d)
+    v: Tensor,  # (T, Hkv, d)
+    subtree_end: Tensor,  # (T,)
+    scale: float,
+    blocks: BlockMask | None,
+) -> Tensor:  # (T, Hq, d)
+    """See `tree_attention`."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    if q.shape[0] == 0:
+        return q * 1.0
+    blocks = make_flex_mask(subtree_end) if blocks is None else blocks
+    if not isinstance(blocks, BlockMask) or blocks.shape[-2:] != (len(q), len(q)):
+        raise ValueError("tree_attention: blocks for impl='flex' are those of make_flex_mask of the same row")
+    attend = _compiled() if q.device.type == "cuda" else flex_attention
+    heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    out = attend(*heads_first, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out[0].transpose(0, 1)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    """FlexAttention compiled for any shape: a row of another length is not another kernel."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _padded(offsets: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """CSR (B + 1,), (L,) -> numbers of blocks (1, 1, B), and the blocks in front of zeros (1, 1, B, B); int32."""
+    counts = offsets.diff()
+    rows = torch.arange(len(counts)).repeat_interleave(counts.long())
+    columns = torch.arange(len(blocks)) - offsets[:-1][rows]
+    padded = torch.zeros(len(counts), len(counts), dtype=torch.int32)
+    padded[rows, columns] = blocks
+    return counts[None, None], padded[None, None]

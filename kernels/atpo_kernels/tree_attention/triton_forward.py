@@ -1,0 +1,134 @@
+"""Forward kernel of `tree_attention`, and what it shares with the backward.
+
+A program owns a block of queries of one key head. The rows of its tile are pairs (query, head of the group), so that
+the keys and values of a block are loaded once for all query heads that read them. Weights are powers of 2: with
+c = scale / ln 2, weight = 2^((score - peak) c - log_total), score being the plain product of query and key. The peak is
+kept apart from log_total because a difference of near scores is exact; their rounded sum would not be.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MASKED = tl.constexpr(-1e30)  # the score of a key that is not visible: finite, so that no difference is NaN
+
+
+@triton.jit
+def load_ends(subtree_end, key, tokens):
+    """subtree_end of keys; 0, so that no query sees them, behind the last."""
+    return tl.load(subtree_end + key, mask=key < tokens, other=0)
+
+
+@triton.jit
+def visible(query, key, end):
+    """Whether a query sees a key whose subtree_end is `end`."""
+    return (key <= query) & (query < end)
+
+
+@triton.jit
+def row_pointers(base, first, head, row, column, stride, head_stride, GROUP: tl.constexpr):
+    """(ROWS, DEPTH) pointers to the rows (query, head of the group) of the queries from `first` on."""
+    row_head = head * GROUP + row % GROUP
+    offset = (first + row // GROUP).to(tl.int64) * stride + row_head.to(tl.int64) * head_stride
+    return base + offset[:, None] + column[None, :]
+
+
+@triton.jit
+def load_tile(pointer, live, column, ALL_LIVE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
+    """(rows, DEPTH) from (rows, DEPTH) pointers; zeros in rows that are not live and in columns from WIDTH on."""
+    if ALL_LIVE and WIDTH == DEPTH:
+        return tl.load(pointer)
+    elif ALL_LIVE:
+        return tl.load(pointer, mask=(column < WIDTH)[None, :], other=0.0)
+    elif WIDTH == DEPTH:
+        return tl.load(pointer, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(pointer, mask=live[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_block(
+    source, block, head, tokens, stride, head_stride,
+    DESCRIPTORS: tl.constexpr, ALL_LIVE: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(SIZE, DEPTH) of the tokens of one block and one head; zeros behind the last token unless ALL_LIVE."""
+    if DESCRIPTORS:
+        return source.load([block * SIZE, head, 0]).reshape(SIZE, DEPTH)
+    else:
+        token = block * SIZE + tl.arange(0, SIZE)
+        column = tl.arange(0, DEPTH)
+        pointer = row_pointers(source, block * SIZE, head, tl.arange(0, SIZE), column, stride, head_stride, 1)
+        return load_tile(pointer, token < tokens, column, ALL_LIVE, WIDTH, DEPTH)
+
+
+@triton.jit
+def _add_block(
+    acc, total, peak, q, k, v, block, head, query, subtree_end, tokens,
+    k_stride, k_head_stride, v_stride, v_head_stride, c,
+    PARTIAL: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys to the running sums, which are relative to the running peak of the scores."""
+    keys = load_block(k, block, head, tokens, k_stride, k_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
+    scores = tl.dot(q, keys.T, input_precision="ieee")
+    if PARTIAL:
+        key = block * KEYS + tl.arange(0, KEYS)
+        end = load_ends(subtree_end, key, tokens)
+        scores = tl.where(visible(query[:, None], key[None, :], end[None, :]), scores, MASKED)
+    risen = tl.maximum(peak, tl.max(scores, 1))
+    shrink = tl.exp2((peak - risen) * c)
+    peak = risen
+    if PARTIAL:
+        # a row that has seen no key yet: MASKED c - MASKED c in one fused operation would not be 0 exactly
+        risen = tl.where(risen == MASKED, 0.0, risen)
+    weights = tl.exp2(scores * c - (risen * c)[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    values = load_block(v, block, head, tokens, v_stride, v_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
+    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+    return acc, total, peak
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _forward_kernel(
+    q, k, v, subtree_end, out, peaks, log_total, query_order, full_offsets, full, partial_offsets, partial, tokens,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, c,
+    DESCRIPTORS: tl.constexpr, PARTIAL_STAGES: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Output (T, Hq, d), peak and log_total (Hq, T) of one block of queries and one key head."""
+    # 1. the rows of this block
+    QUERIES: tl.constexpr = ROWS // GROUP
+    query_block = tl.load(query_order + tl.program_id(0))
+    head = tl.program_id(1)
+    first = query_block * QUERIES
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, DEPTH)
+    query = first + row // GROUP
+    live = (row < QUERIES * GROUP) & (query < tokens)
+    q_tile = row_pointers(q, first, head, row, column, q_stride, q_head_stride, GROUP)
+    queries = load_tile(q_tile, live, column, False, WIDTH, DEPTH)
+    # 2. running sums over the key blocks: first those that all queries see, then the others
+    acc = tl.zeros((ROWS, DEPTH), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    peak = tl.full((ROWS,), MASKED, tl.float32)
+    for i in tl.range(tl.load(full_offsets + query_block), tl.load(full_offsets + query_block + 1)):
+        acc, total, peak = _add_block(
+            acc, total, peak, queries, k, v, tl.load(full + i), head, query, subtree_end, tokens,
+            k_stride, k_head_stride, v_stride, v_head_stride, c, False, DESCRIPTORS, WIDTH, DEPTH, KEYS,
+        )  # fmt: skip
+    lo, hi = tl.load(partial_offsets + query_block), tl.load(partial_offsets + query_block + 1)
+    for i in tl.range(lo, hi, num_stages=PARTIAL_STAGES):
+        acc, total, peak = _add_block(
+            acc, total, peak, queries, k, v, tl.load(partial + i), head, query, subtree_end, tokens,
+            k_stride, k_head_stride, v_stride, v_head_stride, c, True, DESCRIPTORS, WIDTH, DEPTH, KEYS,
+        )  # fmt: skip
+    # 3. the results
+    total = tl.where(live, total, 1.0)
+    heads = tl.num_programs(1) * GROUP
+    out_tile = row_pointers(out, first, head, row, column, heads * WIDTH, WIDTH, GROUP)
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out_tile, result, mask=live[:, None] & (column < WIDTH)[None, :])
+    statistics = (head * GROUP + row % GROUP).to(tl.int64) * tokens + query
+    tl.store(peaks + statistics, peak, mask=live)
+    tl.store(log_total + statistics, tl.log2(total), mask=live)

@@ -1,0 +1,163 @@
+"""Launches of `tree_attention`'s kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from atpo_kernels.tree_attention.block_lists import TreeBlockLists, make_tree_block_lists
+from atpo_kernels.tree_attention.tiles import (
+    Tile,
+    Tiles,
+    block_sizes,
+    padded_width,
+    processors,
+    target_of,
+    tiles_for,
+)
+from atpo_kernels.tree_attention.triton_backward import _key_gradient_kernel, _key_sum_kernel, _query_gradient_kernel
+from atpo_kernels.tree_attention.triton_forward import _forward_kernel
+
+SUMMED_KEYS = 16  # keys of one program of the sums of pieces
+
+
+class Gradients(NamedTuple):
+    """Of q, k and v, in their layouts."""
+
+    q: Tensor  # (T, Hq, d)
+    k: Tensor  # (T, Hkv, d)
+    v: Tensor  # (T, Hkv, d)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One call's operands as the kernels take them."""
+
+    q: Tensor  # (T, Hq, d) last dimension contiguous
+    k: Tensor  # (T, Hkv, d) likewise
+    v: Tensor  # (T, Hkv, d) likewise
+    subtree_end: Tensor  # (T,) int32
+    scale: float
+    blocks: TreeBlockLists
+    tiles: Tiles
+
+    @classmethod
+    def prepare(
+        cls, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlockLists | None
+    ) -> Attention:
+        """Makes the lists if there are none; copies only operands that the kernels cannot read in place.
+
+        Raises ValueError for a head that is too wide, too many query heads a key head, or blocks made for others.
+        """
+        tiles = tiles_for(target_of(q.device), q.dtype, q.shape[2])
+        sizes = block_sizes(tiles, q.shape[1] // k.shape[1])
+        if blocks is None:
+            made = make_tree_block_lists(subtree_end, sizes, key_heads=k.shape[1], workers=processors(q.device))
+            blocks = made.to(q.device)
+        if not isinstance(blocks, TreeBlockLists) or blocks.sizes != sizes:
+            raise ValueError(
+                "tree_attention: blocks for impl='triton' are those of make_attention_blocks for the same heads and "
+                f"dtype; here lists with {sizes}"
+            )
+        q, k, v = (_readable(x.detach()) for x in (q, k, v))
+        return cls(q, k, v, subtree_end.to(torch.int32).contiguous(), scale, blocks, tiles)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Output (T, Hq, d), and (2, Hq, T): peaks of the scores, log2 of the sums of weights relative to them."""
+        tokens, heads, width = self.q.shape
+        out = torch.empty(tokens, heads, width, dtype=self.q.dtype, device=self.q.device)
+        statistics = torch.empty(2, heads, tokens, dtype=torch.float32, device=self.q.device)
+        if tokens == 0:
+            return out, statistics
+        tile = self.tiles.forward
+        _forward_kernel[(len(self.blocks.query_order), self.k.shape[1])](
+            self.q, *self._moved(tile.keys, self.k, self.v), self.subtree_end, out, *statistics, *self._lists(), tokens,
+            *_strides(self.q, self.k, self.v), self._scale_base_2, **self._constants(tile),
+        )  # fmt: skip
+        return out, statistics
+
+    def backward(self, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
+        """Gradients under the upstream gradient (T, Hq, d)."""
+        grad = _readable(grad)
+        grads = Gradients(torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v))
+        if len(grad) == 0:
+            return grads
+        delta = torch.empty_like(statistics[0])
+        tile = self.tiles.query_gradient
+        _query_gradient_kernel[(len(self.blocks.query_order), self.k.shape[1])](
+            self.q, *self._moved(tile.keys, self.k, self.v), self.subtree_end, out, grad, *statistics, delta, grads.q,
+            *self._lists(), len(grad), *_strides(self.q, self.k, self.v, grad, grads.q), self._scale_base_2, self.scale,
+            **self._constants(tile),
+        )  # fmt: skip
+        self._key_gradients(grads, grad, statistics, delta)
+        return grads
+
+    def _key_gradients(self, grads: Gradients, grad: Tensor, statistics: Tensor, delta: Tensor) -> None:
+        lists, tile, (tokens, heads, width) = self.blocks, self.tiles.key_gradient, self.k.shape
+        depth = padded_width(width)
+        parts = torch.empty(2, lists.slots, heads, tile.keys, depth, dtype=torch.float32, device=grad.device)
+        strides = _strides(grads.k, grads.v)
+        q, do = self._moved(tile.rows, self.q, grad)
+        _key_gradient_kernel[(len(lists.key_parts), heads)](
+            q, self.k, self.v, self.subtree_end, do, *statistics, delta, grads.k, grads.v, parts[0], parts[1],
+            lists.key_parts, tokens, *_strides(self.q, self.k, self.v, grad), *strides,
+            self._scale_base_2, self.scale, **self._constants(tile),
+        )  # fmt: skip
+        if lists.slots:
+            _key_sum_kernel[(len(lists.split_keys), heads, ceil(tile.keys / SUMMED_KEYS))](
+                grads.k, grads.v, parts[0], parts[1], lists.split_keys, tokens, *strides, self.scale,
+                WIDTH=width, DEPTH=depth, KEYS=tile.keys, SUMMED=SUMMED_KEYS,
+            )  # fmt: skip
+
+    @property
+    def _scale_base_2(self) -> float:
+        """c of the kernels: weights are powers of 2."""
+        return self.scale / log(2)
+
+    def _lists(self) -> tuple[Tensor, ...]:
+        lists = self.blocks
+        return lists.query_order, lists.full_offsets, lists.full, lists.partial_offsets, lists.partial
+
+    def _moved(self, rows: int, *tensors: Tensor) -> list[Any]:  # (T, H, d) each
+        """The tensors as the kernels take them that load `rows` tokens of one head at a time."""
+        if not self.tiles.descriptors:
+            return list(tensors)
+        return [TensorDescriptor.from_tensor(x, [rows, 1, padded_width(x.shape[2])]) for x in tensors]
+
+    def _constants(self, tile: Tile) -> dict[str, Any]:
+        return launch_constants(self.tiles, tile, self.q.shape[1] // self.k.shape[1], self.q.shape[2])
+
+
+def launch_constants(tiles: Tiles, tile: Tile, group: int, width: int) -> dict[str, Any]:
+    """How a tile reaches a kernel and its launch."""
+    return {
+        "DESCRIPTORS": tiles.descriptors,
+        "PARTIAL_STAGES": tile.partial_stages,
+        "GROUP": group,
+        "WIDTH": width,
+        "DEPTH": padded_width(width),
+        "ROWS": tile.rows,
+        "KEYS": tile.keys,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _readable(tensor: Tensor) -> Tensor:  # (T, H, d) -> (T, H, d)
+    """The tensor, or a copy, with contiguous last dimension and rows apart by multiples of 16 bytes (what descriptors
+    ask for)."""
+    apart = all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:2])
+    if apart and tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    tokens, heads, width = tensor.shape
+    return tensor.new_empty(tokens, heads, ceil(width / 16) * 16)[..., :width].copy_(tensor)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of tokens and heads."""
+    return [x.stride(dim) for x in tensors for dim in (0, 1)]
