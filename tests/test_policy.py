@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,21 @@ def test_gradient_does_not_depend_on_ranks_and_rows(level: str, tied: bool) -> N
 
 
 # Fails when recomputation loses the row's keyword arguments or the head's gradient is taken twice.
+def test_no_old_logprobs_are_the_current_ones() -> None:
+    """Fails if the first mini-batch's update differs from one with old log-probs of a pass of their own."""
+    (row,) = pack_trees(trees(), Objective.preset("at2po"), 4096, dtype=torch.float64)
+    policy = Policy(make("qwen3")).train()
+    with torch.no_grad():
+        own, _ = policy(row)
+    grads = []
+    for old in (None, own):
+        policy.zero_grad()
+        policy(replace(row, old_logprob=old), Objective.preset("at2po")).loss.backward()
+        grads.append([p.grad.clone() for p in policy.parameters()])
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-14)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     objective = Objective.preset("at2po", clip_low=5.0, clip_high=5.0)
     (row,) = pack_trees(trees(), objective, 4096, dtype=torch.float64)

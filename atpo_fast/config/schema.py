@@ -274,7 +274,8 @@ class TrainConfig:
     max_tokens: int = Field(default=16384, ge=16)
     """Tokens of a packed row (a micro-batch)."""
     old_logprobs: Literal["rollout", "recompute"] = "recompute"
-    """Old log-probs: the engine's, or a no-gradient pass of the trainer before the first update."""
+    """Old log-probs: the engine's, or the trainer's own, from a no-gradient pass before the first update. The first
+    mini-batch needs no pass: its old log-probs are those of its own forward."""
     max_mismatch_kl: float = Field(default=0.1, gt=0)
     """Largest KL (nats a token) between the engine's and the trainer's log-probs under the same weights; more is a
     fault, and the run stops with a message."""

@@ -27,7 +27,7 @@ class PackedTrees:
 
     predictor: Tensor  # (A,) int64, row index of the hidden state that predicts the action token
     targets: Tensor  # (A,) int64, the action tokens
-    old_logprob: Tensor  # (A,) log-prob when the batch was sampled (the engine's until replaced)
+    old_logprob: Tensor | None  # (A,) log-prob when sampled (the engine's until replaced); None: the current one
     rollout_logprob: Tensor  # (A,) the engine's log-prob
     ref_logprob: Tensor  # (A,) log-prob under the reference policy (zeros until filled)
     turn_offsets: Tensor  # (N+1,) int32, CSR over the A axis; stays on the CPU

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class Trainer:
                 pruned += pruned_tokens(trees, rows)
                 batches.append(spread_rows(rows, run.world)[run.rank] if rows else [])
         with run.timer.phase("logprob"):
-            batches = [self._prepare(rows) for rows in batches]
+            batches = [self._prepare(rows, on_policy=i == 0) for i, rows in enumerate(batches)]
         metrics, mismatch = MetricMean(), Mismatch(self.config.train.max_mismatch_kl)
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
@@ -167,15 +167,22 @@ class Trainer:
             policy["rollout/mismatch_kl"] = mismatch.kl
         return policy, pruned
 
-    def _prepare(self, rows: list[PackedTrees]) -> list[PackedTrees]:
-        """Old and reference log-probs, and the entropy-aware advantage where the objective has one."""
+    def _prepare(self, rows: list[PackedTrees], on_policy: bool) -> list[PackedTrees]:
+        """Old and reference log-probs, and the entropy-aware advantage where the objective has one.
+
+        The first mini-batch is updated by the policy that sampled it: its old log-probs are those of its own forward,
+        so no pass is needed for them.
+        """
         if not rows:
             return rows
-        if self.config.train.old_logprobs == "recompute" or self.objective.entropy_advantage:
+        recompute = self.config.train.old_logprobs == "recompute"
+        if self.objective.entropy_advantage or (recompute and not on_policy):
             scores = score_rows(self.engine, rows)
-            rows = with_logprob(rows, "old_logprob", scores) if self.config.train.old_logprobs == "recompute" else rows
+            rows = with_logprob(rows, "old_logprob", scores) if recompute else rows
             entropies = [entropy for _, entropy in scores]
             rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=reduce_over_ranks)
+        elif recompute:
+            rows = [replace(row, old_logprob=None) for row in rows]
         if self.reference is not None:
             rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows))
         return rows

@@ -174,6 +174,6 @@ def with_logprob(
     """Rows whose log-probs under the old or the reference policy are those of `score_rows`."""
     filled: list[PackedTrees] = []
     for row, (logprob, _) in zip(rows, scores, strict=True):
-        changes: dict[str, Any] = {field: logprob.to(row.old_logprob.dtype)}
+        changes: dict[str, Any] = {field: logprob.to(row.rollout_logprob.dtype)}
         filled.append(replace(row, **changes))
     return filled
