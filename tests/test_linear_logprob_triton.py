@@ -92,13 +92,14 @@ def test_same_bits_twice() -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("tile", "small_chunks")
 def test_nothing_as_large_as_the_logits_and_no_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if any step allocates (A, V), forward or backward, or reads a number from the device."""
     monkeypatch.setattr(checks, "_check_targets", lambda *_: None)  # reads the targets, on the CPU only
     head = random_head(160, 8, 640)
     with LargestOutput() as largest, NoHostSync(), torch.no_grad():
-        linear_logprob(*(x.bfloat16() for x in (head.hidden, head.weight)), head.targets, impl="triton")
+        hidden, weight = (x.bfloat16().to(DEVICE) for x in (head.hidden, head.weight))
+        linear_logprob(hidden, weight, head.targets.to(DEVICE), impl="triton")
     assert largest.elements <= 160 * 640 // 10
     with LargestOutput() as largest, NoHostSync():
         run(head, torch.bfloat16, "triton")
