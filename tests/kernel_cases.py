@@ -89,14 +89,19 @@ def random_head(rows: int, width: int, vocab: int, seed: int = 0, peak: float = 
 
 
 def loss_case(
-    lengths: list[int], width: int = 5, vocab: int = 11, seed: int = 0, peak: float = 1.0
+    lengths: list[int],
+    width: int = 5,
+    vocab: int = 11,
+    seed: int = 0,
+    peak: float = 1.0,
+    temperature: float = TEMPERATURE,
 ) -> tuple[Head, dict[str, Any]]:
     """An LM head, its log-probs, and the arguments of a loss on packed turns; a third of the tokens has weight 0."""
     rng = torch.Generator().manual_seed(seed)
     tokens = sum(lengths)
     head = random_head(tokens, width, vocab, seed, peak)
     logprob, _ = linear_logprob(
-        head.hidden, head.weight, head.targets, bias=head.bias, temperature=TEMPERATURE, impl="reference"
+        head.hidden, head.weight, head.targets, bias=head.bias, temperature=temperature, impl="reference"
     )
     noise = [0.3 * torch.randn(tokens, generator=rng, dtype=torch.float64) for _ in range(3)]
     share = torch.rand(3, tokens, generator=rng, dtype=torch.float64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import LargestOutput, random_head, turn_offsets
+from kernel_cases import LargestOutput, loss_case, random_head, turn_offsets
 from torch import Tensor
 
 from atpo_kernels import LeafPaths, LinearTurnLoss, LossConfig, TokenWeights, linear_logprob, linear_turn_policy_loss
@@ -33,24 +33,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def case(lengths: list[int], seed: int) -> tuple[Any, dict[str, Any]]:
     """An LM head and the keyword arguments of a loss on packed turns; a third of the tokens has weight 0."""
-    rng = torch.Generator().manual_seed(seed)
-    tokens = sum(lengths)
-    head = random_head(tokens, 5, 11, seed)
-    logprob, _ = linear_logprob(head.hidden, head.weight, head.targets, bias=head.bias, impl="reference")
-    noise = [0.3 * torch.randn(tokens, generator=rng, dtype=torch.float64) for _ in range(3)]
-    share = torch.rand(3, tokens, generator=rng, dtype=torch.float64)
-    share[:2] *= torch.rand(tokens, generator=rng) > 0.33
-    leaves = [torch.randperm(len(lengths), generator=rng)[: 1 + i] for i in range(3)]
-    entries = torch.cat(leaves)
-    signs = torch.randn(len(entries), generator=rng, dtype=torch.float64)
-    keywords = {
-        "old_logprob": logprob + noise[0],
-        "ref_logprob": logprob + noise[1],
-        "rollout_logprob": logprob + noise[2],
-        "turn_offsets": turn_offsets(lengths),
-        "weights": TokenWeights(*share),
-        "paths": LeafPaths(turn_offsets([len(x) for x in leaves]), entries, signs.clamp(min=0), (-signs).clamp(min=0)),
-    }
+    head, keywords = loss_case(lengths, seed=seed, temperature=1.0)
+    del keywords["logprob"]
     return head, keywords
 
 
