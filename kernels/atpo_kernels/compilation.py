@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""Triton's names of the dtypes that the kernels take."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:

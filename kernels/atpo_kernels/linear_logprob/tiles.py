@@ -60,21 +60,6 @@ def tile_for(target: str, dtype: torch.dtype) -> Tile:
     return single if dtype == torch.float32 else half
 
 
-def target_of(device: torch.device) -> str:
-    """The key of the tile table for a device. GPUs of other generations take the table of sm_80."""
-    if device.type != "cuda":
-        return "cpu"
-    if torch.version.hip is not None:
-        return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
-def processors(device: torch.device) -> int:
-    """Number of multiprocessors; 4 where there are none, so that the interpreter runs several programs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 @lru_cache(maxsize=256)
 def vocab_splits(rows: int, vocab: int, tile: Tile, workers: int) -> int:
     """Into how many ranges the vocabulary is cut, each the work of one program per row tile.

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atpo_kernels.linear_logprob.tiles import Tile, processors, target_of, tile_for, vocab_splits
+from atpo_kernels.devices import processors, target_of
+from atpo_kernels.linear_logprob.tiles import Tile, tile_for, vocab_splits
 
 LN_2 = tl.constexpr(log(2))
 MASKED = tl.constexpr(-1e30)  # the logit of a column beyond the vocabulary: finite, so that 0 * MASKED is 0

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from atpo_kernels.compilation import Variant
+from atpo_kernels.compilation import DTYPE_NAMES, Variant
 from atpo_kernels.linear_logprob.tiles import Tile, tile_for
 from atpo_kernels.linear_logprob.triton_head import (
     _gradient_kernel,
@@ -16,7 +16,6 @@ from atpo_kernels.linear_logprob.triton_head import (
     merge_block,
 )
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _INTEGERS = ("start", "rows", "vocab", "width", "hidden_stride", "weight_stride", "stride", "capacity", "splits")
 _STRIDES = ("width", "hidden_stride", "weight_stride", "stride")
 

@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from atpo_kernels.compilation import Variant
+from atpo_kernels.compilation import DTYPE_NAMES, Variant
 from atpo_kernels.linear_logprob.tiles import Tile, tile_for
 from atpo_kernels.linear_logprob.triton_head import LN_2, STORED_BITS, Scratch, Statistics, TritonHead, logit_gradient
-from atpo_kernels.linear_logprob.triton_variants import DTYPE_NAMES
 
 LOG2_E = tl.constexpr(1 / LN_2.value)
 TINY = tl.constexpr(2.0**-126)  # smallest normal float32: log2 of an underflowed exponential stays finite

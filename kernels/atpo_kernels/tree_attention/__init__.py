@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atpo_kernels.devices import processors, target_of
 from atpo_kernels.dispatch import choose, kernel_context
 from atpo_kernels.tree_attention.block_lists import BlockSizes, TreeBlockLists, make_tree_block_lists
 from atpo_kernels.tree_attention.blocks import TreeBlocks, make_tree_blocks
@@ -15,7 +16,7 @@ from atpo_kernels.tree_attention.blockwise import tree_attention_blockwise
 from atpo_kernels.tree_attention.flat import tree_attention_xformers
 from atpo_kernels.tree_attention.flex import make_flex_mask, tree_attention_flex
 from atpo_kernels.tree_attention.reference import tree_attention_reference, tree_attention_sdpa
-from atpo_kernels.tree_attention.tiles import block_sizes, has_tiles, processors, target_of, tiles_for
+from atpo_kernels.tree_attention.tiles import block_sizes, has_tiles, tiles_for
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

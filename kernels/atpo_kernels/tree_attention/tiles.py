@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from atpo_kernels.linear_logprob.tiles import processors, target_of
 from atpo_kernels.tree_attention.block_lists import BlockSizes
-
-__all__ = ["Tile", "Tiles", "block_sizes", "padded_width", "processors", "target_of", "tiles_for"]
 
 # Widest heads: half precision, float32. Of float32 heads of 256 the gradient of queries does not fit the registers.
 _MAX_WIDTH = 256, 128

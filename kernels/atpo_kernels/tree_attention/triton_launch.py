@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from atpo_kernels.devices import processors, target_of
 from atpo_kernels.tree_attention.block_lists import TreeBlockLists, make_tree_block_lists
 from atpo_kernels.tree_attention.tiles import (
     Tile,
     Tiles,
     block_sizes,
     padded_width,
-    processors,
-    target_of,
     tiles_for,
 )
 from atpo_kernels.tree_attention.triton_backward import _key_gradient_kernel, _key_sum_kernel, _query_gradient_kernel

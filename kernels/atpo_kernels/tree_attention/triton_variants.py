@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
-from atpo_kernels.compilation import Variant
+from atpo_kernels.compilation import DTYPE_NAMES, Variant
 from atpo_kernels.tree_attention.tiles import Tile, Tiles, padded_width, tiles_for
 from atpo_kernels.tree_attention.triton_backward import _key_gradient_kernel, _key_sum_kernel, _query_gradient_kernel
 from atpo_kernels.tree_attention.triton_forward import _forward_kernel
 from atpo_kernels.tree_attention.triton_launch import SUMMED_KEYS, launch_constants
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # head widths; float16 takes the same kernels as bfloat16, so one width shows that it compiles
 WIDTHS = {torch.bfloat16: (64, 80, 96, 128, 256), torch.float16: (128,), torch.float32: (64, 80, 96, 128)}
 GROUPS = (4, 7)  # a power of two, and with idle rows; others differ in constants of the same instructions

@@ -8,14 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atpo_kernels.compilation import Variant
+from atpo_kernels.compilation import DTYPE_NAMES, Variant
 from atpo_kernels.records import LossConfig
 from atpo_kernels.turn_policy_loss.layout import LossArguments
 
-_TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64",
-    torch.int64: "i64", torch.int32: "i32", torch.bool: "i1",
-}  # fmt: skip
+_TYPES = DTYPE_NAMES | {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 
 
 @dataclass(slots=True, kw_only=True)
