@@ -17,13 +17,17 @@ from other_trainer import module_gradients, start_engine, whole_gradients
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
-from atpo_fast.packing import spread_rows
+from atpo_fast.packing import depth_first, plan_passes, spread_rows
 from atpo_fast.policy import Policy
+from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.deepspeed_setup import join_process_group
 from atpo_fast.train.optimizer import GradientWatch, GuardedAdamW
+from atpo_fast.train.step import accumulate
 
 VOCAB = 64
-BUDGETS = (4096, 40)  # everything in one row; many rows, trees cut
+ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
+"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees worked off depth-first."""
+depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
 
 
 def forest() -> list[TurnTree]:
@@ -42,7 +46,7 @@ def forest() -> list[TurnTree]:
     return trees
 
 
-def gradients(stage: int, tied: bool, budget: int, checkpointed: bool, rank: int, world: int) -> dict[str, np.ndarray]:
+def gradients(stage: int, tied: bool, budget: str, choice: str, rank: int, world: int) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch after the last backward."""
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -54,16 +58,18 @@ def gradients(stage: int, tied: bool, budget: int, checkpointed: bool, rank: int
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    policy = Policy(Qwen3ForCausalLM(config), gradient_checkpointing=checkpointed).train()
+    policy = Policy(Qwen3ForCausalLM(config), gradient_checkpointing=choice).train()
     optimizer = GuardedAdamW(policy.parameters(), lr=0.0)
     GradientWatch(policy, optimizer)
     engine = start_engine(policy, optimizer, stage)
     objective = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
-    rows = spread_rows(pack_trees(forest(), objective, budget), world)[rank]
-    for i, row in enumerate(rows):
-        engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
-        engine.backward(engine(row, objective).loss * world)
-    assert (policy.dropped_tokens > 0) == checkpointed or not rows
+    max_tokens, max_prefix = ROWS[budget]
+    rows = pack_trees(forest(), objective, max_tokens, max_prefix=max_prefix)
+    assert (max(row.depth for row in rows) > 0) == (budget == "deep")
+    spread = spread_rows(rows, world)
+    passes = plan_passes(spread)[rank]
+    accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
+    assert (policy.dropped_tokens > 0) == (choice != "none")
     out = whole_gradients(policy.model, stage)
     engine.destroy()
     return out
@@ -73,10 +79,11 @@ def main() -> None:
     """All cases, one after another."""
     join_process_group(cuda=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    cases = [(stage, tied, budget, False) for stage in (0, 2, 3) for tied in (True, False) for budget in BUDGETS]
-    for stage, tied, budget, checkpointed in [*cases, (3, True, 40, True), (3, False, 4096, True)]:
-        result = gradients(stage, tied, budget, checkpointed, rank, world)
-        name = f"stage{stage}_tied{int(tied)}_budget{budget}{'_checkpointed' * checkpointed}_ranks{world}.npz"
+    cases = [(stage, tied, budget, "none") for stage in (0, 2, 3) for tied in (True, False) for budget in ROWS]
+    cases += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
+    for stage, tied, budget, choice in cases:
+        result = gradients(stage, tied, budget, choice, rank, world)
+        name = f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}_ranks{world}.npz"
         if rank == 0:
             np.savez(Path(sys.argv[1]) / name, **result)
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):

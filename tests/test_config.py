@@ -58,6 +58,14 @@ def test_words_that_yaml_1_1_takes_for_booleans_stay_words():
     assert (config.logging.progress, config.objective.kl, config.run_dir) == ("off", "none", "no")
 
 
+@pytest.mark.parametrize(("text", "choice"), [("true", "layer"), ("false", "none"), ("mlp", "mlp"), ("none", "none")])
+def test_gradient_checkpointing_as_a_word_or_a_boolean(text, choice):
+    # Fails if true and false, as Hugging Face has them and older recipes too, are refused or mean something else.
+    assert load_config(None, [f"model.gradient_checkpointing={text}"]).model.gradient_checkpointing == choice
+    with pytest.raises(ConfigError, match="'none', 'layer' or 'mlp'"):
+        load_config(None, ["model.gradient_checkpointing=1"])
+
+
 def test_lists_nulls_and_sections_as_overrides():
     # Fails if override values are taken as plain text.
     config = load_config(
@@ -254,7 +262,7 @@ def test_warns_of_a_path_that_fits_no_model(monkeypatch):
 def test_a_row_that_cannot_hold_a_path_is_refused():
     # Fails if such a run starts and dies in packing, after its first rollout.
     with pytest.raises(ConfigError, match=r"train.max_tokens=8191.* 8192"):
-        load_config(None, ["train.max_tokens=8191"])
+        load_config(None, ["train.max_tokens=8191", "train.prefix_memory_gb=0"])
 
 
 def test_counts():

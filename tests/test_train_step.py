@@ -17,7 +17,7 @@ from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.launcher import free_port
-from atpo_fast.packing import PackedTrees
+from atpo_fast.packing import PackedTrees, Pass, plan_passes
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.rollout import PathNode, Request, SamplingParams, TransformersEngine
 from atpo_fast.telemetry import PhaseTimer
@@ -28,6 +28,7 @@ from atpo_fast.train.weights import whole_parameters
 
 DEEPSPEED = Path(__file__).resolve().parents[1] / "configs/deepspeed"
 VOCAB, WANTED = 12, 7
+ONE, TWO = [Pass("whole", 0)], [Pass("whole", 0), Pass("whole", 1)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,7 +86,9 @@ def test_it_learns() -> None:
         rewards.append(np.mean([tree.turns[leaf].reward for tree in trees for leaf in tree.leaves]))
         assign_credit(trees)
         if rows := pack_trees(trees, objective, 256):
-            optimizer_step(engine, watch, rows, objective, MetricMean(), PhaseTimer(), Mismatch(1e-3))
+            optimizer_step(
+                engine, watch, rows, plan_passes([rows])[0], objective, MetricMean(), PhaseTimer(), Mismatch(1e-3)
+            )
         sampler.update_weights(whole_parameters(policy))
     assert np.mean(rewards[:3]) < 0.25
     assert np.mean(rewards[-3:]) > 0.8
@@ -118,10 +121,10 @@ def test_a_step_with_non_finite_gradients_changes_nothing(stage: int) -> None:
     policy, engine, watch = setup(lr=1e-2, stage=stage)
     row, before = one_row(policy), weights(policy)
     bad = replace(row, weight_pos=row.weight_pos * float("nan"))
-    optimizer_step(engine, watch, [bad, row], Objective.preset("at2po"), MetricMean(), PhaseTimer())
+    optimizer_step(engine, watch, [bad, row], TWO, Objective.preset("at2po"), MetricMean(), PhaseTimer())
     assert watch.skipped_steps == 1
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
-    optimizer_step(engine, watch, [row], Objective.preset("at2po"), MetricMean(), PhaseTimer())
+    optimizer_step(engine, watch, [row], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer())
     assert watch.skipped_steps == 1
     after = weights(policy)
     assert all(torch.isfinite(tensor).all() for tensor in after.values())
@@ -143,11 +146,13 @@ def test_mismatch_is_noticed() -> None:
     policy, engine, watch = setup(lr=1e-9)
     row = one_row(policy)
     same = Mismatch(1e-6)
-    optimizer_step(engine, watch, [row], Objective.preset("at2po"), MetricMean(), PhaseTimer(), same)
+    optimizer_step(engine, watch, [row], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), same)
     assert same.kl == pytest.approx(0, abs=1e-9)
     stale = replace(row, rollout_logprob=row.rollout_logprob - 1)
     with pytest.raises(MismatchError, match="max_mismatch_kl"):
-        optimizer_step(engine, watch, [stale], Objective.preset("at2po"), MetricMean(), PhaseTimer(), Mismatch(0.1))
+        optimizer_step(
+            engine, watch, [stale], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), Mismatch(0.1)
+        )
 
 
 # Fails when an epoch repeats or omits a question, or a step depends on the steps before it in the same process.

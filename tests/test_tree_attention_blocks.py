@@ -14,11 +14,11 @@ from atpo_kernels.tree_attention import make_tree_block_lists as make_lists
 from atpo_kernels.tree_attention.flat import sequence_lengths
 
 
-def seen_pairs(end: Tensor, queries: int, keys: int) -> np.ndarray:
+def seen_pairs(end: Tensor, prefix: int, queries: int, keys: int) -> np.ndarray:
     """(query blocks, key blocks) number of visible pairs in each."""
-    mask, tokens = tree_mask(end).numpy().astype(int), len(end)
-    by_query = np.add.reduceat(mask, np.arange(0, tokens, queries), 0)
-    return np.add.reduceat(by_query, np.arange(0, tokens, keys), 1)
+    mask = tree_mask(end, prefix).numpy().astype(int)
+    by_query = np.add.reduceat(mask, np.arange(0, mask.shape[0], queries), 0)
+    return np.add.reduceat(by_query, np.arange(0, mask.shape[1], keys), 1)
 
 
 def listed(offsets: Tensor, blocks: Tensor, columns: int) -> np.ndarray:
@@ -32,7 +32,7 @@ def listed(offsets: Tensor, blocks: Tensor, columns: int) -> np.ndarray:
 def check_query_lists(lists: TreeBlockLists, end: Tensor) -> None:
     """Full and partial key blocks of every query block, and the order of work."""
     queries, keys = lists.sizes.queries, lists.sizes.keys
-    seen = seen_pairs(end, queries, keys)
+    seen = seen_pairs(end, lists.prefix, queries, keys)
     present = np.minimum(queries, len(end) - np.arange(0, len(end), queries))[:, None]
     full = seen == present * keys  # a short last block of keys is never full
     np.testing.assert_array_equal(listed(lists.full_offsets, lists.full, seen.shape[1]), full)
@@ -44,7 +44,7 @@ def check_query_lists(lists: TreeBlockLists, end: Tensor) -> None:
 def check_key_parts(lists: TreeBlockLists, end: Tensor, workers: int) -> None:
     """Full and partial query blocks of every key block, each in one piece, none of which is a long tail."""
     queries, keys = lists.sizes.queries_by_key, lists.sizes.keys_by_key
-    seen = seen_pairs(end, queries, keys)
+    seen = seen_pairs(end, lists.prefix, queries, keys)
     full, partial = np.zeros_like(seen), np.zeros_like(seen)
     slots = []
     for block, lo, full_lo, full_hi, hi, slot in lists.key_parts.tolist():
@@ -63,31 +63,34 @@ def check_key_parts(lists: TreeBlockLists, end: Tensor, workers: int) -> None:
     assert sizes[0] <= max(1, -(-sum(sizes) * lists.key_heads // (2 * workers)))
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 63, 64, 65, 200])
 @pytest.mark.parametrize("turn", [1, 4, 20, 100])
-def test_lists_equal_the_mask(turn: int) -> None:
+def test_lists_equal_the_mask(turn: int, prefix: int) -> None:
     """Fails if a block is missing, listed twice, not visible at all, or full though a query does not see a key."""
     rng = np.random.default_rng(turn)
-    for seed in range(40):
+    for seed in range(40 if prefix == 0 else 15):
         end = random_row(int(rng.integers(1, 300)), turn, seed)
         sizes = BlockSizes(*(int(x) for x in rng.choice([1, 3, 4, 7, 16, 18, 32], 4)))
         workers = int(rng.choice([1, 4, 1000]))
-        lists = make_lists(end, sizes, key_heads=int(rng.integers(1, 4)), workers=workers)
+        lists = make_lists(end, sizes, key_heads=int(rng.integers(1, 4)), workers=workers, prefix=prefix)
         check_query_lists(lists, end)
         check_key_parts(lists, end, workers)
 
 
+@pytest.mark.parametrize("prefix", [0, 15, 16, 17])
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 64])
-def test_lists_of_one_turn(tokens: int) -> None:
+def test_lists_of_one_turn(tokens: int, prefix: int) -> None:
     """Fails if a border of blocks that is also the border of the row is taken for one more block."""
     end = torch.full((tokens,), tokens, dtype=torch.int32)
-    lists = make_lists(end, BlockSizes(16, 16, 16, 16))
+    lists = make_lists(end, BlockSizes(16, 16, 16, 16), prefix=prefix)
     check_query_lists(lists, end)
     check_key_parts(lists, end, 132)
 
 
-def test_no_tokens() -> None:
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_no_tokens(prefix: int) -> None:
     """Fails if a row without tokens breaks: a rank may have none."""
-    lists = make_lists(torch.zeros(0, dtype=torch.int32), BlockSizes(16, 16, 16, 16)).to("cpu")
+    lists = make_lists(torch.zeros(0, dtype=torch.int32), BlockSizes(16, 16, 16, 16), prefix=prefix).to("cpu")
     assert lists.tokens == 0 and lists.slots == 0 and len(lists.query_order) == len(lists.key_parts) == 0
 
 
@@ -116,33 +119,37 @@ def test_the_root_of_a_wide_tree_is_cut_in_pieces() -> None:
     assert int((lists.key_parts[:, 4] - lists.key_parts[:, 1]).max()) <= 2
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 128, 300])
 @pytest.mark.parametrize(("tokens", "turn"), [(100, 30), (128, 200), (300, 40), (700, 60)])
-def test_flex_mask_equals_the_mask(tokens: int, turn: int) -> None:
+def test_flex_mask_equals_the_mask(tokens: int, turn: int, prefix: int) -> None:
     """Fails if the BlockMask misses or adds a block, or evaluates no mask in a partial one."""
     end = random_row(tokens, turn, 3)
-    mask = make_flex_mask(end)
-    seen = seen_pairs(end, 128, 128)
+    mask = make_flex_mask(end, prefix)
+    seen = seen_pairs(end, prefix, 128, 128)
     np.testing.assert_array_equal(mask.to_dense()[0, 0].numpy(), seen > 0)
     counts = [x[0, 0].tolist() for x in (mask.kv_num_blocks, mask.full_kv_num_blocks)]
     full = seen == np.minimum(128, tokens - np.arange(0, tokens, 128))[:, None] * 128
     assert counts == [((seen > 0) & ~full).sum(1).tolist(), full.sum(1).tolist()]
-    index = torch.arange(tokens)
-    assert torch.equal(mask.mask_mod(None, None, index[:, None], index[None]), tree_mask(end))
+    query, key = torch.arange(tokens), torch.arange(prefix + tokens)
+    assert torch.equal(mask.mask_mod(None, None, query[:, None], key[None]), tree_mask(end, prefix))
 
 
-def test_flex_equals_the_definition() -> None:
+@pytest.mark.parametrize("prefix", [0, 65])
+def test_flex_equals_the_definition(prefix: int) -> None:
     """Fails if heads are grouped otherwise, the scale is lost, or given blocks are not used."""
     end = random_row(300, 40, 3)
-    q, k, v, _ = (x.detach() for x in inputs(300, (4, 2), 16, torch.float32))
+    q, k, v, _ = (x.detach() for x in inputs(300, (4, 2), 16, torch.float32, prefix=prefix))
     expected = tree_attention(q, k, v, end, scale=0.3, impl="reference")
     blocks = make_attention_blocks(
-        end, query_heads=4, key_heads=2, head_dim=16, dtype=torch.float32, device="cpu", impl="flex"
+        end, query_heads=4, key_heads=2, head_dim=16, dtype=torch.float32, device="cpu", impl="flex", prefix=prefix
     )
     for given in (None, blocks):
         out = tree_attention(q, k, v, end, scale=0.3, impl="flex", blocks=given)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="make_flex_mask"):
-        tree_attention(q[:200], k[:200], v[:200], random_row(200, 40, 3), impl="flex", blocks=blocks)
+    longer = [torch.cat([x[:1], x]) for x in (k, v)]
+    for tokens, keys in ((200, (k, v)), (300, longer)):  # another row, another prefix
+        with pytest.raises(ValueError, match="make_flex_mask"):
+            tree_attention(q[:tokens], *keys, random_row(tokens, 40, 3), impl="flex", blocks=blocks)
 
 
 def test_xformers_takes_flat_rows_on_a_gpu() -> None:
@@ -153,17 +160,23 @@ def test_xformers_takes_flat_rows_on_a_gpu() -> None:
     tensors = [x.detach() for x in inputs(9, (2, 1), 16, torch.float32)[:3]]
     with pytest.raises(ValueError, match="flat rows only"):
         tree_attention(*tensors, branching, impl="xformers")
+    with pytest.raises(ValueError, match="without a prefix, here 2 tokens"):
+        tree_attention(tensors[0][2:], *tensors[1:], row_of([7], [0]), impl="xformers")
     with pytest.raises(RuntimeError, match=r"needs (the package xformers|CUDA tensors)"):
         tree_attention(*tensors, row_of([9], [0]), impl="xformers")
 
 
-def test_blocks_for_every_implementation() -> None:
+@pytest.mark.parametrize("prefix", [0, 40])
+def test_blocks_for_every_implementation(prefix: int) -> None:
     """Fails if make_attention_blocks gives blocks that the implementation does not take."""
     end = random_row(90, 20, 1)
-    q, k, v, _ = (x.detach() for x in inputs(90, (2, 1), 16, torch.float32))
+    q, k, v, _ = (x.detach() for x in inputs(90, (2, 1), 16, torch.float32, prefix=prefix))
     expected = tree_attention(q, k, v, end, impl="reference")
+    shape = {"query_heads": 2, "key_heads": 1, "head_dim": 16, "dtype": q.dtype}
     for impl in ("auto", "torch", "sdpa", "reference", "flex"):
-        blocks = make_attention_blocks(end, query_heads=2, key_heads=1, head_dim=16, dtype=q.dtype, impl=impl)
+        blocks = make_attention_blocks(end, **shape, impl=impl, prefix=prefix)
         assert (blocks is None) == (impl in ("sdpa", "reference"))
         out = tree_attention(q, k, v, end, impl=impl, blocks=blocks)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="prefix must be"):
+        make_attention_blocks(end, **shape, prefix=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import interpreter  # noqa: F401  (repairs Triton's interpreter)
 import pytest
 import torch
@@ -19,10 +21,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL = (Tile(32, 16, 4, 1, 1), Tile(32, 16, 4, 1, 1), Tile(32, 64, 4, 1, 1))
 
 
-def assert_precise(end: Tensor, heads: tuple[int, int], width: int, dtype: torch.dtype, sharpness: float = 1.0) -> None:
+def assert_precise(
+    end: Tensor, heads: tuple[int, int], width: int, dtype: torch.dtype, sharpness: float = 1.0, prefix: int = 0
+) -> None:
     """The gate, for the output and the gradients of q, k and v."""
     end = end.to(DEVICE)
-    rounded = inputs(len(end), heads, width, dtype, DEVICE)
+    rounded = inputs(len(end), heads, width, dtype, DEVICE, prefix)
     rounded[0] = (rounded[0].detach() * sharpness).requires_grad_()
     exact = [x.detach().double().requires_grad_() for x in rounded]
     truth = forward_backward(exact, end, impl="reference")
@@ -69,6 +73,21 @@ def test_heads(heads: tuple[int, int], width: int) -> None:
 def test_lengths(tokens: int) -> None:
     """Fails if the last block of queries or keys, filled or not, is read or written behind its end."""
     assert_precise(random_row(tokens, 25, tokens), (2, 1), 16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix"),
+    [*product([1, 63, 65], [1, 63, 64, 65, 200]), pytest.param(300, 65, marks=pytest.mark.slow)],
+)
+def test_prefixes(tokens: int, prefix: int) -> None:
+    """Fails if a query does not see all of the prefix, or gradients of the prefix or of the row lie elsewhere."""
+    assert_precise(random_row(tokens, 25, tokens), (2, 1), 16, torch.float32, prefix=prefix)
+
+
+@pytest.mark.usefixtures("both_ways")
+def test_a_prefix_and_idle_rows() -> None:
+    """Fails if the prefix is counted otherwise by descriptors, or shown to rows that hold no query."""
+    assert_precise(random_row(41, 12, 1), (7, 1), 16, torch.bfloat16, prefix=70)
 
 
 @pytest.mark.slow
@@ -146,23 +165,24 @@ def test_same_bits_twice() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_given_blocks_nothing_waits_and_nothing_is_as_large_as_the_mask() -> None:
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_given_blocks_nothing_waits_and_nothing_is_as_large_as_the_mask(prefix: int) -> None:
     """Fails if (T, T) is allocated, forward or backward, or a number is read from the device."""
     tokens = 256
-    end, tensors = random_row(tokens, 60, 6), inputs(tokens, (1, 1), 16, torch.bfloat16, DEVICE)
-    blocks = make_attention_blocks(
-        end, query_heads=1, key_heads=1, head_dim=16, dtype=torch.bfloat16, device=DEVICE, impl="triton"
-    )
+    end, tensors = random_row(tokens, 60, 6), inputs(tokens, (1, 1), 16, torch.bfloat16, DEVICE, prefix)
+    shape = {"query_heads": 1, "key_heads": 1, "head_dim": 16, "dtype": torch.bfloat16}
+    blocks = make_attention_blocks(end, **shape, device=DEVICE, impl="triton", prefix=prefix)
     with LargestOutput() as largest, NoHostSync():
         forward_backward(tensors, end.to(DEVICE), impl="triton", blocks=blocks)
     assert largest.elements < tokens * tokens // 2
 
 
-def test_pieces_of_a_key_block_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefix", [0, 70])
+def test_pieces_of_a_key_block_add_up(monkeypatch: pytest.MonkeyPatch, prefix: int) -> None:
     """Fails if the sums of pieces lose a part, or are written to another block's keys."""
     monkeypatch.setattr(triton_launch, "processors", lambda _: 1000)
     end = row_of([40, 30, 30, 40], [0, 1, 1, 1])
-    assert_precise(end, (2, 1), 16, torch.bfloat16)
+    assert_precise(end, (2, 1), 16, torch.bfloat16, prefix=prefix)
     call = triton_launch.Attention.prepare(*inputs(140, (2, 1), 16, DTYPES[0])[:3], end, 0.25, None)
     assert call.blocks.slots > 4  # the monkeypatch has an effect
 
@@ -191,18 +211,21 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_no_tokens_keep_the_graph() -> None:
     """Fails if an empty row breaks: a rank without trees must still produce gradients."""
-    leaves = [x.detach().requires_grad_() for x in inputs(3, (2, 1), 16, torch.bfloat16, DEVICE)[:3]]
     none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    tree_attention(*(x[:0] for x in leaves), none, impl="triton").sum().backward()
-    assert all(x.grad is not None and not x.grad.any() for x in leaves)
+    for prefix in (0, 3):
+        leaves = inputs(0, (2, 1), 16, torch.bfloat16, DEVICE, prefix)[:3]
+        tree_attention(*leaves, none, impl="triton").sum().backward()
+        assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in leaves)
 
 
 def test_errors_say_what_is_wrong() -> None:
     """Fails if a head that is too wide, too large a group, float64 or blocks for others reach the kernels."""
     end = random_row(20, 5, 0).to(DEVICE)
 
-    def blocks(heads: int, dtype: torch.dtype = torch.float32, impl: str = "triton") -> object:
-        return make_attention_blocks(end, query_heads=heads, key_heads=1, head_dim=16, dtype=dtype, impl=impl)
+    def blocks(heads: int, dtype: torch.dtype = torch.float32, impl: str = "triton", prefix: int = 0) -> object:
+        return make_attention_blocks(
+            end, query_heads=heads, key_heads=1, head_dim=16, dtype=dtype, impl=impl, prefix=prefix
+        )
 
     cases = [
         ((1, 1), 257, torch.bfloat16, None, "at most 256 and 128 dimensions"),
@@ -211,6 +234,7 @@ def test_errors_say_what_is_wrong() -> None:
         ((1, 1), 16, torch.float64, None, "float64"),
         ((2, 1), 16, torch.float32, blocks(1), "make_attention_blocks for the same heads"),
         ((1, 1), 16, torch.float32, blocks(1, impl="torch"), "make_attention_blocks for the same heads"),
+        ((1, 1), 16, torch.float32, blocks(1, prefix=4), "behind a prefix of 4"),
     ]
     for heads, width, dtype, given, message in cases:
         q, k, v, _ = inputs(20, heads, width, dtype, DEVICE)

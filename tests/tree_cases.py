@@ -34,18 +34,29 @@ def row_of(lengths: list[int], depths: list[int]) -> Tensor:
     return torch.from_numpy(end)
 
 
-def tree_mask(end: Tensor) -> Tensor:  # (T,) -> (T, T) bool
+def behind_root(end: Tensor, prefix: int) -> Tensor:  # (T,) -> (P + T,)
+    """subtree_end of the row that a row and the prefix before it are together: the prefix is the turn of a root."""
+    return torch.cat([torch.full((prefix,), prefix + len(end), dtype=end.dtype), end + prefix])
+
+
+def tree_mask(end: Tensor, prefix: int = 0) -> Tensor:  # (T,) -> (T, P + T) bool
     """[q, k]: whether query q sees key k, by the definition."""
-    index = torch.arange(len(end))
-    return (index[None] <= index[:, None]) & (index[:, None] < end[None])
+    whole = behind_root(end, prefix)
+    index = torch.arange(len(whole))
+    return ((index[None] <= index[:, None]) & (index[:, None] < whole[None]))[prefix:]
 
 
 def inputs(
-    tokens: int, heads: tuple[int, int], width: int, dtype: torch.dtype = torch.float64, device: str = "cpu"
+    tokens: int,
+    heads: tuple[int, int],
+    width: int,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    prefix: int = 0,
 ) -> list[Tensor]:
-    """q, k, v to differentiate, and an upstream gradient."""
+    """q, k, v to differentiate, and an upstream gradient; k and v have `prefix` tokens more."""
     rng = torch.Generator().manual_seed(0)
-    shapes = [(tokens, heads[i], width) for i in (0, 1, 1, 0)]
+    shapes = [(tokens, heads[0], width), *[(prefix + tokens, heads[1], width)] * 2, (tokens, heads[0], width)]
     made = [torch.randn(s, generator=rng, dtype=torch.float64).to(device, dtype) for s in shapes]
     return [x.requires_grad_() for x in made[:3]] + made[3:]
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 ToolName = Literal["search", "python"]
+GradientCheckpointing = Literal["none", "layer", "mlp"]
+Liger = Literal["auto", "off"]
+
+
+def _checkpointing_name(value: Any) -> Any:
+    """true and false, as Hugging Face's option of this name has them."""
+    return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(config=_STRICT, kw_only=True)
@@ -68,8 +75,11 @@ class ModelConfig:
     """Reference policy for the KL term; none: the policy as it was at the start of RL."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Parameter dtype of the policy."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward instead of keeping its activations."""
+    gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_checkpointing_name)] = "none"
+    """What the backward computes again instead of keeping it. layer (or true): whole decoder layers. mlp: the MLP of
+    each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""
+    liger: Liger = "auto"
+    """auto: Liger's RMSNorm, SwiGLU and RoPE on a GPU, for the architectures that it is known to fit. off: never."""
     hidden_size: int = Field(default=128, ge=8)
     """Random model: width."""
     layers: int = Field(default=4, ge=1)
@@ -273,6 +283,10 @@ class TrainConfig:
     """Questions per optimizer step, over all ranks."""
     max_tokens: int = Field(default=16384, ge=16)
     """Tokens of a packed row (a micro-batch)."""
+    prefix_memory_gb: float = Field(default=4.0, ge=0)
+    """Memory (GB, of each rank) for the keys and values of ancestors while a tree that does not fit a row is worked off
+    depth-first, so that no token is computed for several rows; done where it costs less than to repeat the ancestors.
+    0: always repeat them."""
     old_logprobs: Literal["rollout", "recompute"] = "recompute"
     """Old log-probs: the engine's, or the trainer's own, from a no-gradient pass before the first update. The first
     mini-batch needs no pass: its old log-probs are those of its own forward."""
@@ -362,11 +376,11 @@ class Config:
 
     def __post_init__(self) -> None:
         longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
-        if self.train.max_tokens < longest:
+        if self.train.max_tokens < longest and not self.train.prefix_memory_gb:
             raise ValueError(
                 f"train.max_tokens={self.train.max_tokens} cannot hold the longest trajectory: data.max_prompt_tokens="
                 f"{self.data.max_prompt_tokens} + rollout.max_response_tokens={self.rollout.max_response_tokens} = "
-                f"{longest}; raise the first or lower the others"
+                f"{longest}; raise the first or lower the others, or set train.prefix_memory_gb"
             )
 
 

@@ -29,6 +29,11 @@ class Objective:
     entropy_advantage: float = 0.0
     """AEPO: advantages are multiplied by 1 + this * standardised entropy of the token; 0 switches it off."""
 
+    @property
+    def whole_trajectories(self) -> bool:
+        """Whether rows have to hold trajectories whole: for ratios over trajectories, and means over rows."""
+        return self.loss_config.level == "sequence" or self.denominator == "local"
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
         """The objective of a published method; `overrides` are fields of this class or of `LossConfig`.

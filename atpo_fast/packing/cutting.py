@@ -1,12 +1,14 @@
-"""Which turns are packed, and where: pruning, cutting of over-long trees, filling of rows (design, section 5)."""
+"""Which turns are packed, and where: pruning, and cutting of trees over the row budget (design, section 5)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atpo_fast.packing import depth_first
+from atpo_fast.packing.depth_first import Piece, work_off
 from atpo_fast.packing.forest import Bools, Forest, Ints, offsets, ranges
 from atpo_fast.packing.weights import ForestWeights
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:  # the objective imports the record of this package
 
 @dataclass(slots=True)
 class Cut:
-    """Pieces of the trees. A turn has one copy (C) in every piece that contains it: several where its tree was cut."""
+    """Pieces of the trees. A turn has one copy (C) in every piece that contains it: several where its tree was cut into
+    pieces that repeat their ancestors."""
 
     kept: Bools  # (N,) turns that are packed
     length: Ints  # (N,) tokens packed of each turn
@@ -25,6 +28,9 @@ class Cut:
     repeated: Bools  # (C,) the turn was already in an earlier piece
     piece_of_turn: Ints  # (N,) first piece of a kept turn, -1 for others
     piece_tokens: Ints  # (pieces,)
+    piece_depth: Ints  # (pieces,) opened pieces above, whose tokens it reads as a prefix
+    piece_prefix: Ints  # (pieces,) tokens of those
+    piece_alone: Bools  # (pieces,) of a tree worked off depth-first: a row of its own, in this order
 
 
 def turns_to_keep(forest: Forest, weights: ForestWeights, objective: Objective, prune: bool) -> Bools:
@@ -46,45 +52,23 @@ def turns_to_keep(forest: Forest, weights: ForestWeights, objective: Objective, 
     return forest.sum_up(used) > 0
 
 
-def cut_trees(forest: Forest, kept: Bools, max_tokens: int) -> Cut:
-    """Split trees over the budget into runs of neighbouring paths that repeat as few ancestor tokens as possible.
+def cut_trees(forest: Forest, kept: Bools, max_tokens: int, max_prefix: int = 0) -> Cut:
+    """Cut the trees over the budget, each in the way that costs less.
 
-    Raises ValueError when a single path is longer than `max_tokens`.
+    Either into runs of neighbouring paths that repeat as few ancestor tokens as possible, or depth-first into pieces
+    that read their ancestors' keys and values, at most `max_prefix` tokens of them.
+
+    Raises ValueError when a single path is longer than a row and `max_prefix` does not allow for the rest.
     """
     length = _packed_lengths(forest, kept)
-    terminals, first, last = _terminals(forest, kept)
-    cost, shared = _path_costs(forest, length, terminals)
-    _check_paths(forest, terminals, cost, max_tokens)
-    new_piece = _piece_starts(forest.tree[terminals], cost, shared, max_tokens)
-    piece_of_terminal = np.cumsum(new_piece) - 1
-    turn = np.flatnonzero(kept)
-    turn = turn[np.argsort(forest.order[turn])]
-    first_piece, last_piece = piece_of_terminal[first[turn]], piece_of_terminal[last[turn]]
-    copies = last_piece - first_piece + 1
-    copy_turn, copy_piece = np.repeat(turn, copies), ranges(first_piece, copies)
-    repeated = copy_piece > np.repeat(first_piece, copies)
-    by_piece = np.argsort(copy_piece, kind="stable")
-    piece_of_turn = np.full(len(kept), -1, dtype=np.int64)
-    piece_of_turn[turn] = first_piece
-    pieces = int(new_piece.sum())
-    tokens = np.bincount(copy_piece, weights=length[copy_turn], minlength=pieces).astype(np.int64)
-    return Cut(kept, length, copy_turn[by_piece], copy_piece[by_piece], repeated[by_piece], piece_of_turn, tokens)
-
-
-def fill_rows(piece_tokens: Ints, max_tokens: int) -> Ints:
-    """(pieces,) row of each piece: best fit, longest first; rows are numbered in the order of their first piece."""
-    row = np.zeros(len(piece_tokens), dtype=np.int64)
-    room: list[int] = []
-    for piece in np.argsort(-piece_tokens, kind="stable").tolist():
-        need = int(piece_tokens[piece])
-        fitting = [(left - need, r) for r, left in enumerate(room) if left >= need]
-        chosen = min(fitting)[1] if fitting else len(room)
-        if not fitting:
-            room.append(max_tokens)
-        room[chosen] -= need
-        row[piece] = chosen
-    _, first, number = np.unique(row, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[number]
+    paths = _Paths.of(forest, kept, length)
+    worked_off = [piece for plan in _depth_first(forest, kept, length, paths, max_tokens, max_prefix) for piece in plan]
+    apart = np.isin(forest.tree, [forest.tree[piece.turns[0]] for piece in worked_off])
+    if worked_off:
+        paths = _Paths.of(forest, kept & ~apart, length)
+    _check_paths(forest, paths, max_tokens)
+    cut = _repeat_ancestors(forest, kept & ~apart, length, paths, max_tokens)
+    return _with_pieces(cut, kept, worked_off) if worked_off else cut
 
 
 def _packed_lengths(forest: Forest, kept: Bools) -> Ints:
@@ -94,6 +78,95 @@ def _packed_lengths(forest: Forest, kept: Bools) -> Ints:
     kept_children = np.bincount(forest.parent[below], minlength=len(kept))
     unread = (children > 0) & (kept_children == 0)
     return np.where(kept, forest.action_length + np.where(unread, 0, forest.observation_length), 0)
+
+
+@dataclass(slots=True)
+class _Paths:
+    """The paths to the kept turns without kept children, in pre-order (E)."""
+
+    terminals: Ints  # (E,) the turns at their ends
+    first: Ints  # (N,) first of them in each turn's subtree
+    last: Ints  # (N,) last of them
+    cost: Ints  # (E,) tokens of the path
+    shared: Ints  # (E,) tokens of it that lie on the previous path too
+
+    @classmethod
+    def of(cls, forest: Forest, kept: Bools, length: Ints) -> _Paths:
+        """The paths of the kept turns."""
+        terminals, first, last = _terminals(forest, kept)
+        return cls(terminals, first, last, *_path_costs(forest, length, terminals))
+
+
+def _repeat_ancestors(forest: Forest, kept: Bools, length: Ints, paths: _Paths, max_tokens: int) -> Cut:
+    new_piece = _piece_starts(forest.tree[paths.terminals], paths.cost, paths.shared, max_tokens)
+    piece_of_terminal = np.cumsum(new_piece) - 1
+    turn = np.flatnonzero(kept)
+    turn = turn[np.argsort(forest.order[turn])]
+    first_piece, last_piece = piece_of_terminal[paths.first[turn]], piece_of_terminal[paths.last[turn]]
+    copies = last_piece - first_piece + 1
+    copy_turn, copy_piece = np.repeat(turn, copies), ranges(first_piece, copies)
+    repeated = copy_piece > np.repeat(first_piece, copies)
+    by_piece = np.argsort(copy_piece, kind="stable")
+    piece_of_turn = np.full(len(kept), -1, dtype=np.int64)
+    piece_of_turn[turn] = first_piece
+    pieces = int(new_piece.sum())
+    none = np.zeros(pieces, dtype=np.int64)
+    return Cut(
+        kept=kept,
+        length=length,
+        copy_turn=copy_turn[by_piece],
+        copy_piece=copy_piece[by_piece],
+        repeated=repeated[by_piece],
+        piece_of_turn=piece_of_turn,
+        piece_tokens=np.bincount(copy_piece, weights=length[copy_turn], minlength=pieces).astype(np.int64),
+        piece_depth=none,
+        piece_prefix=none,
+        piece_alone=none > 0,
+    )
+
+
+def _depth_first(
+    forest: Forest, kept: Bools, length: Ints, paths: _Paths, max_tokens: int, max_prefix: int
+) -> list[list[Piece]]:
+    """The pieces of each tree for which this is possible and cheaper than to repeat ancestors."""
+    chosen = []
+    tree = forest.tree[paths.terminals]
+    total = np.bincount(tree, weights=paths.cost - paths.shared)
+    for over in np.flatnonzero(total > max_tokens) if max_prefix else []:
+        plan = work_off(forest, kept, length, int(np.flatnonzero(forest.tree == over)[0]), max_tokens)
+        possible = plan.longest_row <= max_tokens and plan.longest_prefix <= max_prefix
+        if possible and plan.cost < _repeated_cost(paths, np.flatnonzero(tree == over), max_tokens):
+            chosen.append(plan.pieces)
+    return chosen
+
+
+def _repeated_cost(paths: _Paths, member: Ints, max_tokens: int) -> float:
+    """What repeating ancestors costs a tree, in the unit of `DepthFirst.cost`."""
+    cost, shared = paths.cost[member], paths.shared[member]
+    if cost.max() > max_tokens:
+        return np.inf
+    starts = _cheapest_cut(cost, shared, max_tokens)
+    return float(shared[starts].sum() + depth_first.ROW_TOKENS * starts.sum())
+
+
+def _with_pieces(cut: Cut, kept: Bools, pieces: list[Piece]) -> Cut:
+    """`cut` and further pieces behind its own."""
+    counts = np.array([len(piece.turns) for piece in pieces])
+    turn = np.concatenate([piece.turns for piece in pieces])
+    number = len(cut.piece_tokens) + np.repeat(np.arange(len(pieces)), counts)
+    cut.piece_of_turn[turn] = number
+    tokens = np.add.reduceat(cut.length[turn], offsets(counts)[:-1])
+    return replace(
+        cut,
+        kept=kept,
+        copy_turn=np.append(cut.copy_turn, turn),
+        copy_piece=np.append(cut.copy_piece, number),
+        repeated=np.append(cut.repeated, np.zeros(len(turn), dtype=bool)),
+        piece_tokens=np.append(cut.piece_tokens, tokens),
+        piece_depth=np.append(cut.piece_depth, [piece.depth for piece in pieces]),
+        piece_prefix=np.append(cut.piece_prefix, [piece.prefix_tokens for piece in pieces]),
+        piece_alone=np.append(cut.piece_alone, np.ones(len(pieces), dtype=bool)),
+    )
 
 
 def _terminals(forest: Forest, kept: Bools) -> tuple[Ints, Ints, Ints]:
@@ -122,7 +195,8 @@ def _path_costs(forest: Forest, length: Ints, terminals: Ints) -> tuple[Ints, In
     return cost, shared
 
 
-def _check_paths(forest: Forest, terminals: Ints, cost: Ints, max_tokens: int) -> None:
+def _check_paths(forest: Forest, paths: _Paths, max_tokens: int) -> None:
+    terminals, cost = paths.terminals, paths.cost
     long = np.flatnonzero(cost > max_tokens)
     if not long.size:
         return
@@ -136,7 +210,7 @@ def _check_paths(forest: Forest, terminals: Ints, cost: Ints, max_tokens: int) -
     raise ValueError(
         f"tree {forest.names[forest.tree[turn]]}: the path to turn {forest.index[turn]} has {cost[worst]} tokens "
         f"({prompt} of the prompt + {cost[worst] - prompt} of the response) and does not fit in a row of {max_tokens}; "
-        f"raise train.max_tokens to at least {cost[worst]}"
+        f"raise train.max_tokens to at least {cost[worst]}, or train.prefix_memory_gb for the keys of its ancestors"
     )
 
 

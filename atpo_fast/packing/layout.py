@@ -26,7 +26,7 @@ class _Copies:
     start: Ints  # (C,) position in the row of the first token
     length: Ints  # (C,) tokens
     subtree_end: NDArray[np.int32]  # (C,) position in the row after the last token of the subtree
-    before: Ints  # (C,) position in the row of the last token on the path before the turn
+    before: Ints  # (C,) position in the row of the last token on the path before the turn; -1 if that is the prefix's
     key: Ints  # (C,) ascending: piece in writing order, then pre-order of the turn
     piece_key: Ints  # (pieces,) what to add to a turn's pre-order to get its key in a piece
 
@@ -40,14 +40,18 @@ def write_rows(
     copies = _order_copies(forest, cut, row_of_piece)
     paths = _write_paths(forest, cut, copies, weights, row_of_piece, dtype)
     rows = []
-    for table, low, high in zip(paths, copies.row_offsets[:-1], copies.row_offsets[1:], strict=True):
-        mine = slice(int(low), int(high))
+    first_pieces = np.unique(row_of_piece, return_index=True)[1]  # the only piece of rows with a prefix
+    bounds = itertools.pairwise(copies.row_offsets.tolist())
+    for table, first, (low, high) in zip(paths, first_pieces, bounds, strict=True):
+        mine = slice(low, high)
         rows.append(
             PackedTrees(
                 **_token_fields(forest, cut, copies, mine),
                 **_action_fields(forest, weights, copies, mine, dtype),
                 **table,
                 unique_tokens=int(copies.length[mine] @ ~copies.repeated[mine]),
+                depth=int(cut.piece_depth[first]),
+                prefix_tokens=int(cut.piece_prefix[first]),
             )
         )
     return rows
@@ -72,14 +76,15 @@ def _order_copies(forest: Forest, cut: Cut, row_of_piece: Ints) -> _Copies:
         start=end - length - row_start,
         length=length,
         subtree_end=(end[last] - row_start).astype(np.int32),
-        before=before - row_start,
+        before=np.where(before < 0, -1, before - row_start),
         key=key,
         piece_key=piece_key,
     )
 
 
 def _last_token_before(forest: Forest, turn: Ints, key: Ints, end: Ints) -> Ints:
-    """(C,) position, over all rows, of the last token on the path before each copy; meaningless without actions."""
+    """(C,) position, over all rows, of the last token on the path before each copy; -1 if it is not in the piece.
+    Meaningless without actions."""
     bare = np.flatnonzero((forest.prefix_length[turn] == 0) & (forest.action_length[turn] > 0))
     if bare.size:
         at = int(turn[bare[0]])
@@ -91,8 +96,9 @@ def _last_token_before(forest: Forest, turn: Ints, key: Ints, end: Ints) -> Ints
     empty = forest.action_length + forest.observation_length == 0
     while (skip := empty[above] & (forest.parent[above] >= 0)).any():
         above = np.where(skip, forest.parent[above], above)
-    found = np.searchsorted(key, key - forest.order[turn] + forest.order[above])
-    return end[np.minimum(found, len(end) - 1)] - 1
+    wanted = key - forest.order[turn] + forest.order[above]
+    found = np.minimum(np.searchsorted(key, wanted), len(end) - 1)
+    return np.where(key[found] == wanted, end[found] - 1, -1)
 
 
 def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dict[str, Any]:
@@ -155,10 +161,13 @@ def _write_paths(
     row = row_of_piece[leaf_piece[kept]]
     by_row = np.lexsort((forest.order[forest.leaves[kept]], row))
     kept, row = kept[by_row], row[by_row]
-    counts = np.diff(forest.path_offsets)[kept]
-    entries = ranges(forest.path_offsets[kept], counts)
-    path_turns = forest.path_turns[entries]
-    copy = np.searchsorted(copies.key, np.repeat(copies.piece_key[leaf_piece[kept]], counts) + forest.order[path_turns])
+    whole = np.diff(forest.path_offsets)[kept]
+    entries, trajectory = ranges(forest.path_offsets[kept], whole), np.repeat(np.arange(len(kept)), whole)
+    wanted = copies.piece_key[leaf_piece[kept]][trajectory] + forest.order[forest.path_turns[entries]]
+    copy = np.minimum(np.searchsorted(copies.key, wanted), len(copies.key) - 1)
+    inside = copies.key[copy] == wanted  # the others are of the rows above
+    entries, copy = entries[inside], copy[inside]
+    counts = np.bincount(trajectory[inside], minlength=len(kept))
     acting = offsets(forest.action_length[copies.turn] > 0)  # copies with action tokens, counted over all rows
     local_turn = acting[copy] - np.repeat(acting[copies.row_offsets[row]], counts)
     entry_offsets = offsets(counts)

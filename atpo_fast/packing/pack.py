@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from atpo_fast.packing.cutting import cut_trees, fill_rows, turns_to_keep
+from atpo_fast.packing.cutting import cut_trees, turns_to_keep
 from atpo_fast.packing.forest import Forest, forest_of_trees
 from atpo_fast.packing.layout import write_rows
 from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.packing.rows import fill_rows
 from atpo_fast.packing.weights import Weigh, tree_weights
 from atpo_fast.tree import TurnTree
 
@@ -25,11 +26,14 @@ def pack_trees(
     *,
     dtype: torch.dtype = torch.float32,
     prune: bool = True,
+    max_prefix: int = 0,
 ) -> list[PackedTrees]:
     """Lay trees out in rows of at most `max_tokens` tokens (design, sections 4 and 5).
 
     Give all trees of the mini-batch, of all ranks: the averages of the objective run over them, and the losses of the
-    rows sum to the batch loss. A tree over the budget is cut; its pieces repeat their ancestors with weight 0.
+    rows sum to the batch loss. A tree over the budget is cut into rows that repeat their ancestors with weight 0 or,
+    where that costs less, into rows that read their ancestors' keys and values: an opened row, and right after it the
+    rows below it, of greater `depth`.
 
     Args:
         trees: trees after `assign_credit`. A tree without leaves is left out.
@@ -38,27 +42,39 @@ def pack_trees(
         dtype: of the floating-point fields.
         prune: leave out subtrees without gradient; they still count in the averages. Their number of tokens is
             `pruned_tokens(trees, rows)`.
+        max_prefix: ancestor tokens whose keys and values may be kept while the rows below them are worked off. Trees
+            repeat their ancestors at 0, and under ratio level `sequence` or denominator `local`, whose trajectories
+            have to lie whole in a row.
 
     Returns:
         The rows, none when nothing has a gradient.
 
     Raises:
-        ValueError: no credit; an advantage that is not finite; a path longer than `max_tokens`; an action token
-            without any token before it.
+        ValueError: no credit; an advantage that is not finite; a path too long for `max_tokens` and `max_prefix`; an
+            action token without any token before it.
     """
     if not trees:
         return []
     forest = forest_of_trees(trees)
-    return pack_forest(forest, tree_weights(forest, trees, objective), objective, max_tokens, dtype=dtype, prune=prune)
+    weigh = tree_weights(forest, trees, objective)
+    return pack_forest(forest, weigh, objective, max_tokens, dtype=dtype, prune=prune, max_prefix=max_prefix)
 
 
 def pack_forest(
-    forest: Forest, weigh: Weigh, objective: Objective, max_tokens: int, *, dtype: torch.dtype, prune: bool
+    forest: Forest,
+    weigh: Weigh,
+    objective: Objective,
+    max_tokens: int,
+    *,
+    dtype: torch.dtype,
+    prune: bool,
+    max_prefix: int = 0,
 ) -> list[PackedTrees]:
     """`pack_trees` on a forest with given weights."""
     weights = weigh(None)
-    cut = cut_trees(forest, turns_to_keep(forest, weights, objective, prune), max_tokens)
-    row_of_piece = fill_rows(cut.piece_tokens, max_tokens)
+    kept = turns_to_keep(forest, weights, objective, prune)
+    cut = cut_trees(forest, kept, max_tokens, 0 if objective.whole_trajectories else max_prefix)
+    row_of_piece = fill_rows(cut.piece_tokens, max_tokens, cut.piece_alone)
     if objective.denominator == "local":
         weights = weigh(row_of_piece[cut.piece_of_turn[forest.leaves]])
     return write_rows(forest, cut, row_of_piece, weights, dtype)

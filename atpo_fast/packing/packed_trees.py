@@ -16,7 +16,8 @@ from torch import Tensor
 class PackedTrees:
     """One row. Trees lie one after another, each in depth-first pre-order with one copy of every token.
 
-    The whole attention mask is `subtree_end`: query q sees key k iff `k <= q < subtree_end[k]`.
+    The whole attention mask is `subtree_end`: query q sees key k iff `k <= q < subtree_end[k]`. A row of a tree over
+    the budget may continue rows before it in the list: then its tokens also see a prefix, all tokens of the rows above.
     Float fields have the dtype asked of `pack_trees` (float32 by default). Fields are plain tensors and may be
     replaced (a fresh `old_logprob`, say).
     """
@@ -25,7 +26,7 @@ class PackedTrees:
     position_ids: Tensor  # (T,) int64, depth along the path
     subtree_end: Tensor  # (T,) int32, row index after the last token of the token's turn's subtree; stays on the CPU
 
-    predictor: Tensor  # (A,) int64, row index of the hidden state that predicts the action token
+    predictor: Tensor  # (A,) int64, index of the hidden state that predicts the action token; -1: the prefix's last
     targets: Tensor  # (A,) int64, the action tokens
     old_logprob: Tensor | None  # (A,) log-prob when sampled (the engine's until replaced); None: the current one
     rollout_logprob: Tensor  # (A,) the engine's log-prob
@@ -49,6 +50,9 @@ class PackedTrees:
 
     unique_tokens: int  # tokens of this row that are not repeats: summed over rows, the tokens kept of the forest
     flat_tokens: int  # tokens of the row's trajectories written out, with multiplicity
+
+    depth: int = 0  # rows above; the nearest earlier row of depth - 1 is the one right above
+    prefix_tokens: int = 0  # tokens of the rows above, root first: every token of this row sees all of them
 
     @property
     def num_tokens(self) -> int:

@@ -18,30 +18,40 @@ def spread_rows(
     """One list of rows per rank, all of the same length (at least one), balanced by cost.
 
     The i-th rows of all ranks run at the same time, so they are chosen to be alike, and within a step the longest row
-    goes to the rank that has done least. Empty rows fill up.
+    goes to the rank that has done least. A row stays with the rows above and below it. Empty rows fill up.
 
     Raises ValueError when `ranks` is not positive.
     """
     if ranks < 1:
         raise ValueError(f"spread_rows: ranks={ranks} must be at least 1")
     dtype = rows[0].weight_pos.dtype if rows else torch.float32
-    costs = [row_cost(row, pairs_per_token) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: -costs[i])
+    units = [(len(unit), sum(row_cost(row, pairs_per_token) for row in unit), unit) for unit in _units(rows)]
     spread: list[list[PackedTrees]] = [[] for _ in range(ranks)]
     done = [0.0] * ranks
-    for low in range(0, max(len(order), 1), ranks):
-        step = order[low : low + ranks]
-        idle_first = sorted(range(ranks), key=lambda rank: done[rank])
-        for place, rank in enumerate(idle_first):
-            spread[rank].append(rows[step[place]] if place < len(step) else empty_row(dtype))
-            done[rank] += costs[step[place]] if place < len(step) else 0.0
-    return spread
+    for _, cost, unit in sorted(units, key=lambda u: u[:2], reverse=True):
+        rank = min(range(ranks), key=lambda r: (len(spread[r]), done[r]))
+        spread[rank] += unit
+        done[rank] += cost
+    most = max(1, *map(len, spread))
+    return [[*mine, *(empty_row(dtype) for _ in range(most - len(mine)))] for mine in spread]
+
+
+def _units(rows: Sequence[PackedTrees]) -> list[list[PackedTrees]]:
+    """Rows that stay together: one without rows above, and those below it."""
+    units: list[list[PackedTrees]] = []
+    for row in rows:
+        if row.depth:
+            units[-1].append(row)
+        else:
+            units.append([row])
+    return units
 
 
 def row_cost(row: PackedTrees, pairs_per_token: float = PAIRS_PER_TOKEN) -> float:
     """Cost of a row in visible query-key pairs: its linear layers and its attention."""
     keys = torch.arange(row.num_tokens, device=row.subtree_end.device)
-    return row.num_tokens * pairs_per_token + float((row.subtree_end - keys).sum())
+    seen = float((row.subtree_end - keys).sum())
+    return row.num_tokens * (pairs_per_token + row.prefix_tokens) + seen
 
 
 def empty_row(dtype: torch.dtype = torch.float32) -> PackedTrees:

@@ -7,12 +7,13 @@ reach it as model keyword arguments, so nothing is global and any decoder that c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
 
+from atpo_fast.policy.prefix import RowPrefix
 from atpo_kernels import make_attention_blocks, tree_attention
 
 TREE_ATTENTION = "atpo_tree"
@@ -37,22 +38,39 @@ def check_supported(config: PretrainedConfig) -> None:
         raise ValueError(f"{config.model_type}: attention sinks and soft-capped scores are not supported")
 
 
+def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key heads, width of a head) of a model."""
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def attention_blocks(
     config: PretrainedConfig,
     subtree_end: Tensor,  # (T,) on the host, or this waits for the device
     dtype: torch.dtype,
     device: torch.device,
+    prefix_tokens: int = 0,
 ) -> Any:
     """What the attention of all layers of a row shares."""
-    heads = config.num_attention_heads
+    heads, key_heads, width = head_shape(config)
     return make_attention_blocks(
         subtree_end,
         query_heads=heads,
-        key_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        key_heads=key_heads,
+        head_dim=width,
         dtype=dtype,
         device=device,
+        prefix=prefix_tokens,
     )
+
+
+def prefix_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Memory for one token of a row's prefix: its keys and values, twice as a row's graph has them behind one another,
+    their gradients in float32, and its layers' outputs."""
+    _, key_heads, width = head_shape(config)
+    per_layer = 2 * key_heads * width * (2 * dtype.itemsize + 4) + config.hidden_size * dtype.itemsize
+    return config.num_hidden_layers * per_layer
 
 
 def _tree_attention_forward(
@@ -64,16 +82,12 @@ def _tree_attention_forward(
     scaling: float | None = None,
     subtree_end: Tensor | None = None,  # (T,) int32
     tree_blocks: Any = None,
+    row_prefix: RowPrefix | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     if subtree_end is None or query.shape[0] != 1:
         raise ValueError("atpo_tree attends over one packed row: pass subtree_end= and a batch of 1")
-    out = tree_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        subtree_end,
-        blocks=tree_blocks,
-        scale=scaling,
-    )
-    return out[None], None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if row_prefix is not None:
+        k, v = row_prefix.extend(cast(int, module.layer_idx), k, v)
+    return tree_attention(q, k, v, subtree_end, blocks=tree_blocks, scale=scaling)[None], None

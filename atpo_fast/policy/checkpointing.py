@@ -2,19 +2,28 @@
 
 Once the loss is known, so are the rows of the final hidden states that carry gradient: those of clipped turns are 0.
 A token k is needed if a row q that sees it, k <= q < subtree_end[k], carries some; the gradient of every other token is
-exactly 0 at every layer. So each layer's saved input is cut to the needed tokens, which are closed under ancestors and
-therefore a packed row of their own, and only those are computed again and differentiated.
+exactly 0 at every layer. So the saved input is cut to the needed tokens, which are closed under ancestors and therefore
+a packed row of their own, and only those are computed again and differentiated.
+
+- `layer` keeps each decoder layer's input and computes the layer again.
+- `mlp` keeps what attention needs and the input of each MLP, and computes the MLP again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from atpo_fast.policy.prefix import RowPrefix
+
+if TYPE_CHECKING:
+    from atpo_fast.config.schema import GradientCheckpointing
 
 WORTH_CUTTING = 0.95  # tokens are left out when no more than this share is needed
 BY_TOKEN = ("position_ids", "position_embeddings")  # what decoder layers are given by token, as (1, T, ...)
@@ -31,31 +40,41 @@ class GradientTokens:
     def __init__(self, subtree_end: Tensor, make_blocks: Callable[[Tensor], Any]):
         self._subtree_end, self._make_blocks = subtree_end, make_blocks
         self.index: Tensor | None = None  # (K,) int64 in order; None: all
+        self.subtree_end: Tensor | None = None  # (K,) int32 of the row of the needed tokens; None: all
         self.dropped = 0  # T - K
-        self._by_name: dict[str, Any] = {}
+        self._attention: dict[str, Any] | None = None  # what attention is given of that row, once a layer asks
+        self._whole: list[Any] = []  # values of BY_TOKEN ...
+        self._cut: dict[str, Any] = {}  # ... and the same of the needed tokens
 
     def observe(self, gradient: Tensor) -> None:  # (1, T, D)
         """Find the needed tokens. Waits for the device once: their number decides the sizes of what follows."""
         end = self._subtree_end.long()
-        carried = torch.nn.functional.pad(gradient[0].ne(0).any(-1).cumsum(0), (1, 0))  # (T+1,) rows before each
+        carried = nn.functional.pad(gradient[0].ne(0).any(-1).cumsum(0), (1, 0))  # (T+1,) rows before each
         needed = carried[end] > carried[:-1]
         needed[:1] = True  # a layer wants at least one token
         index = needed.nonzero().squeeze(1)
         if len(index) > WORTH_CUTTING * len(needed):
             return
-        place = torch.nn.functional.pad(needed.cumsum(0), (1, 0))
-        subtree_end = place[end][index].int()
+        place = nn.functional.pad(needed.cumsum(0), (1, 0))
         self.index, self.dropped = index, len(needed) - len(index)
-        self._by_name = {"subtree_end": subtree_end, "tree_blocks": self._make_blocks(subtree_end)}
+        self.subtree_end = place[end][index].int()
 
     def cut(self, run: partial[Tensor]) -> partial[Tensor]:
         """A layer's call over the needed tokens."""
-        changes = dict(self._by_name)
-        for name in BY_TOKEN:
-            value = run.keywords.get(name)
-            if value is not None:
-                changes[name] = tuple(map(self.take, value)) if isinstance(value, tuple) else self.take(value)
-        return partial(run.func, *run.args, **(run.keywords | changes))
+        if self.subtree_end is None:
+            return run
+        if self._attention is None:
+            self._attention = {"subtree_end": self.subtree_end, "tree_blocks": self._make_blocks(self.subtree_end)}
+        whole = [run.keywords.get(name) for name in BY_TOKEN]
+        if not self._whole or any(new is not old for new, old in zip(whole, self._whole, strict=True)):
+            self._whole = whole  # the same objects for every layer, so this happens once
+            self._cut = {name: self._take_all(value) for name, value in zip(BY_TOKEN, whole, strict=True)}
+        return partial(run.func, *run.args, **(run.keywords | self._attention | self._cut))
+
+    def _take_all(self, value: Tensor | tuple[Tensor, ...] | None) -> Tensor | tuple[Tensor, ...] | None:
+        if isinstance(value, tuple):
+            return tuple(map(self.take, value))
+        return None if value is None else self.take(value)
 
     def take(self, values: Tensor) -> Tensor:  # (1, T, ...) -> (1, K, ...)
         """Of the needed tokens."""
@@ -66,40 +85,80 @@ class GradientTokens:
         return values if self.index is None else torch.zeros_like(like).index_copy_(1, self.index, values)
 
 
-class _Layer(torch.autograd.Function):
-    """A decoder layer whose input alone is kept."""
+class _Recomputed(torch.autograd.Function):
+    """A call whose input alone is kept; the backward makes it again over the needed tokens."""
 
     @staticmethod
-    def forward(ctx: Any, run: partial[Tensor], tokens: GradientTokens, hidden: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, run: Callable[[Tensor], Tensor], tokens: GradientTokens, hidden: Tensor, known: Tensor | None
+    ) -> Tensor:
         ctx.run, ctx.tokens = run, tokens
         ctx.save_for_backward(hidden)
-        return run(hidden)
+        return run(hidden) if known is None else known.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:  # type: ignore[override]
         (hidden,) = ctx.saved_tensors
         tokens: GradientTokens = ctx.tokens
         kept = tokens.take(hidden.detach()).requires_grad_()
         with torch.enable_grad():
-            out = (ctx.run if tokens.index is None else tokens.cut(ctx.run))(kept)
+            out = ctx.run(kept)
         torch.autograd.backward(out, tokens.take(grad))
         assert kept.grad is not None
-        return None, None, tokens.put_back(kept.grad, hidden)
+        return None, None, tokens.put_back(kept.grad, hidden), None
 
 
 def checkpoint_layer(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
-    """Hugging Face's hook for checkpointing a decoder layer; its keyword arguments hold `gradient_tokens`."""
-    return _Layer.apply(run, run.keywords["gradient_tokens"], hidden)
+    """Hugging Face's hook for checkpointing a decoder layer; its keyword arguments hold `gradient_tokens`.
 
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Keep each decoder layer's input alone in training.
-
-    Raises ValueError for models that draw random numbers in a layer, which would be others the second time.
+    A row that is closed was forwarded when it was opened, and its layers' outputs are known from there.
     """
+    tokens: GradientTokens = run.keywords["gradient_tokens"]
+    prefix: RowPrefix = run.keywords["row_prefix"]
+    known = prefix.own.layer_outputs.pop(0) if prefix.own is not None and prefix.closing else None
+    out = _Recomputed.apply(lambda kept: tokens.cut(run)(kept), tokens, hidden, known)
+    if prefix.own is not None and not prefix.closing:
+        prefix.own.layer_outputs.append(out)
+    return out
+
+
+def checkpoint_mlp(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
+    """The same hook: the layer runs as it is, and its MLP is told the row's tokens."""
+    mlp = run.func.__self__.mlp  # type: ignore[attr-defined]  # of the decoder layer, whose call this is
+    mlp.gradient_tokens = run.keywords["gradient_tokens"]
+    try:
+        return run(hidden)
+    finally:
+        mlp.gradient_tokens = None
+
+
+def _mlp_forward(mlp: Any, plain: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
+    """The forward of a checkpointed MLP; `plain` is its own, which calls the modules that hold its parameters."""
+    return plain(hidden) if mlp.gradient_tokens is None else _Recomputed.apply(plain, mlp.gradient_tokens, hidden, None)
+
+
+def enable_checkpointing(model: PreTrainedModel, choice: GradientCheckpointing) -> None:
+    """Compute again in the backward of training what `choice` says.
+
+    Raises ValueError for a choice that does not exist, for models that draw random numbers in a layer, which would be
+    others the second time, and under `mlp` for models without a module of that name in every decoder layer.
+    """
+    if choice == "none":
+        return
+    if choice not in ("layer", "mlp"):
+        raise ValueError(f"gradient_checkpointing={choice!r}: must be 'none', 'layer' or 'mlp'")
+    model_type = model.config.model_type
     rates = {name: rate for name, rate in vars(model.config).items() if name.endswith("dropout") and rate}
     if rates:
-        raise ValueError(f"{model.config.model_type}: gradient checkpointing needs {', '.join(rates)} to be 0")
+        raise ValueError(f"{model_type}: gradient checkpointing needs {', '.join(rates)} to be 0")
+    if choice == "mlp":
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers or not all(hasattr(layer, "mlp") for layer in layers):
+            raise ValueError(f"{model_type}: a decoder layer has no module named mlp; use gradient_checkpointing=layer")
+        for layer in layers:
+            mlp: Any = layer.mlp
+            mlp.gradient_tokens = None
+            mlp.forward = partial(_mlp_forward, mlp, mlp.forward)
     model.enable_input_require_grads()
     set_function: Callable[..., None] = model._set_gradient_checkpointing
-    set_function(enable=True, gradient_checkpointing_func=checkpoint_layer)
+    set_function(enable=True, gradient_checkpointing_func=checkpoint_layer if choice == "layer" else checkpoint_mlp)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 
 from atpo_fast.config.schema import ModelConfig
 
@@ -19,8 +26,20 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     if config.path is not None:
         return load_model(config.path, dtype)
     torch.manual_seed(seed)
-    sizes = Qwen3Config(
-        vocab_size=-(-len(tokenizer) // 8) * 8,
+    sizes = model_sizes(config)
+    sizes.vocab_size = -(-len(tokenizer) // 8) * 8
+    sizes.eos_token_id, sizes.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    return AutoModelForCausalLM.from_config(sizes, dtype=dtype)  # .to(dtype) would round the rotary frequencies too
+
+
+def model_sizes(config: ModelConfig) -> PretrainedConfig:
+    """Hugging Face's description of the model: that at `config.path`, or of the random one, but for its vocabulary.
+
+    Raises FileNotFoundError when the path is not a model folder.
+    """
+    if config.path is not None:
+        return AutoConfig.from_pretrained(_model_folder(config.path))
+    return Qwen3Config(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.layers,
@@ -30,15 +49,16 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=config.tie_embeddings,
         initializer_range=config.initializer_range,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    return AutoModelForCausalLM.from_config(sizes, dtype=dtype)  # .to(dtype) would round the rotary frequencies too
 
 
 def load_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """A causal LM from a local Hugging Face folder."""
+    return AutoModelForCausalLM.from_pretrained(_model_folder(path), dtype=dtype)
+
+
+def _model_folder(path: str | Path) -> str | Path:
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"model.path={path}: no config.json there; give a Hugging Face model folder")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return path

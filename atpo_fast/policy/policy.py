@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.policy.attention import TREE_ATTENTION, attention_blocks, check_supported, register
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
+from atpo_fast.policy.layers import use_liger
+from atpo_fast.policy.prefix import NO_PREFIX, RowPrefix
+
+if TYPE_CHECKING:
+    from atpo_fast.config.schema import GradientCheckpointing, Liger
 
 
 class Policy(nn.Module):
@@ -22,46 +27,78 @@ class Policy(nn.Module):
         model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`. Its attention and
             head are replaced; parameter names stay Hugging Face's.
         temperature: sampling temperature of the rollouts, applied to the logits.
-        gradient_checkpointing: recompute each layer in the backward, without the tokens that carry no gradient.
+        gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
+            each decoder `layer`, or only its `mlp`.
+        liger: `auto` runs RMSNorm, SwiGLU and RoPE of the architectures in `layers.MODEL_TYPES` on Liger's kernels
+            where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers alone.
 
-    Raises ValueError for models with windowed or capped attention.
+    Raises ValueError for models with windowed or capped attention, and for those that the choice of
+    gradient_checkpointing does not suit.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, gradient_checkpointing: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        gradient_checkpointing: GradientCheckpointing = "none",
+        liger: Liger = "auto",
+    ):
         super().__init__()
         check_supported(model.config)
         register()
         model.set_attn_implementation(TREE_ATTENTION)
         install_head(model, temperature)
-        if gradient_checkpointing:
-            enable_checkpointing(model)
+        if liger == "auto" and torch.cuda.is_available():
+            use_liger(model)
+        enable_checkpointing(model, gradient_checkpointing)
         self.model = model
         self.dropped_tokens = 0  # left out of backward passes so far, with gradient checkpointing
 
-    def forward(self, row: PackedTrees, objective: Objective | None = None) -> tuple[Tensor, Tensor] | RowLoss:
-        """Score one row: ((A,) log-prob, (A,) entropy), or its loss when an objective is given."""
-        hidden = self.hidden_states(row)
-        return self.model.lm_head(hidden.index_select(0, row.predictor), row, objective)
+    def forward(
+        self,
+        row: PackedTrees,
+        objective: Objective | None = None,
+        prefix: RowPrefix = NO_PREFIX,
+        score: bool = True,
+    ) -> tuple[Tensor, Tensor] | RowLoss | Tensor:
+        """Score one row: ((A,) log-prob, (A,) entropy), or its loss when an objective is given.
 
-    def hidden_states(self, row: PackedTrees) -> Tensor:
-        """(T, D) final hidden states of a row."""
+        Args:
+            prefix: what the row reads of the rows above it and leaves for those below (`walk`).
+            score: False leaves the head out and returns the (A, D) hidden states that predict the action tokens.
+        """
+        hidden = prefix.predicting(self.hidden_states(row, prefix), row.predictor)
+        return self.model.lm_head(hidden, row, objective) if score else hidden
+
+    def hidden_states(self, row: PackedTrees, prefix: RowPrefix = NO_PREFIX) -> Tensor:
+        """(T, D) final hidden states of a row. Raises ValueError for a row with a prefix that is not given."""
+        if len(prefix.above) != row.depth:
+            raise ValueError(
+                f"this row continues {row.depth} opened rows, but {len(prefix.above)} are given: make the passes of "
+                "`walk(rows, plan_passes([rows])[0])`, or pack with max_prefix=0"
+            )
         subtree_end = row.subtree_end.to(self.device, non_blocking=True)
-        tokens = GradientTokens(subtree_end, self._attention_blocks)
+
+        def make_blocks(subtree_end: Tensor) -> Any:  # (T,)
+            return attention_blocks(
+                self.model.config, subtree_end, self.model.dtype, self.device, prefix_tokens=row.prefix_tokens
+            )
+
+        tokens = GradientTokens(subtree_end, make_blocks)
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
             use_cache=False,
             subtree_end=subtree_end,
-            tree_blocks=self._attention_blocks(row.subtree_end),  # once for all layers
+            tree_blocks=make_blocks(row.subtree_end),  # once for all layers
             gradient_tokens=tokens,
+            row_prefix=prefix,
         )
         hidden = out.last_hidden_state
-        if self.model.is_gradient_checkpointing and hidden.requires_grad:
+        if self.model.is_gradient_checkpointing and self.model.training and hidden.requires_grad and not prefix.closing:
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
-
-    def _attention_blocks(self, subtree_end: Tensor) -> Any:  # (T,)
-        return attention_blocks(self.model.config, subtree_end, self.model.dtype, self.device)
 
     def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:
         tokens.observe(gradient)

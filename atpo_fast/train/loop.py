@@ -20,7 +20,15 @@ import torch
 from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
 from atpo_fast.credit import assign_credit
 from atpo_fast.objective import Objective
-from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
+from atpo_fast.packing import (
+    PackedTrees,
+    Pass,
+    apply_entropy_advantage,
+    pack_trees,
+    plan_passes,
+    pruned_tokens,
+    spread_rows,
+)
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
@@ -28,6 +36,7 @@ from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.ranks import reduce_over_ranks
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
+from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
 from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_logprob
@@ -57,6 +66,7 @@ class Trainer:
         self.objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
         self._begun = time.monotonic() - seconds
         self.policy = make_policy(run.config, start)
+        self.max_prefix = max_prefix(run.config, self.objective)
         self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
         self.worker = RolloutWorker(run, start, self.engine.device)
@@ -143,23 +153,24 @@ class Trainer:
     def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
         """Optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
         run, size = self.run, self.config.train.questions_per_minibatch
-        batches: list[list[PackedTrees]] = []
+        batches: list[tuple[list[PackedTrees], list[Pass]]] = []
         pruned = 0
         with run.timer.phase("pack"):
             for trees in _chunks([scored.tree for scored in forest], size):
-                rows = pack_trees(trees, self.objective, self.config.train.max_tokens)
+                rows = pack_trees(trees, self.objective, self.config.train.max_tokens, max_prefix=self.max_prefix)
                 pruned += pruned_tokens(trees, rows)
-                batches.append(spread_rows(rows, run.world)[run.rank] if rows else [])
+                spread = spread_rows(rows, run.world) if rows else [[]] * run.world
+                batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
         with run.timer.phase("logprob"):
-            batches = [self._prepare(rows, on_policy=i == 0) for i, rows in enumerate(batches)]
+            batches = [(self._prepare(rows, on_policy=i == 0), passes) for i, (rows, passes) in enumerate(batches)]
         metrics, mismatch = MetricMean(), Mismatch(self.config.train.max_mismatch_kl)
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
-            for i, rows in enumerate(batches):
+            for i, (rows, passes) in enumerate(batches):
                 if rows:  # every question may have had equal rewards: no gradient anywhere, the same on every rank
                     set_learning_rate(self.engine, self._learning_rate())
                     fresh = mismatch if mismatch.kl is None else None
-                    optimizer_step(self.engine, self.watch, rows, self.objective, metrics, run.timer, fresh)
+                    optimizer_step(self.engine, self.watch, rows, passes, self.objective, metrics, run.timer, fresh)
                     self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
@@ -252,6 +263,7 @@ def make_policy(config: Config, folder: Path | str) -> Policy:
         load_model(folder, getattr(torch, config.model.dtype)),
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
+        liger=config.model.liger,
     )
 
 

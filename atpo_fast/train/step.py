@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from atpo_fast.objective import Objective
-from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.packing import PackedTrees, Pass, plan_passes
+from atpo_fast.policy.prefix import RowPrefix, walk
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
 from atpo_fast.train.optimizer import GradientWatch
@@ -102,19 +103,24 @@ class Mismatch:
 def accumulate(
     engine: deepspeed.DeepSpeedEngine,
     rows: Sequence[PackedTrees],
-    row_loss: Callable[[PackedTrees], Tensor],
+    passes: Sequence[Pass],
+    row_loss: Callable[[PackedTrees, RowPrefix], Tensor],
     timer: PhaseTimer,
 ) -> None:
-    """Add up the gradients of this rank's rows.
+    """Add up the gradients of this rank's rows, in its passes of `plan_passes`.
 
-    `row_loss` gets a row on the engine's device. Row losses of all ranks sum to the mini-batch loss; DeepSpeed averages
-    gradients over ranks, hence the factor.
+    `row_loss` gets a row on the engine's device, and its prefix. Row losses of all ranks sum to the mini-batch loss;
+    DeepSpeed averages gradients over ranks, hence the factor.
     """
     device, world = device_of(engine), dist.get_world_size()
-    for i, row in enumerate(rows):
-        engine.set_gradient_accumulation_boundary(i == len(rows) - 1)
+    for i, (kind, row, prefix) in enumerate(walk(rows, passes)):
+        engine.set_gradient_accumulation_boundary(i == len(passes) - 1)
+        if kind == "open":
+            with timer.phase("forward"), torch.no_grad():
+                engine(row.to(device), prefix=prefix, score=False)
+            continue
         with timer.phase("forward"):
-            loss = row_loss(row.to(device))
+            loss = row_loss(row.to(device), prefix)
         with timer.phase("backward"):
             engine.backward(loss * world)
 
@@ -130,24 +136,25 @@ def optimizer_step(
     engine: deepspeed.DeepSpeedEngine,
     watch: GradientWatch,
     rows: Sequence[PackedTrees],
+    passes: Sequence[Pass],
     objective: Objective,
     metrics: MetricMean,
     timer: PhaseTimer,
     mismatch: Mismatch | None = None,
 ) -> None:
-    """One step on the objective over this rank's rows.
+    """One step on the objective over this rank's rows, in its passes of `plan_passes`.
 
     `mismatch` is filled and checked before the step; give it while the weights are those of the rollout.
     """
 
-    def row_loss(row: PackedTrees) -> Tensor:
-        out = engine(row, objective)
+    def row_loss(row: PackedTrees, prefix: RowPrefix) -> Tensor:
+        out = engine(row, objective, prefix)
         metrics.add(out.metrics, out.loss)
         if mismatch is not None:
             mismatch.add(row, out.logprob)
         return out.loss
 
-    accumulate(engine, rows, row_loss, timer)
+    accumulate(engine, rows, passes, row_loss, timer)
     if mismatch is not None:
         mismatch.settle()
     apply_gradients(engine, watch, timer)
@@ -160,8 +167,10 @@ def score_rows(engine: deepspeed.DeepSpeedEngine, rows: Sequence[PackedTrees]) -
     device = device_of(engine)
     engine.eval()
     scores = []
-    for row in rows:
-        logprob, entropy = engine(row.to(device))
+    for kind, row, prefix in walk(rows, plan_passes([rows])[0]):
+        if kind == "close":  # what it left is let go
+            continue
+        logprob, entropy = engine(row.to(device), None, prefix)
         home = row.input_ids.device
         scores.append((logprob.to(home), entropy.to(home)))
     engine.train()

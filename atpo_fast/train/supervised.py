@@ -17,10 +17,12 @@ from torch import Tensor
 
 from atpo_fast.config.schema import OptimConfig, SFTConfig
 from atpo_fast.objective import Objective
-from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
+from atpo_fast.packing import PackedTrees, pack_trees, plan_passes, spread_rows
 from atpo_fast.policy import Policy, build_model
+from atpo_fast.policy.prefix import RowPrefix
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
 from atpo_fast.train.optimizer import GradientWatch
+from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model
@@ -44,7 +46,11 @@ def cold_start(run: Run) -> Path:
     begun = time.monotonic()
     run.logger.truncate_after(-1, ("sft",))
     config = run.config
-    policy = Policy(build_model(config.model, run.task.tokenizer, config.seed))
+    policy = Policy(
+        build_model(config.model, run.task.tokenizer, config.seed),
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        liger=config.model.liger,
+    )
     optim = OptimConfig(lr=config.sft.lr, weight_decay=config.optim.weight_decay, betas=(0.9, 0.95))
     engine, watch = initialize(policy, config, optim)
     for tree in demonstrations:
@@ -76,16 +82,16 @@ def _sft_step(
 ) -> tuple[float, int, float]:
     """(loss, tokens, seconds) of one optimizer step."""
     begun = time.monotonic()
-    rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens)
-    mine = spread_rows(rows, run.world)[run.rank]
+    rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens, max_prefix=max_prefix(run.config, LIKELIHOOD))
+    spread = spread_rows(rows, run.world)
     losses: list[Tensor] = []
 
-    def row_loss(row: PackedTrees) -> Tensor:
-        loss = -(row.weight_pos * engine(row)[0]).sum()
+    def row_loss(row: PackedTrees, prefix: RowPrefix) -> Tensor:
+        loss = -(row.weight_pos * engine(row, None, prefix)[0]).sum()
         losses.append(loss.detach())
         return loss
 
-    accumulate(engine, mine, row_loss, run.timer)
+    accumulate(engine, spread[run.rank], plan_passes(spread)[run.rank], row_loss, run.timer)
     apply_gradients(engine, watch, run.timer)
     loss_sum = run.sum_over_ranks({"loss": float(sum(losses))})["loss"]
     return loss_sum, sum(row.num_tokens for row in rows), time.monotonic() - begun

@@ -17,8 +17,9 @@ from atpo_fast.policy import build_model
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
 from atpo_fast.train.evaluate import evaluate, evaluate_step
 from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.loop import Trainer, newest_checkpoint, trainer_summary
+from atpo_fast.train.loop import Trainer, make_objective, newest_checkpoint, trainer_summary
 from atpo_fast.train.rollout_worker import RolloutWorker
+from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run, start_run
 from atpo_fast.train.schedule import draw_questions
 from atpo_fast.train.step import MismatchError
@@ -31,6 +32,8 @@ STOPPED = 143  # exit code of a run that was asked to stop and saved its state
 def train(run: Run) -> int:
     """Cold start where needed, RL, evaluation, summary, report."""
     resume_from = newest_checkpoint(run)
+    objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
+    max_prefix(run.config, objective)  # or an error, before the cold start
     start, seconds = starting_model(run)
     check_vocabulary(run, start)
     trainer = Trainer(run, start, resume_from, seconds)

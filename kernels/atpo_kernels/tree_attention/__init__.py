@@ -43,8 +43,8 @@ _PATHS: dict[str, Callable[..., Tensor]] = {
 
 def tree_attention(
     q: Tensor,  # (T, Hq, d)
-    k: Tensor,  # (T, Hkv, d)
-    v: Tensor,  # (T, Hkv, d)
+    k: Tensor,  # (P + T, Hkv, d)
+    v: Tensor,  # (P + T, Hkv, d)
     subtree_end: Tensor,  # (T,) int32
     *,
     blocks: TreeBlocks | TreeBlockLists | BlockMask | Any | None = None,
@@ -54,11 +54,13 @@ def tree_attention(
     """Attention of a row of trees, each laid out in depth-first pre-order with one copy of every token.
 
     Query i sees key j iff j <= i < subtree_end[j], where subtree_end[j] is the index after the last token of the
-    subtree of j's turn. Trees in a row do not see one another. Query heads are grouped over key heads as usual: query
-    head h reads key head h // (Hq / Hkv). `scale`, positive, defaults to 1/sqrt(d). Output in the dtype of q; scores
-    and softmax of half-precision inputs are float32 ("torch", "triton", "flex"). Differentiable in q, k and v; T = 0 is
-    allowed. `blocks` are made once per row by `make_attention_blocks` and serve all its layers and steps; without
-    them they are made in every call, which reads subtree_end on the host and so waits for the device.
+    subtree of j's turn. Trees in a row do not see one another. k and v may begin with a prefix of P >= 0 more tokens
+    than q, the ancestors of a row that continues others: every query sees all of them, and key P + j is the row's token
+    j. Query heads are grouped over key heads as usual: query head h reads key head h // (Hq / Hkv). `scale`, positive,
+    defaults to 1/sqrt(d). Output in the dtype of q; scores and softmax of half-precision inputs are float32 ("torch",
+    "triton", "flex"). Differentiable in q, k and v; T = 0 is allowed. `blocks` are made once per row and prefix by
+    `make_attention_blocks` and serve all its layers and steps; without them they are made in every call, which reads
+    subtree_end on the host and so waits for the device.
 
     `impl`:
       "auto"       "triton" for CUDA tensors of a dtype and head width that it takes, else "torch"
@@ -67,12 +69,12 @@ def tree_attention(
       "torch"      visits the visible keys of each block of queries (TreeBlocks); any device and dtype
       "flex"       PyTorch's FlexAttention on the same lists (BlockMask), compiled on CUDA; on the CPU eager, and
                    without gradients
-      "xformers"   varlen attention (BlockDiagonalCausalMask) of rows without branches, CUDA only
-      "sdpa"       scaled_dot_product_attention with the dense (T, T) mask; takes no blocks
+      "xformers"   varlen attention (BlockDiagonalCausalMask) of rows without branches or prefix, CUDA only
+      "sdpa"       scaled_dot_product_attention with the dense (T, P + T) mask; takes no blocks
       "reference"  the definition, with the dense mask; takes no blocks
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, blocks of another row or another implementation,
-    or a row with branches for "xformers"; RuntimeError for an implementation that is missing here.
+    Raises ValueError for shapes, dtypes or devices that do not fit, blocks of another row, prefix or implementation, or
+    a row with branches or a prefix for "xformers"; RuntimeError for an implementation that is missing here.
     """
     _check(q, k, v, subtree_end, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -92,23 +94,26 @@ def make_attention_blocks(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
     impl: str = "auto",
+    prefix: int = 0,
 ) -> Any:
     """What `tree_attention` takes as `blocks` of a row for tensors of this shape, dtype and device.
 
-    Made on the host from subtree_end, so give it there: then nothing waits for the device (default: that of
-    subtree_end). None for implementations that use no blocks. Raises ValueError if subtree_end is not that of
-    depth-first pre-order.
+    `prefix` is how many more tokens k and v have than q. Made on the host from subtree_end, so give it there: then
+    nothing waits for the device (default: that of subtree_end). None for implementations that use no blocks. Raises
+    ValueError if subtree_end is not that of depth-first pre-order, or prefix is negative.
     """
+    if prefix < 0:
+        raise ValueError(f"make_attention_blocks: prefix must be the number of tokens before the row, got {prefix}")
     device = subtree_end.device if device is None else torch.device(device)
     path = _choose(impl, device, dtype, head_dim)
     if path is tree_attention_blockwise:
-        return make_tree_blocks(subtree_end)
+        return make_tree_blocks(subtree_end, prefix=prefix)
     if path is tree_attention_flex:
-        return make_flex_mask(subtree_end.to(device))
+        return make_flex_mask(subtree_end.to(device), prefix)
     if path in _PATHS.values():
         return None
     sizes = block_sizes(tiles_for(target_of(device), dtype, head_dim), query_heads // key_heads)
-    lists = make_tree_block_lists(subtree_end, sizes, key_heads=key_heads, workers=processors(device))
+    lists = make_tree_block_lists(subtree_end, sizes, key_heads=key_heads, workers=processors(device), prefix=prefix)
     return lists.to(device)
 
 
@@ -122,8 +127,10 @@ def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> 
 def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Any | None) -> None:
     tokens = q.shape[0]
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, subtree_end {tuple(subtree_end.shape)}"
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[0] != tokens or k.shape[2] != q.shape[2]:
-        raise ValueError(f"tree_attention: q must be (T, Hq, d), k and v (T, Hkv, d), got {shapes}")
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
+        raise ValueError(f"tree_attention: q must be (T, Hq, d), k and v (P + T, Hkv, d), got {shapes}")
+    if k.shape[0] < tokens:
+        raise ValueError(f"tree_attention: k and v must have every token of q, and those of a prefix, got {shapes}")
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"tree_attention: the query heads must be a multiple of the key heads, got {shapes}")
     if subtree_end.shape != (tokens,) or subtree_end.dtype not in (torch.int32, torch.int64):
@@ -132,5 +139,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Any | N
         raise ValueError(f"tree_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if len({x.device for x in (q, k, v, subtree_end)}) != 1:
         raise ValueError("tree_attention: q, k, v and subtree_end must be on one device")
-    if isinstance(blocks, (TreeBlocks, TreeBlockLists)) and blocks.tokens != tokens:
-        raise ValueError(f"tree_attention: blocks are of a row of {blocks.tokens} tokens, but there are {tokens}")
+    if isinstance(blocks, (TreeBlocks, TreeBlockLists)):
+        made, here = (blocks.tokens, blocks.prefix), (tokens, k.shape[0] - tokens)
+        if made != here:
+            raise ValueError(
+                "tree_attention: blocks are of a row of {} tokens behind a prefix of {}, ".format(*made)
+                + "but q has {} tokens and k and v have {} more".format(*here)
+            )

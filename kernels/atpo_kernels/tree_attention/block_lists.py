@@ -8,6 +8,10 @@ that is not the first child of its parent (a first child follows its parent with
 what its first query sees, and its own tokens; a run becomes at most one partial block at either end and full blocks
 between. From the side of the keys, blocks need no lists, as subtrees are ranges: keys [a, b) are seen by the queries
 [a, max subtree_end), and all of them by [b - 1, min subtree_end).
+
+A prefix of P tokens stands in front of the row's own tokens among the keys, and not among the queries; all queries see
+all of it. Query blocks count the row's own tokens, key blocks count from the first token of the prefix: token i of the
+row is query i and key P + i.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ class TreeBlockLists:
     """Lists of blocks of one row for `tree_attention(impl="triton")`; all tensors int32, on the row's device."""
 
     tokens: int
+    prefix: int
     sizes: BlockSizes
     key_heads: int
     query_order: Tensor
@@ -70,18 +75,21 @@ def make_tree_block_lists(
     *,
     key_heads: int = 1,
     workers: int = 132,
+    prefix: int = 0,
 ) -> TreeBlockLists:
-    """Lists for a row of trees, on the host: O(turns * depth + listed blocks), in NumPy.
+    """Lists for a row of trees behind a prefix, on the host: O(turns * depth + tokens + listed blocks), in NumPy.
 
     Key blocks that very many queries see are cut in pieces, so that of the work that `workers` multiprocessors do for
     `key_heads` heads none is a long tail. Raises ValueError if subtree_end is not that of depth-first pre-order.
     """
     end = subtree_end.detach().cpu().numpy().astype(np.int32, copy=False)
-    turns = _find_turns(end)
-    order, full_offsets, full, partial_offsets, partial = map(torch.from_numpy, _key_lists(turns, len(end), sizes))
-    parts, split, slots = _query_ranges(end, sizes, key_heads, workers)
+    turns = _find_turns(end, prefix)
+    found = _key_lists(turns, prefix, prefix + len(end), sizes)
+    order, full_offsets, full, partial_offsets, partial = map(torch.from_numpy, found)
+    parts, split, slots = _query_ranges(end, prefix, sizes, key_heads, workers)
     return TreeBlockLists(
         tokens=len(end),
+        prefix=prefix,
         sizes=sizes,
         key_heads=key_heads,
         query_order=order,
@@ -96,8 +104,8 @@ def make_tree_block_lists(
 
 
 class _Turns(NamedTuple):
-    """Maximal stretches of tokens with one subtree_end, in order; (N,) each, and a last one of no tokens that stands
-    for "none". Stretches rather than turns: a turn and its only child make one."""
+    """Stretches of tokens with one subtree_end, in order and counted as keys; (N,) each, and a last one of no tokens
+    that stands for "none". Stretches rather than turns: a turn and its only child make one. A prefix is the first."""
 
     start: Ints
     stop: Ints
@@ -107,38 +115,42 @@ class _Turns(NamedTuple):
     above: Ints  # last stretch of the run of visible tokens before that, or N
 
 
-def _find_turns(end: Ints) -> _Turns:
-    tokens = len(end)
-    start = np.flatnonzero(np.diff(end, prepend=-1)).astype(np.int32)
-    number = len(start)
-    stop = np.append(start[1:], np.int32(tokens))[:number].astype(np.int32)
-    ends = end[start]
+def _find_turns(end: Ints, prefix: int) -> _Turns:
+    tokens = prefix + len(end)
+    start = np.flatnonzero(np.append(True, end[1:] != end[:-1])[: len(end)]).astype(np.int32)
+    ends = end[start] + np.int32(prefix)
+    start += np.int32(prefix)
+    if prefix:
+        start, ends = np.append(np.int32(0), start), np.append(np.int32(tokens), ends)
+    stop = np.append(start[1:], np.int32(tokens))[: len(start)]
     if np.any(ends < stop) or np.any(ends > tokens):
         raise ValueError("make_tree_block_lists: subtree_end[k] must lie in (k, T]")
-    parent, run_start, above = np.empty((3, number + 1), np.int32)
-    parent[number] = above[number] = number
-    run_start[number] = tokens
+    none = len(start)
+    parent: list[int] = []
+    run_start: list[int] = []
+    above: list[int] = []
     path: list[int] = []
     starts, stops, stretch_ends = start.tolist(), stop.tolist(), ends.tolist()
-    for i in range(number):
+    for i in range(none):
         while path and stretch_ends[path[-1]] <= starts[i]:
             path.pop()
-        up = path[-1] if path else number
-        if up < number and stretch_ends[i] > stretch_ends[up]:
+        up = path[-1] if path else none
+        if up < none and stretch_ends[i] > stretch_ends[up]:
             raise ValueError("make_tree_block_lists: the subtrees of subtree_end overlap without one holding the other")
-        first = up < number and stops[up] == starts[i]
-        parent[i] = up
-        run_start[i] = run_start[up] if first else starts[i]
-        above[i] = above[up] if first else up
+        first = up < none and stops[up] == starts[i]
+        parent.append(up)
+        run_start.append(run_start[up] if first else starts[i])
+        above.append(above[up] if first else up)
         path.append(i)
+    linked = np.array([[*parent, none], [*run_start, tokens], [*above, none]], np.int32)
     start, stop, ends = (np.append(x, np.int32(last)) for x, last in ((start, tokens), (stop, 0), (ends, 0)))
-    return _Turns(start, stop, ends, parent, run_start, above)
+    return _Turns(start, stop, ends, *linked)
 
 
-def _key_lists(turns: _Turns, tokens: int, sizes: BlockSizes) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """query_order, full_offsets, full, partial_offsets and partial of TreeBlockLists."""
+def _key_lists(turns: _Turns, prefix: int, tokens: int, sizes: BlockSizes) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+    """query_order, full_offsets, full, partial_offsets and partial of TreeBlockLists; `tokens` with the prefix."""
     size = sizes.keys
-    first = np.arange(0, tokens, sizes.queries, dtype=np.int32)  # query of each block
+    first = np.arange(prefix, tokens, sizes.queries, dtype=np.int32)  # query of each block, counted as a key
     after = np.minimum(first + sizes.queries, tokens).astype(np.int32)
     # 1. the runs of visible tokens [lo, hi) of every query block, its own first and then upwards
     own = np.searchsorted(turns.start[:-1], first, side="right") - 1
@@ -160,7 +172,7 @@ def _key_lists(turns: _Turns, tokens: int, sizes: BlockSizes) -> tuple[Ints, Int
     common[offsets[:-1]] = np.minimum(common[offsets[:-1]], first + 1)
     # 3. blocks: head [head, full), full ones [full, tail), and tail [tail, stop); one that is also the last of the run
     # above is left to that
-    above = -(-turns.stop[turns.above[turn]] // size)
+    above = (-(-turns.stop[turns.above] // size))[turn]
     head, full = np.maximum(lo // size, above), -(-lo // size)
     tail = np.maximum(common // size, full)
     stop = np.maximum(-(-hi // size), tail)
@@ -188,16 +200,19 @@ def _chains(turns: _Turns) -> tuple[Ints, Ints]:
     return _offsets(np.bincount(turn, minlength=none)), level_turn[order]
 
 
-def _query_ranges(end: Ints, sizes: BlockSizes, key_heads: int, workers: int) -> tuple[Ints, Ints, int]:
+def _query_ranges(end: Ints, prefix: int, sizes: BlockSizes, key_heads: int, workers: int) -> tuple[Ints, Ints, int]:
     """key_parts, split_keys and slots of TreeBlockLists."""
     tokens, size = len(end), sizes.queries_by_key
-    first = np.arange(0, tokens, sizes.keys_by_key, dtype=np.int32)  # key of each block
     if tokens == 0:
         return np.zeros((0, 6), np.int32), np.zeros((0, 3), np.int32), 0
-    last_end, common_end = np.maximum.reduceat(end, first), np.minimum.reduceat(end, first)
+    ends = np.append(np.full(prefix, tokens, np.int32), end) if prefix else end
+    at = np.arange(0, len(ends), sizes.keys_by_key, dtype=np.int32)  # key of each block
+    last_end, common_end = np.maximum.reduceat(ends, at), np.minimum.reduceat(ends, at)
     # 1. query blocks [lo, hi) see the key block, [full_lo, full_hi) see all of it; never a short last one
+    # (queries from `first` on may see the first key of the block, those from `last` on the last one)
+    first, last = (np.maximum(x - prefix, 0) for x in (at, at + sizes.keys_by_key - 1))
     lo, hi = first // size, -(-last_end // size)
-    full_lo = np.minimum(-(-(first + sizes.keys_by_key - 1) // size), hi)
+    full_lo = np.minimum(-(-last // size), hi)
     full_hi = np.maximum(common_end // size, full_lo)
     # 2. pieces of at most half of what a multiprocessor has to do
     total = int((hi - lo).sum()) * key_heads
@@ -223,14 +238,16 @@ def _query_ranges(end: Ints, sizes: BlockSizes, key_heads: int, workers: int) ->
 def _offsets(counts: NDArray[np.integer]) -> Ints:
     """(N,) -> (N + 1,) sums of all before."""
     offsets = np.zeros(len(counts) + 1, np.int32)
-    np.cumsum(counts, out=offsets[1:])
+    np.cumsum(counts, dtype=np.int32, out=offsets[1:])
     return offsets
 
 
 def _expand(starts: Ints, counts: Ints) -> Ints:
     """start, start + 1, ... of every range, one range after the other."""
     before = _offsets(counts)
-    return np.repeat(starts - before[:-1], counts) + np.arange(before[-1], dtype=np.int32)
+    expanded = np.repeat(starts - before[:-1], counts)
+    expanded += np.arange(before[-1], dtype=np.int32)
+    return expanded
 
 
 def _join(lists: list[Tensor], device: torch.device) -> list[Tensor]:

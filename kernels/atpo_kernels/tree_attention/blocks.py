@@ -20,9 +20,11 @@ class TreeBlocks:
     """Blocks of consecutive queries of one row; block i holds the queries [starts[i], starts[i+1]).
 
     Its keys are the ranges `full[i]`, seen by every query of the block, and then `partial[i]`, seen by some, of which
-    the last is the block's own range. Ranges hold every key that any query of the block sees.
+    the last is the block's own range. Ranges hold every key that any query of the block sees. They count the prefix,
+    which is the first full range if there is one: query i is key prefix + i.
     """
 
+    prefix: int
     starts: list[int]
     full: list[list[tuple[int, int]]]
     partial: list[list[tuple[int, int]]]
@@ -40,8 +42,8 @@ class TreeBlocks:
         return int((sizes * keys).sum())
 
 
-def make_tree_blocks(subtree_end: Tensor, max_queries: int = 128) -> TreeBlocks:
-    """Blocks for `tree_attention(impl="torch")`, made once per row (T,) and used by every layer.
+def make_tree_blocks(subtree_end: Tensor, max_queries: int = 128, prefix: int = 0) -> TreeBlocks:
+    """Blocks for `tree_attention(impl="torch")`, made once per row (T,) behind a prefix and used by every layer.
 
     Borders are chosen among turn starts and steps inside long turns so that the computed pairs plus the fixed costs
     are least. Reads subtree_end on the host. Raises ValueError if subtree_end is not that of depth-first pre-order.
@@ -53,28 +55,29 @@ def make_tree_blocks(subtree_end: Tensor, max_queries: int = 128) -> TreeBlocks:
         raise ValueError("make_tree_blocks: subtree_end[k] must lie in (k, T]")
     closed = np.cumsum(np.bincount(end, minlength=tokens + 1))
     open_before = index - closed[:tokens]  # keys before the token whose subtree holds it
-    starts = _choose_starts(end, open_before, max_queries)
+    starts = _choose_starts(end, open_before + prefix, max_queries)
     root = np.maximum.accumulate(np.where(open_before == 0, index, 0))
     full, partial = [], []
     for start, stop in pairwise(starts):
         first = int(root[start])
-        before = end[first:start]
-        full.append(_ranges(np.flatnonzero(before >= stop) + first))
-        partial.append([*_ranges(np.flatnonzero((before > start) & (before < stop)) + first), (start, stop)])
-    return TreeBlocks(starts, full, partial)
+        before, key = end[first:start], prefix + first
+        full.append([(0, prefix)] * (prefix > 0) + _ranges(np.flatnonzero(before >= stop) + key))
+        some = _ranges(np.flatnonzero((before > start) & (before < stop)) + key)
+        partial.append([*some, (prefix + start, prefix + stop)])
+    return TreeBlocks(prefix, starts, full, partial)
 
 
-def _choose_starts(end: np.ndarray, open_before: np.ndarray, max_queries: int) -> list[int]:
+def _choose_starts(end: np.ndarray, keys_before: np.ndarray, max_queries: int) -> list[int]:
     """Least-cost borders, by dynamic programming from left to right over the possible ones."""
     borders = _possible_borders(end, min(_GRID, max_queries))
     reach = np.searchsorted(borders, borders - max_queries, side="left")
     cost = np.zeros(len(borders))
     previous = np.zeros(len(borders), dtype=np.int64)
-    keys_before = np.append(open_before, 0)[borders] + _EDGE_COST
+    edged = np.append(keys_before, 0)[borders] + _EDGE_COST
     for j in range(1, len(borders)):
         left = int(reach[j])
         sizes = borders[j] - borders[left:j]
-        total = cost[left:j] + (sizes + _EDGE_COST) * (sizes + keys_before[left:j])
+        total = cost[left:j] + (sizes + _EDGE_COST) * (sizes + edged[left:j])
         best = int(total.argmin())
         cost[j], previous[j] = total[best] + _CALL_COST, left + best
     chosen = [len(borders) - 1]

@@ -1,8 +1,8 @@
 """`tree_attention` block by block, over the visible keys of each block only; any device and dtype.
 
-Inside, heads come first: q is (Hkv, T, G, d) with G = Hq / Hkv, so that a block's queries of one key head are the rows
-of one matrix, (Hkv, B * G, d). Scores of one block exist at a time, in the backward too. Scores are kept in base 2, as
-exp2 is several times faster than exp on CPU.
+Inside, heads come first: q is (Hkv, T, G, d) with G = Hq / Hkv, and keys are (Hkv, P + T, d), so that a block's queries
+of one key head are the rows of one matrix, (Hkv, B * G, d). Scores of one block exist at a time, in the backward too.
+Scores are kept in base 2, as exp2 is several times faster than exp on CPU.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LOG2_E = 1 / math.log(2)
 
 def tree_attention_blockwise(
     q: Tensor,  # (T, Hq, d)
-    k: Tensor,  # (T, Hkv, d)
-    v: Tensor,  # (T, Hkv, d)
+    k: Tensor,  # (P + T, Hkv, d)
+    v: Tensor,  # (P + T, Hkv, d)
     subtree_end: Tensor,  # (T,)
     scale: float,
     blocks: TreeBlocks | None,
 ) -> Tensor:  # (T, Hq, d)
     """See `tree_attention`."""
-    blocks = make_tree_blocks(subtree_end) if blocks is None else blocks
+    blocks = make_tree_blocks(subtree_end, prefix=len(k) - len(q)) if blocks is None else blocks
     if not isinstance(blocks, TreeBlocks):
         raise ValueError("tree_attention: blocks for impl='torch' are those of make_tree_blocks")
     return _Blockwise.apply(q, k, v, subtree_end, scale, blocks)
@@ -53,12 +53,12 @@ class _Block:
         return tensor[:, self.start : self.stop].flatten(1, 2)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """(Hkv, T, d) -> (Hkv, K, d)"""
+        """(Hkv, P + T, d) -> (Hkv, K, d)"""
         parts = [tensor[:, lo:hi] for lo, hi in self.keys]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def scatter_add(self, total: Tensor, part: Tensor) -> None:
-        """The reverse of `gather`: (Hkv, T, d) += (Hkv, K, d)."""
+        """The reverse of `gather`: (Hkv, P + T, d) += (Hkv, K, d)."""
         at = 0
         for lo, hi in self.keys:
             total[:, lo:hi] += part[:, at : at + hi - lo]
@@ -80,8 +80,8 @@ def _iterate(blocks: TreeBlocks, subtree_end: Tensor, dtype: torch.dtype) -> Ite
     index = torch.arange(subtree_end.numel(), device=subtree_end.device, dtype=subtree_end.dtype)
     for i, (start, stop) in enumerate(pairwise(blocks.starts)):
         full, partial = blocks.full[i], blocks.partial[i]
-        keys = torch.cat([index[lo:hi] for lo, hi in partial])
-        ends = torch.cat([subtree_end[lo:hi] for lo, hi in partial])
+        own = [slice(lo - blocks.prefix, hi - blocks.prefix) for lo, hi in partial]
+        keys, ends = (torch.cat([x[tokens] for tokens in own]) for x in (index, subtree_end))
         query = index[start:stop, None]
         mask = torch.where((keys > query) | (ends <= query), never, 0)
         yield _Block(start, stop, full + partial, sum(hi - lo for lo, hi in full), mask)

@@ -27,6 +27,8 @@ def tree_attention_xformers(
     blocks: Any | None,
 ) -> Tensor:  # (T, Hq, d)
     """See `tree_attention`; `blocks` is the row's BlockDiagonalCausalMask."""
+    if len(k) != len(q):
+        raise ValueError(f"tree_attention: impl='xformers' takes rows without a prefix, here {len(k) - len(q)} tokens")
     lengths = sequence_lengths(subtree_end) if blocks is None else None
     try:
         from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]

@@ -1,4 +1,4 @@
-"""Definition of `tree_attention` with the dense (T, T) mask."""
+"""Definition of `tree_attention` with the dense (T, P + T) mask."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from atpo_kernels.tree_attention.blocks import TreeBlocks
 
 
-def tree_mask(subtree_end: Tensor) -> Tensor:  # (T,) -> (T, T) bool
-    """[q, k]: whether query q sees key k, that is k <= q < subtree_end[k]."""
+def tree_mask(subtree_end: Tensor, prefix: int) -> Tensor:  # (T,) -> (T, P + T) bool
+    """[q, k]: whether query q sees key k; key P + j is token j of the row, seen if j <= q < subtree_end[j]."""
     index = torch.arange(subtree_end.numel(), device=subtree_end.device)
-    return (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
+    own = (index[None, :] <= index[:, None]) & (index[:, None] < subtree_end[None, :])
+    return F.pad(own, (prefix, 0), value=True)
 
 
 def tree_attention_reference(
@@ -22,7 +23,7 @@ def tree_attention_reference(
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
-    scores = scores.masked_fill(~tree_mask(subtree_end), float("-inf"))
+    scores = scores.masked_fill(~tree_mask(subtree_end, len(k) - len(q)), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
@@ -30,7 +31,7 @@ def tree_attention_sdpa(
     q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlocks | None
 ) -> Tensor:
     """(T, Hq, d); one scaled_dot_product_attention with the dense mask."""
+    mask = tree_mask(subtree_end, len(k) - len(q))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    mask = tree_mask(subtree_end)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)

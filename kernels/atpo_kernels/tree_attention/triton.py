@@ -32,7 +32,7 @@ class _TreeAttention(torch.autograd.Function):
     ) -> Tensor:
         call = Attention.prepare(q, k, v, subtree_end, scale, blocks)
         out, statistics = call.forward()
-        ctx.save_for_backward(call.q, call.k, call.v, call.subtree_end, out, statistics)
+        ctx.save_for_backward(call.q, call.k, call.v, subtree_end, out, statistics)
         ctx.scale, ctx.blocks = scale, call.blocks
         return out
 
@@ -46,8 +46,8 @@ class _TreeAttention(torch.autograd.Function):
 
 def tree_attention(
     q: Tensor,  # (T, Hq, d)
-    k: Tensor,  # (T, Hkv, d)
-    v: Tensor,  # (T, Hkv, d)
+    k: Tensor,  # (P + T, Hkv, d)
+    v: Tensor,  # (P + T, Hkv, d)
     subtree_end: Tensor,  # (T,)
     scale: float,
     blocks: TreeBlockLists | None,

@@ -12,22 +12,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from atpo_kernels.tree_attention.triton_forward import MASKED, load_block, load_ends, load_tile, row_pointers, visible
+from atpo_kernels.tree_attention.triton_forward import (
+    MASKED,
+    load_block,
+    load_ends,
+    load_tile,
+    program_rows,
+    row_pointers,
+    visible,
+)
 
 
 @triton.jit
 def _add_key_block(
-    dq, q, do, peak, log_total, delta, k, v, block, head, query, subtree_end, tokens,
+    dq, q, do, peak, log_total, delta, k, v, block, head, query, key_ends, num_keys, prefix,
     k_stride, k_head_stride, v_stride, v_head_stride, c,
     PARTIAL: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dQ (before the scale) through one block of keys."""
-    keys = load_block(k, block, head, tokens, k_stride, k_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
-    values = load_block(v, block, head, tokens, v_stride, v_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
+    keys = load_block(k, block, head, num_keys, k_stride, k_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
+    values = load_block(v, block, head, num_keys, v_stride, v_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
     scores = tl.dot(q, keys.T, input_precision="ieee") - peak[:, None]
     if PARTIAL:
         key = block * KEYS + tl.arange(0, KEYS)
-        end = load_ends(subtree_end, key, tokens)
+        end = load_ends(key_ends, key, num_keys)
+        key -= prefix
         scores = tl.where(visible(query[:, None], key[None, :], end[None, :]), scores, MASKED)
     weights = tl.exp2(scores * c - log_total[:, None])
     dp = tl.dot(do, values.T, input_precision="ieee")
@@ -35,24 +44,18 @@ def _add_key_block(
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "num_keys"])
 def _query_gradient_kernel(
-    q, k, v, subtree_end, out, do, peaks, log_total, delta, dq,
-    query_order, full_offsets, full, partial_offsets, partial, tokens, q_stride, q_head_stride, k_stride, k_head_stride,
-    v_stride, v_head_stride, do_stride, do_head_stride, dq_stride, dq_head_stride, c, scale,
+    q, k, v, key_ends, out, do, peaks, log_total, delta, dq,
+    query_order, full_offsets, full, partial_offsets, partial, tokens, num_keys,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, do_stride, do_head_stride,
+    dq_stride, dq_head_stride, c, scale,
     DESCRIPTORS: tl.constexpr, PARTIAL_STAGES: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """dQ and delta (Hq, T) of one block of queries and one key head."""
     # 1. the rows of this block
-    QUERIES: tl.constexpr = ROWS // GROUP
-    query_block = tl.load(query_order + tl.program_id(0))
-    head = tl.program_id(1)
-    first = query_block * QUERIES
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, DEPTH)
-    query = first + row // GROUP
-    live = (row < QUERIES * GROUP) & (query < tokens)
+    query_block, first, head, row, query, live, column = program_rows(query_order, tokens, DEPTH, GROUP, ROWS)
     heads = tl.num_programs(1) * GROUP
     q_tile = row_pointers(q, first, head, row, column, q_stride, q_head_stride, GROUP)
     do_tile = row_pointers(do, first, head, row, column, do_stride, do_head_stride, GROUP)
@@ -67,17 +70,18 @@ def _query_gradient_kernel(
     peak = tl.load(peaks + statistics, mask=live, other=0.0)
     total = tl.load(log_total + statistics, mask=live, other=0.0)
     # 3. sum over the key blocks
+    prefix = num_keys - tokens
     acc = tl.zeros((ROWS, DEPTH), tl.float32)
     for i in tl.range(tl.load(full_offsets + query_block), tl.load(full_offsets + query_block + 1)):
         acc = _add_key_block(
-            acc, queries, upstream, peak, total, mean, k, v, tl.load(full + i), head, query, subtree_end, tokens,
-            k_stride, k_head_stride, v_stride, v_head_stride, c, False, DESCRIPTORS, WIDTH, DEPTH, KEYS,
+            acc, queries, upstream, peak, total, mean, k, v, tl.load(full + i), head, query, key_ends, num_keys,
+            prefix, k_stride, k_head_stride, v_stride, v_head_stride, c, False, DESCRIPTORS, WIDTH, DEPTH, KEYS,
         )  # fmt: skip
     lo, hi = tl.load(partial_offsets + query_block), tl.load(partial_offsets + query_block + 1)
     for i in tl.range(lo, hi, num_stages=PARTIAL_STAGES):
         acc = _add_key_block(
-            acc, queries, upstream, peak, total, mean, k, v, tl.load(partial + i), head, query, subtree_end, tokens,
-            k_stride, k_head_stride, v_stride, v_head_stride, c, True, DESCRIPTORS, WIDTH, DEPTH, KEYS,
+            acc, queries, upstream, peak, total, mean, k, v, tl.load(partial + i), head, query, key_ends, num_keys,
+            prefix, k_stride, k_head_stride, v_stride, v_head_stride, c, True, DESCRIPTORS, WIDTH, DEPTH, KEYS,
         )  # fmt: skip
     dq_tile = row_pointers(dq, first, head, row, column, dq_stride, dq_head_stride, GROUP)
     tl.store(dq_tile, (acc * scale).to(dq.dtype.element_ty), mask=live[:, None] & (column < WIDTH)[None, :])
@@ -121,9 +125,9 @@ def _add_query_block(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "num_keys"])
 def _key_gradient_kernel(
-    q, k, v, subtree_end, do, peaks, log_total, delta, dk, dv, dk_parts, dv_parts, key_parts, tokens,
+    q, k, v, key_ends, do, peaks, log_total, delta, dk, dv, dk_parts, dv_parts, key_parts, tokens, num_keys,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, do_stride, do_head_stride,
     dk_stride, dk_head_stride, dv_stride, dv_head_stride, c, scale,
     DESCRIPTORS: tl.constexpr, PARTIAL_STAGES: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
@@ -136,8 +140,8 @@ def _key_gradient_kernel(
     lo, full_lo, full_hi, hi = tl.load(part + 1), tl.load(part + 2), tl.load(part + 3), tl.load(part + 4)
     head = tl.program_id(1)
     at = tl.arange(0, KEYS)
-    keys = load_block(k, key_block, head, tokens, k_stride, k_head_stride, False, False, KEYS, WIDTH, DEPTH)
-    values = load_block(v, key_block, head, tokens, v_stride, v_head_stride, False, False, KEYS, WIDTH, DEPTH)
+    keys = load_block(k, key_block, head, num_keys, k_stride, k_head_stride, False, False, KEYS, WIDTH, DEPTH)
+    values = load_block(v, key_block, head, num_keys, v_stride, v_head_stride, False, False, KEYS, WIDTH, DEPTH)
     # 2. sums over the query blocks: first those that see all keys, then those before and behind them
     dk_sum = tl.zeros((KEYS, DEPTH), tl.float32)
     dv_sum = tl.zeros((KEYS, DEPTH), tl.float32)
@@ -148,7 +152,8 @@ def _key_gradient_kernel(
             False, DESCRIPTORS, WIDTH, DEPTH, ROWS,
         )  # fmt: skip
     key = key_block * KEYS + at
-    end = load_ends(subtree_end, key, tokens)
+    end = load_ends(key_ends, key, num_keys)
+    key -= num_keys - tokens
     full = full_hi - full_lo
     for i in tl.range(lo * GROUP, (hi - full) * GROUP, num_stages=PARTIAL_STAGES):
         block = i // GROUP
@@ -174,9 +179,9 @@ def _key_gradient_kernel(
         tl.store(dv_tile, dv_sum.to(dv.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["num_keys"])
 def _key_sum_kernel(
-    dk, dv, dk_parts, dv_parts, split_keys, tokens, dk_stride, dk_head_stride, dv_stride, dv_head_stride, scale,
+    dk, dv, dk_parts, dv_parts, split_keys, num_keys, dk_stride, dk_head_stride, dv_stride, dv_head_stride, scale,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of SUMMED keys of a block that several programs worked on: the sum of its slots, in order."""
@@ -192,7 +197,7 @@ def _key_sum_kernel(
         place = (slot * tl.num_programs(1) + head).to(tl.int64) * KEYS * DEPTH
         dk_sum += tl.load(dk_parts + place + offset)
         dv_sum += tl.load(dv_parts + place + offset)
-    inside = (key_block * KEYS + at < tokens)[:, None] & (column < WIDTH)[None, :]
+    inside = (key_block * KEYS + at < num_keys)[:, None] & (column < WIDTH)[None, :]
     dk_tile = row_pointers(dk, key_block * KEYS, head, at, column, dk_stride, dk_head_stride, 1)
     dv_tile = row_pointers(dv, key_block * KEYS, head, at, column, dv_stride, dv_head_stride, 1)
     tl.store(dk_tile, (dk_sum * scale).to(dk.dtype.element_ty), mask=inside)

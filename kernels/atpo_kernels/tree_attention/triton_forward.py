@@ -16,15 +16,28 @@ MASKED = tl.constexpr(-1e30)  # the score of a key that is not visible: finite, 
 
 
 @triton.jit
-def load_ends(subtree_end, key, tokens):
-    """subtree_end of keys; 0, so that no query sees them, behind the last."""
-    return tl.load(subtree_end + key, mask=key < tokens, other=0)
+def load_ends(key_ends, key, num_keys):
+    """Where the subtrees of keys end, counted as queries; 0, so that no query sees them, behind the last key."""
+    return tl.load(key_ends + key, mask=key < num_keys, other=0)
 
 
 @triton.jit
 def visible(query, key, end):
-    """Whether a query sees a key whose subtree_end is `end`."""
+    """Whether a query sees a key whose subtree ends at `end`; all count as queries, and so a prefix lies below 0."""
     return (key <= query) & (query < end)
+
+
+@triton.jit
+def program_rows(query_order, tokens, DEPTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """The rows (query, head of the group) of this program: number and first query of their block, head; of every row
+    its number, its query and whether it is live; columns."""
+    QUERIES: tl.constexpr = ROWS // GROUP
+    query_block = tl.load(query_order + tl.program_id(0))
+    first = query_block * QUERIES
+    row = tl.arange(0, ROWS)
+    query = first + row // GROUP
+    live = (row < QUERIES * GROUP) & (query < tokens)
+    return query_block, first, tl.program_id(1), row, query, live, tl.arange(0, DEPTH)
 
 
 @triton.jit
@@ -65,16 +78,17 @@ def load_block(
 
 @triton.jit
 def _add_block(
-    acc, total, peak, q, k, v, block, head, query, subtree_end, tokens,
+    acc, total, peak, q, k, v, block, head, query, key_ends, num_keys, prefix,
     k_stride, k_head_stride, v_stride, v_head_stride, c,
     PARTIAL: tl.constexpr, DESCRIPTORS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Add one block of keys to the running sums, which are relative to the running peak of the scores."""
-    keys = load_block(k, block, head, tokens, k_stride, k_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
+    keys = load_block(k, block, head, num_keys, k_stride, k_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
     scores = tl.dot(q, keys.T, input_precision="ieee")
     if PARTIAL:
         key = block * KEYS + tl.arange(0, KEYS)
-        end = load_ends(subtree_end, key, tokens)
+        end = load_ends(key_ends, key, num_keys)
+        key -= prefix
         scores = tl.where(visible(query[:, None], key[None, :], end[None, :]), scores, MASKED)
     risen = tl.maximum(peak, tl.max(scores, 1))
     shrink = tl.exp2((peak - risen) * c)
@@ -84,51 +98,45 @@ def _add_block(
         risen = tl.where(risen == MASKED, 0.0, risen)
     weights = tl.exp2(scores * c - (risen * c)[:, None])
     total = total * shrink + tl.sum(weights, 1)
-    values = load_block(v, block, head, tokens, v_stride, v_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
+    values = load_block(v, block, head, num_keys, v_stride, v_head_stride, DESCRIPTORS, not PARTIAL, KEYS, WIDTH, DEPTH)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "num_keys"])
 def _forward_kernel(
-    q, k, v, subtree_end, out, peaks, log_total, query_order, full_offsets, full, partial_offsets, partial, tokens,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, c,
+    q, k, v, key_ends, out, peaks, log_total, query_order, full_offsets, full, partial_offsets, partial, tokens,
+    num_keys, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, c,
     DESCRIPTORS: tl.constexpr, PARTIAL_STAGES: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     DEPTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Output (T, Hq, d), peak and log_total (Hq, T) of one block of queries and one key head."""
     # 1. the rows of this block
-    QUERIES: tl.constexpr = ROWS // GROUP
-    query_block = tl.load(query_order + tl.program_id(0))
-    head = tl.program_id(1)
-    first = query_block * QUERIES
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, DEPTH)
-    query = first + row // GROUP
-    live = (row < QUERIES * GROUP) & (query < tokens)
+    query_block, first, head, row, query, live, column = program_rows(query_order, tokens, DEPTH, GROUP, ROWS)
     q_tile = row_pointers(q, first, head, row, column, q_stride, q_head_stride, GROUP)
     queries = load_tile(q_tile, live, column, False, WIDTH, DEPTH)
     # 2. running sums over the key blocks: first those that all queries see, then the others
+    prefix = num_keys - tokens
     acc = tl.zeros((ROWS, DEPTH), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     peak = tl.full((ROWS,), MASKED, tl.float32)
     for i in tl.range(tl.load(full_offsets + query_block), tl.load(full_offsets + query_block + 1)):
         acc, total, peak = _add_block(
-            acc, total, peak, queries, k, v, tl.load(full + i), head, query, subtree_end, tokens,
+            acc, total, peak, queries, k, v, tl.load(full + i), head, query, key_ends, num_keys, prefix,
             k_stride, k_head_stride, v_stride, v_head_stride, c, False, DESCRIPTORS, WIDTH, DEPTH, KEYS,
         )  # fmt: skip
     lo, hi = tl.load(partial_offsets + query_block), tl.load(partial_offsets + query_block + 1)
     for i in tl.range(lo, hi, num_stages=PARTIAL_STAGES):
         acc, total, peak = _add_block(
-            acc, total, peak, queries, k, v, tl.load(partial + i), head, query, subtree_end, tokens,
+            acc, total, peak, queries, k, v, tl.load(partial + i), head, query, key_ends, num_keys, prefix,
             k_stride, k_head_stride, v_stride, v_head_stride, c, True, DESCRIPTORS, WIDTH, DEPTH, KEYS,
         )  # fmt: skip
-    # 3. the results
+    # 3. the results; statistics first, which then need no registers
     total = tl.where(live, total, 1.0)
+    statistics = (head * GROUP + row % GROUP).to(tl.int64) * tokens + query
+    tl.store(peaks + statistics, peak, mask=live)
+    tl.store(log_total + statistics, tl.log2(total), mask=live)
     heads = tl.num_programs(1) * GROUP
     out_tile = row_pointers(out, first, head, row, column, heads * WIDTH, WIDTH, GROUP)
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out_tile, result, mask=live[:, None] & (column < WIDTH)[None, :])
-    statistics = (head * GROUP + row % GROUP).to(tl.int64) * tokens + query
-    tl.store(peaks + statistics, peak, mask=live)
-    tl.store(log_total + statistics, tl.log2(total), mask=live)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from atpo_kernels.devices import processors, target_of
@@ -29,8 +30,8 @@ class Gradients(NamedTuple):
     """Of q, k and v, in their layouts."""
 
     q: Tensor  # (T, Hq, d)
-    k: Tensor  # (T, Hkv, d)
-    v: Tensor  # (T, Hkv, d)
+    k: Tensor  # (P + T, Hkv, d)
+    v: Tensor  # (P + T, Hkv, d)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,9 @@ class Attention:
     """One call's operands as the kernels take them."""
 
     q: Tensor  # (T, Hq, d) last dimension contiguous
-    k: Tensor  # (T, Hkv, d) likewise
-    v: Tensor  # (T, Hkv, d) likewise
-    subtree_end: Tensor  # (T,) int32
+    k: Tensor  # (P + T, Hkv, d) likewise
+    v: Tensor  # (P + T, Hkv, d) likewise
+    key_ends: Tensor  # (P + T,) int32: subtree_end of every key, T for those of a prefix
     scale: float
     blocks: TreeBlockLists
     tiles: Tiles
@@ -56,15 +57,16 @@ class Attention:
         tiles = tiles_for(target_of(q.device), q.dtype, q.shape[2])
         sizes = block_sizes(tiles, q.shape[1] // k.shape[1])
         if blocks is None:
-            made = make_tree_block_lists(subtree_end, sizes, key_heads=k.shape[1], workers=processors(q.device))
-            blocks = made.to(q.device)
+            blocks = make_tree_block_lists(
+                subtree_end, sizes, key_heads=k.shape[1], workers=processors(q.device), prefix=len(k) - len(q)
+            ).to(q.device)
         if not isinstance(blocks, TreeBlockLists) or blocks.sizes != sizes:
             raise ValueError(
                 "tree_attention: blocks for impl='triton' are those of make_attention_blocks for the same heads and "
                 f"dtype; here lists with {sizes}"
             )
         q, k, v = (_readable(x.detach()) for x in (q, k, v))
-        return cls(q, k, v, subtree_end.to(torch.int32).contiguous(), scale, blocks, tiles)
+        return cls(q, k, v, _key_ends(subtree_end, len(k) - len(q)), scale, blocks, tiles)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Output (T, Hq, d), and (2, Hq, T): peaks of the scores, log2 of the sums of weights relative to them."""
@@ -75,41 +77,41 @@ class Attention:
             return out, statistics
         tile = self.tiles.forward
         _forward_kernel[(len(self.blocks.query_order), self.k.shape[1])](
-            self.q, *self._moved(tile.keys, self.k, self.v), self.subtree_end, out, *statistics, *self._lists(), tokens,
-            *_strides(self.q, self.k, self.v), self._scale_base_2, **self._constants(tile),
+            self.q, *self._moved(tile.keys, self.k, self.v), self.key_ends, out, *statistics, *self._lists(), tokens,
+            len(self.k), *_strides(self.q, self.k, self.v), self._scale_base_2, **self._constants(tile),
         )  # fmt: skip
         return out, statistics
 
     def backward(self, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
         """Gradients under the upstream gradient (T, Hq, d)."""
         grad = _readable(grad)
-        grads = Gradients(torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v))
         if len(grad) == 0:
-            return grads
+            return Gradients(*(torch.zeros_like(x) for x in (self.q, self.k, self.v)))
+        grads = Gradients(torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v))
         delta = torch.empty_like(statistics[0])
         tile = self.tiles.query_gradient
         _query_gradient_kernel[(len(self.blocks.query_order), self.k.shape[1])](
-            self.q, *self._moved(tile.keys, self.k, self.v), self.subtree_end, out, grad, *statistics, delta, grads.q,
-            *self._lists(), len(grad), *_strides(self.q, self.k, self.v, grad, grads.q), self._scale_base_2, self.scale,
-            **self._constants(tile),
+            self.q, *self._moved(tile.keys, self.k, self.v), self.key_ends, out, grad, *statistics, delta, grads.q,
+            *self._lists(), len(grad), len(self.k), *_strides(self.q, self.k, self.v, grad, grads.q),
+            self._scale_base_2, self.scale, **self._constants(tile),
         )  # fmt: skip
         self._key_gradients(grads, grad, statistics, delta)
         return grads
 
     def _key_gradients(self, grads: Gradients, grad: Tensor, statistics: Tensor, delta: Tensor) -> None:
-        lists, tile, (tokens, heads, width) = self.blocks, self.tiles.key_gradient, self.k.shape
+        lists, tile, (num_keys, heads, width) = self.blocks, self.tiles.key_gradient, self.k.shape
         depth = padded_width(width)
         parts = torch.empty(2, lists.slots, heads, tile.keys, depth, dtype=torch.float32, device=grad.device)
         strides = _strides(grads.k, grads.v)
         q, do = self._moved(tile.rows, self.q, grad)
         _key_gradient_kernel[(len(lists.key_parts), heads)](
-            q, self.k, self.v, self.subtree_end, do, *statistics, delta, grads.k, grads.v, parts[0], parts[1],
-            lists.key_parts, tokens, *_strides(self.q, self.k, self.v, grad), *strides,
+            q, self.k, self.v, self.key_ends, do, *statistics, delta, grads.k, grads.v, parts[0], parts[1],
+            lists.key_parts, len(grad), num_keys, *_strides(self.q, self.k, self.v, grad), *strides,
             self._scale_base_2, self.scale, **self._constants(tile),
         )  # fmt: skip
         if lists.slots:
             _key_sum_kernel[(len(lists.split_keys), heads, ceil(tile.keys / SUMMED_KEYS))](
-                grads.k, grads.v, parts[0], parts[1], lists.split_keys, tokens, *strides, self.scale,
+                grads.k, grads.v, parts[0], parts[1], lists.split_keys, num_keys, *strides, self.scale,
                 WIDTH=width, DEPTH=depth, KEYS=tile.keys, SUMMED=SUMMED_KEYS,
             )  # fmt: skip
 
@@ -155,6 +157,13 @@ def _readable(tensor: Tensor) -> Tensor:  # (T, H, d) -> (T, H, d)
         return tensor
     tokens, heads, width = tensor.shape
     return tensor.new_empty(tokens, heads, ceil(width / 16) * 16)[..., :width].copy_(tensor)
+
+
+def _key_ends(subtree_end: Tensor, prefix: int) -> Tensor:  # (T,) -> (P + T,) int32
+    """subtree_end of every key; the subtree of a prefix is all of the row."""
+    if prefix:
+        subtree_end = F.pad(subtree_end, (prefix, 0), value=len(subtree_end))
+    return subtree_end.to(torch.int32).contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -15,7 +15,7 @@ from atpo_kernels.tree_attention.triton_launch import SUMMED_KEYS, launch_consta
 # head widths; float16 takes the same kernels as bfloat16, so one width shows that it compiles
 WIDTHS = {torch.bfloat16: (64, 80, 96, 128, 256), torch.float16: (128,), torch.float32: (64, 80, 96, 128)}
 GROUPS = (4, 7)  # a power of two, and with idle rows; others differ in constants of the same instructions
-_LISTS = ("subtree_end", "query_order", "full_offsets", "full", "partial_offsets", "partial", "key_parts", "split_keys")
+_LISTS = ("key_ends", "query_order", "full_offsets", "full", "partial_offsets", "partial", "key_parts", "split_keys")
 _STATISTICS = ("peaks", "log_total", "delta", "dk_parts", "dv_parts")
 _FLOATS = ("c", "scale")
 
@@ -58,8 +58,9 @@ def _sum(tile: Tile, dtype: torch.dtype, width: int) -> Variant:
 def _types(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, str], tuple[str, ...]]:
     """Type of every argument, and those that are multiples of 16."""
     types = {}
-    for name in kernel.arg_names:
-        if name == "tokens" or name.endswith("_stride"):
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.do_not_specialize or name.endswith("_stride"):
             types[name] = "i32"
         elif name not in constants:
             pointer = "*i32" if name in _LISTS else "*fp32" if name in _STATISTICS else f"*{DTYPE_NAMES[dtype]}"
