@@ -32,7 +32,6 @@ format: .venv/installed-dev
 bench: .venv/installed-dev
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --benchmark-json=.benchmarks/latest.json $(ARGS)
-	$(BIN)/python bench/bench_packed_update.py
 	$(BIN)/python bench/run.py
 	$(BIN)/python bench/report_results.py
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import Case
-from pytest_cases import parameters, run
+from case import Case
+from pytest_cases import of_head, parameters, run
 
 
-@pytest.mark.parametrize(("case", "name"), parameters("linear_turn_policy_loss"))
+@pytest.mark.parametrize(("case", "name"), parameters("linear_turn_policy_loss", of_head))
 def test_linear_turn_policy_loss(benchmark: Any, case: Case, name: str) -> None:
     run(benchmark, case, name)

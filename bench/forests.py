@@ -1,54 +1,100 @@
-"""Random forests of a given overlap, shaped like the published search (10 chains, 2 rounds of 6 siblings)."""
+"""Random forests shaped like the published search: 10 chains, then 2 rounds of 6 siblings, hence 22 leaves a tree."""
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass
+
 import numpy as np
+import package_path  # noqa: F401
 
 from atpo_fast import TurnTree, assign_credit
 from atpo_fast.tree import overlap
 
 CHAINS, ROUNDS, SIBLINGS = 10, 2, 6
+Range = tuple[int, int]  # least and most, drawn uniformly
 
 
-def random_tree(
-    rng: np.random.Generator, *, prompt: int, turns: int, action: int, observation: int, vocab: int
-) -> TurnTree:
-    """One tree: chains of 1..`turns` tool turns and an answer, then siblings of random inner turns run to their end."""
-    tree = TurnTree(np.arange(prompt) % vocab)  # drawing it would make the shape depend on its length
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Of what a tree is made."""
 
-    def run_to_end(parent: int, left: int) -> None:
-        for _ in range(left):
-            parent = _turn(tree, rng, parent, action, observation, vocab)
-        leaf = _turn(tree, rng, parent, action, 0, vocab)
-        tree.set_reward(leaf, float(rng.integers(0, 2)))
+    prompt: Range
+    turns: Range  # of a trajectory, its answer included
+    action: Range
+    observation: Range
+
+    def scaled(self, by: float) -> Lengths:
+        """All numbers of tokens divided."""
+        prompt, turns, *others = astuple(self)
+        prompt, action, observation = ((round(lo / by), round(hi / by)) for lo, hi in (prompt, *others))
+        return Lengths(prompt, turns, action, observation)
+
+
+PUBLISHED = Lengths(prompt=(300, 2000), turns=(1, 6), action=(40, 400), observation=(300, 900))
+SEARCH_3000 = Lengths(prompt=(900, 900), turns=(4, 4), action=(150, 150), observation=(500, 500))  # 3,000 a trajectory
+
+
+def random_tree(seed: int, lengths: Lengths, vocab: int) -> TurnTree:
+    """One tree: chains, then siblings of random inner turns, each run to its end; random rewards of 0 or 1."""
+    rng, tokens = np.random.default_rng(seed), np.random.default_rng(seed)  # of the shape, of what is in it
+
+    def ids(length: Range) -> np.ndarray:
+        return tokens.integers(0, vocab, max(1, int(rng.integers(length[0], length[1] + 1))))
+
+    tree = TurnTree(ids(lengths.prompt))
+
+    def run_to_end(parent: int, depth: int) -> None:
+        least, most = lengths.turns
+        turns = int(rng.integers(max(least, depth + 1), most + 1))
+        for turn in range(depth, turns):
+            action = ids(lengths.action)
+            observation = ids(lengths.observation) if turn < turns - 1 else None
+            parent = tree.add_turn(parent, action, -tokens.random(len(action)), observation)
+        tree.set_reward(parent, float(tokens.integers(0, 2)))
 
     for _ in range(CHAINS):
-        run_to_end(0, int(rng.integers(1, turns + 1)))
+        run_to_end(0, 0)
     for _ in range(ROUNDS):
         inner = [n for n in range(1, len(tree)) if tree.turns[n].children]
         for n in rng.choice(inner, SIBLINGS):
             parent = tree.turns[int(n)].parent
-            run_to_end(parent, max(0, turns - len(tree.path(parent)) + 1))
+            run_to_end(parent, len(tree.path(parent)) - 1)
     return tree
 
 
-def forest_of_overlap(
-    target: float, trees: int, *, turns: int, action: int, observation: int, vocab: int, seed: int = 0
-) -> list[TurnTree]:
-    """A forest whose overlap is `target` to about 0.01, reached by the length of the prompt."""
-    low, high = 4, 200 * action
-    sizes = {"turns": turns, "action": action, "observation": observation, "vocab": vocab}
+def random_forest(trees: int, lengths: Lengths, vocab: int, seed: int = 0) -> list[TurnTree]:
+    """Several trees, with credit."""
+    forest = [random_tree(seed + i, lengths, vocab) for i in range(trees)]
+    assign_credit(forest)
+    return forest
+
+
+def forest_of_overlap(target: float, trees: int, scale: float, vocab: int) -> list[TurnTree]:
+    """A forest whose overlap is `target` to about 0.01, reached by the length of the prompt.
+
+    Otherwise as published, divided by `scale`. With a target of 0 trajectories share nothing: trees of one leaf.
+    """
+    if not target:
+        return written_out(random_forest(trees, PUBLISHED.scaled(scale), vocab))
+    _, *others = astuple(PUBLISHED.scaled(scale))
+    low, high = 1, round(40_000 / scale)
 
     def grow(prompt: int) -> list[TurnTree]:
-        rng = np.random.default_rng(seed)
-        return [random_tree(rng, prompt=prompt, **sizes) for _ in range(trees)]
+        return random_forest(trees, Lengths((prompt, prompt), *others), vocab)
 
     while low < high:  # overlap grows with the prompt
         middle = (low + high) // 2
         low, high = (middle + 1, high) if overlap(grow(middle)) < target else (low, middle)
-    forest = grow(low)
-    assign_credit(forest)
-    return forest
+    return grow(low)
+
+
+def tree_of_tokens(tokens: int, vocab: int) -> TurnTree:
+    """A published tree whose lengths are scaled so that it has about, and not more than, so many unique tokens."""
+    scale = random_tree(0, PUBLISHED, vocab).unique_tokens / tokens
+    while (tree := random_tree(0, PUBLISHED.scaled(scale), vocab)).unique_tokens > tokens:
+        scale *= 1.002
+    assign_credit([tree])
+    return tree
 
 
 def written_out(forest: list[TurnTree]) -> list[TurnTree]:
@@ -66,9 +112,3 @@ def written_out(forest: list[TurnTree]) -> list[TurnTree]:
             chain.advantages = tree.advantages[path]
             flat.append(chain)
     return flat
-
-
-def _turn(tree: TurnTree, rng: np.random.Generator, parent: int, action: int, observation: int, vocab: int) -> int:
-    written = int(rng.integers(action // 2, action * 3 // 2))
-    seen = int(rng.integers(observation // 2, observation * 3 // 2)) if observation else 0
-    return tree.add_turn(parent, rng.integers(0, vocab, written), -rng.random(written), rng.integers(0, vocab, seen))

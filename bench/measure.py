@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import tempfile
@@ -18,6 +19,46 @@ _GRAPH_REPLAYS = 50
 Calls = dict[str, Callable[[], Any]]
 
 
+Entries = dict[str, dict[str, Any]]  # of a record: what was measured of every implementation
+
+
+def first_calls(
+    makers: dict[str, Callable[[], Callable[[], Any]]], first: Callable[[str, Any], dict[str, Any]], device: str
+) -> tuple[Entries, Calls]:
+    """Make every call by name, and let `first` look at it: its results begin the entries.
+
+    What is not installed or fails says so in its entry and is not among the calls.
+    """
+    entries: Entries = {}
+    calls: Calls = {}
+    for name, make in makers.items():
+        entries[name] = {}
+        try:
+            call = make()
+            entries[name] |= first(name, call)
+            calls[name] = call
+        except ImportError as error:
+            entries[name]["skipped"] = one_line(error)
+        except Exception as error:
+            entries[name]["error"] = one_line(error)
+        collect(device)
+    return entries, calls
+
+
+def timing(samples: list[float] | None, failure: str | None) -> dict[str, Any]:
+    """Milliseconds as an entry keeps them, of `interleaved`'s results; nothing where there are none."""
+    if failure is not None:
+        return {"error": failure}
+    return {"ms": quantiles(samples), "samples": len(samples)} if samples else {}
+
+
+def collect(device: str) -> None:
+    """Free what nothing refers to any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def synchronize(device: str) -> None:
     """Wait for a GPU."""
     if device == "cuda":
@@ -32,17 +73,17 @@ def clock(device: str) -> str:
 
 
 def interleaved(
-    calls: Calls, device: str, seconds: float, least: int = 3, most: int = 50
+    calls: Calls, device: str, seconds: float, least: int = 3, most: int = 50, warm: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of every call, one sample each per round, so that all see the same clocks and neighbours.
 
-    The first round is not kept: it fills the allocator's cache. A call leaves the rounds once its samples took
-    `seconds` and are at least `least`. The second result has the error of every call that raised.
+    The first `warm` rounds are not kept: they fill the allocator's cache. A call leaves the rounds once its samples
+    took `seconds` and are at least `least`. The second result has the error of every call that raised.
     """
     timer = _cuda_timer() if device == "cuda" else _cpu_timer()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
-    for turn in range(most + 1):
+    for turn in range(most + warm):
         for name, call in calls.items():
             taken = samples[name]
             if name in failed or (len(taken) >= least and sum(taken) > seconds * 1000):
@@ -52,7 +93,7 @@ def interleaved(
             except Exception as error:
                 failed[name] = one_line(error)
             else:
-                taken += [sample] if turn else []
+                taken += [sample] if turn >= warm else []
     return samples, failed
 
 

@@ -1,4 +1,5 @@
-"""Importing this makes `atpo_kernels` importable where it is not installed (a GPU machine with only PyTorch, say)."""
+"""Importing this makes `atpo_kernels` and `atpo_fast` importable where they are not installed (a GPU machine with only
+PyTorch, say)."""
 
 from __future__ import annotations
 
@@ -6,5 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("atpo_kernels") is None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+_ROOT = Path(__file__).resolve().parents[1]
+for _name, _folder in (("atpo_kernels", _ROOT / "kernels"), ("atpo_fast", _ROOT)):
+    if find_spec(_name) is None:
+        sys.path.insert(0, str(_folder))

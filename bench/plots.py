@@ -6,13 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import head_report
 import matplotlib
+import tree_report
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
-from must_show import Record
+from tree_plots import draw_times
+from verdicts import Record
 
 COLOURS = {
     "ours": "#d62728",
@@ -40,7 +43,8 @@ def draw(device: str, records: list[Record], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     slug = "cpu" if device.startswith("CPU") else re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     with matplotlib.rc_context({"svg.hashsalt": "atpo", "svg.fonttype": "none", "font.size": 9}):
-        figures = {"times": _times(records), "sweeps": _sweeps(records)}
+        head, trees = ([r for r in records if r["bench"] in kind.BENCHES] for kind in (head_report, tree_report))
+        figures = {"trees": draw_times(trees), "times": _times(head), "sweeps": _sweeps(head)}
     paths = []
     for name, figure in figures.items():
         if figure is not None:

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-import calls as head_calls
 import pytest
 import torch
-import turn_losses
-from cases import CPU_RECORD, Case, Operator, for_device
+from case import Case
+from cases import for_device
+from head_cases import CPU_RECORD
 from measure import synchronize
-from problems import make_problem
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def parameters(operator: Operator) -> list[Any]:
-    """(case, implementation) of one operator; the large CPU shape with plain PyTorch alone, in one case each."""
+def parameters(bench: str, names: Callable[[Case], tuple[str, ...]]) -> list[Any]:
+    """(case, implementation) of one kind of bench; `names` chooses the implementations of a case, or none."""
     chosen = []
     for case in for_device(DEVICE):
-        large = case.shape == CPU_RECORD
-        if case.operator == operator and (case.quick or not large):
-            names = case.implementations[:2] if large else case.implementations
-            chosen += [pytest.param(case, name, id=f"{case.name}-{name}") for name in names]
+        if case.bench == bench:
+            chosen += [pytest.param(case, name, id=f"{case.name}-{name}") for name in names(case)]
     return chosen
 
 
-def run(benchmark: Any, case: Case, name: str) -> None:
+def of_head(case: Case) -> tuple[str, ...]:
+    """Of a head operator's case all; of the large CPU shape ours and plain PyTorch, in one case each."""
+    if getattr(case, "shape", None) != CPU_RECORD:
+        return case.implementations
+    return case.implementations[:2] if case.quick else ()
+
+
+def run(benchmark: Any, case: Case, name: str, rounds: int | None = None) -> None:
     """Time one implementation; a GPU is waited for inside the timed call."""
     try:
-        if case.operator == "turn_policy_loss":
-            call: Any = turn_losses.make_call(name, turn_losses.make_log_probs(case, DEVICE))
-        else:
-            call = head_calls.make_call(name, case, make_problem(case, DEVICE))
+        call = import_module(case.measured_by).makers(case, DEVICE)[name]()
     except ImportError as error:
         pytest.skip(f"{name}: {error}")
 
@@ -41,5 +44,6 @@ def run(benchmark: Any, case: Case, name: str) -> None:
         synchronize(DEVICE)
 
     benchmark.group = case.name
-    benchmark.extra_info |= {"implementation": name, "shape": list(case.shape)}
-    benchmark.pedantic(timed, rounds=2 if case.shape == CPU_RECORD else 10, warmup_rounds=1)
+    benchmark.extra_info |= {"implementation": name}
+    rounds = rounds or (2 if getattr(case, "shape", None) == CPU_RECORD else 10)
+    benchmark.pedantic(timed, rounds=rounds, warmup_rounds=1)

@@ -64,6 +64,16 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), "triton": triton, "cuda": torch.version.cuda or "none"}
 
 
+def package_version(name: str) -> str:
+    """Of a package that is compared with; this commit for ours, torch's for what is none."""
+    if name == "ours":
+        return commit()
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return torch.__version__
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()

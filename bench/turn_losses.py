@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import package_path  # noqa: F401
 import torch
-from cases import Case
-from peers import vectorised_turn_loss
-from problems import CLIP_HIGH, CLIP_LOW, Turns, make_turns
+from head_cases import HeadCase
+from head_peers import vectorised_turn_loss
+from head_problems import CLIP_HIGH, CLIP_LOW, Turns, make_turns
 from torch import Tensor
 
 from atpo_kernels import turn_policy_loss
@@ -33,7 +33,7 @@ class LogProbs:
     turns: Turns
 
 
-def make_log_probs(case: Case, device: str) -> LogProbs:
+def make_log_probs(case: HeadCase, device: str) -> LogProbs:
     """Half of the turns are clipped. `case.shape` counts every token: padded batches have gaps beside the turns."""
     padded = len(case.shape) == 2
     tokens = case.shape[0] * case.shape[1] // 2 if padded else case.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -14,7 +15,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from atpo_fast.config.schema import ModelConfig
+if TYPE_CHECKING:
+    from atpo_fast.config.schema import ModelConfig
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

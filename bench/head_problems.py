@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from cases import Case
+from head_cases import HeadCase
 from torch import Tensor
 
 CLIP_LOW, CLIP_HIGH = 3e-3, 4e-3
@@ -85,7 +85,7 @@ def make_head(shape: tuple[int, int, int], dtype: str, peaked: bool, device: str
     return Head(hidden.requires_grad_(), weight.requires_grad_(), targets, *_statistics(hidden, weight, targets))
 
 
-def make_problem(case: Case, device: str) -> Problem:
+def make_problem(case: HeadCase, device: str) -> Problem:
     """The inputs of a case."""
     head = make_head(case.shape, case.dtype, case.peaked, device)  # type: ignore[arg-type]
     rng = torch.Generator(device).manual_seed(1)
@@ -93,7 +93,7 @@ def make_problem(case: Case, device: str) -> Problem:
     return Problem(head, upstream, make_turns(case, head.logprob))
 
 
-def make_turns(case: Case, logprob: Tensor) -> Turns:  # logprob (N,) float64
+def make_turns(case: HeadCase, logprob: Tensor) -> Turns:  # logprob (N,) float64
     """Turns whose mean log-ratio lies well inside the clip range, or well outside on the side that clips."""
     tokens, device = logprob.numel(), logprob.device
     rng = torch.Generator(device).manual_seed(2)
@@ -118,7 +118,7 @@ def make_turns(case: Case, logprob: Tensor) -> Turns:  # logprob (N,) float64
 
 
 @torch.no_grad()
-def errors(case: Case, problem: Problem, outcome: Outcome) -> dict[str, dict[str, float]]:
+def errors(case: HeadCase, problem: Problem, outcome: Outcome) -> dict[str, dict[str, float]]:
     """Largest and mean error against float64: absolute (nats) of log-probs and entropies; of gradients, on 256 rows of
     hidden and 64 of the vocabulary, relative to the largest and to the mean true value."""
     head, result = problem.head, {}
@@ -144,7 +144,7 @@ def errors(case: Case, problem: Problem, outcome: Outcome) -> dict[str, dict[str
     return result
 
 
-def _upstream(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+def _upstream(case: HeadCase, problem: Problem) -> tuple[Tensor, Tensor]:  # (N,), (N,)
     """d loss / d log-prob and d loss / d entropy, in float64."""
     none = torch.zeros_like(problem.head.logprob)
     if case.operator == "linear_turn_policy_loss":

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import package_path  # noqa: F401
 import torch
-from cases import Case
-from peers import IGNORED, PEERS, LogProb, Peer, vectorised_turn_loss
-from problems import CLIP_HIGH, CLIP_LOW, Outcome, Problem
+from head_cases import HeadCase
+from head_peers import IGNORED, PEERS, LogProb, Peer, vectorised_turn_loss
+from head_problems import CLIP_HIGH, CLIP_LOW, Outcome, Problem
 from torch import Tensor
 
 from atpo_kernels import linear_turn_policy_loss
@@ -16,7 +16,7 @@ from atpo_kernels import linear_turn_policy_loss
 Call = Callable[[], Outcome]
 
 
-def make_call(name: str, case: Case, problem: Problem) -> Call:
+def make_call(name: str, case: HeadCase, problem: Problem) -> Call:
     """One implementation on one problem. Raises ImportError when it is not installed, ValueError when it cannot."""
     peer = PEERS[name]
     if case.operator == "linear_turn_policy_loss":

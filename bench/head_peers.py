@@ -19,7 +19,7 @@ from typing import Literal
 
 import package_path  # noqa: F401
 import torch
-from problems import CLIP_HIGH, CLIP_LOW, Problem
+from head_problems import CLIP_HIGH, CLIP_LOW, Problem
 from torch import Tensor
 from torch.nn import functional as F
 
