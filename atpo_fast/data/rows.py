@@ -48,6 +48,15 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
+def parse_line(where: str, number: int, line: bytes) -> Row:
+    """The row of one line of a .jsonl file.
+
+    Raises:
+        DataError: malformed JSON, or not an object; the message begins with `where`.
+    """
+    return _row(where, number, _parse(line, where))
+
+
 def _read_bytes(path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix != ".gz":
@@ -69,8 +78,7 @@ def _json_rows(path: Path, content: bytes) -> Iterator[Row]:
 def _jsonl_rows(path: Path, content: bytes) -> Iterator[Row]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            where = f"{path}, line {number}"
-            yield _row(where, number, _parse(line, where))
+            yield parse_line(f"{path}, line {number}", number, line)
 
 
 def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:

@@ -1,26 +1,69 @@
-"""The search tools: BM25 in process, or a retrieval server. Both format their hits as published."""
+"""The search tools: an index in process, or a retrieval server. Both format their hits as published."""
 
 from __future__ import annotations
 
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import bm25s
-import numpy as np
-from numpy.typing import NDArray
-
 from atpo_fast.data.questions import Passage
+from atpo_fast.retrieval import BM25Index, Index, document_contents, open_index
 
 NO_RESULTS = "No search results found."
 _MAX_HITS = 10
-_TOKEN_PATTERN = r"(?u)\b\w+\b"
 
 
-class BM25Search:
-    """BM25 over passages, in process (k1 0.9, b 0.4, English stop words, no stemming).
+class IndexSearch:
+    """Search in process, in an index of any kind.
+
+    Args:
+        index: finds passages by number.
+        contents: the text of a passage.
+        top_k: hits per query.
+        passage_chars: a hit is cut to so many characters.
+    """
+
+    name = "search"
+
+    def __init__(
+        self, index: Index, contents: Callable[[int], str], *, top_k: int = 3, passage_chars: int = 1000
+    ) -> None:
+        self.top_k = top_k
+        self.passage_chars = passage_chars
+        self._index = index
+        self._contents = contents
+
+    @classmethod
+    def open(cls, folder: str | Path, *, kind: str, top_k: int = 3, passage_chars: int = 1000) -> IndexSearch:
+        """Search in an index folder that `atpo-fast retriever` has built; nothing of it is loaded into memory at once.
+
+        Raises:
+            FileNotFoundError: no finished index there.
+            ValueError: an index of another kind than `kind`.
+        """
+        retriever = open_index(folder)
+        if retriever.kind != kind:
+            raise ValueError(f"{folder} holds a {retriever.kind} index; set tools.search_backend={retriever.kind}")
+        return cls(retriever.index, retriever.documents.contents, top_k=top_k, passage_chars=passage_chars)
+
+    def __call__(self, argument: str) -> str:
+        """Hits of one query, formatted."""
+        return self.run_many([argument])[0]
+
+    def run_many(self, queries: list[str]) -> list[str]:
+        """Hits of many queries, formatted."""
+        numbers, _ = self._index.search([clean_query(query) for query in queries], min(self.top_k, len(self._index)))
+        return [
+            format_hits([self._contents(number) for number in row if number >= 0], self.passage_chars)
+            for row in numbers.tolist()
+        ]
+
+
+class BM25Search(IndexSearch):
+    """BM25 over passages, in memory (k1 0.9, b 0.4, English stop words, no stemming).
 
     Deterministic: equal scores are ordered by the position of the passage. Passages that share no word with the query
     are not hits.
@@ -34,38 +77,17 @@ class BM25Search:
         ValueError: no passages.
     """
 
-    name = "search"
-
     def __init__(
         self, passages: Sequence[Passage], *, top_k: int = 3, passage_chars: int = 1000, k1: float = 0.9, b: float = 0.4
     ) -> None:
         if not passages:
-            raise ValueError("BM25 search needs passages and was given none: name corpus files in data.corpus_files")
-        self.top_k = top_k
-        self.passage_chars = passage_chars
-        self._contents = [passage.contents for passage in passages]
-        self._index = bm25s.BM25(k1=k1, b=b)
-        self._index.index(_words(self._contents), show_progress=False)
-
-    def __call__(self, argument: str) -> str:
-        """Hits of one query, formatted."""
-        return self.run_many([argument])[0]
-
-    def run_many(self, queries: list[str]) -> list[str]:
-        """Hits of many queries, formatted."""
-        words = _words([clean_query(query) for query in queries])
-        return [format_hits([self._contents[i] for i in self._hits(query)], self.passage_chars) for query in words]
-
-    def _hits(self, words: list[str]) -> NDArray[np.int64]:
-        """(k,) positions of the best passages, best first; k <= top_k."""
-        known = [word for word in words if word in self._index.vocab_dict]
-        if not known:
-            return np.zeros(0, dtype=np.int64)
-        scores = self._index.get_scores(known)
-        place = max(0, len(scores) - self.top_k)
-        threshold = np.partition(scores, place)[place]
-        candidates = np.flatnonzero((scores >= threshold) & (scores > 0))
-        return candidates[np.argsort(-scores[candidates], kind="stable")[: self.top_k]]
+            raise ValueError(
+                "BM25 search needs passages and was given none: name corpus files in data.corpus_files, or an index "
+                "folder in tools.index_dir"
+            )
+        contents = [passage.contents for passage in passages]
+        index = BM25Index.from_texts(contents, k1, b)
+        super().__init__(index, contents.__getitem__, top_k=top_k, passage_chars=passage_chars)
 
 
 class HTTPSearch:
@@ -124,14 +146,6 @@ def format_hits(contents: Sequence[str], passage_chars: int) -> str:
     return "\n".join(f"Page {number}: {page[:passage_chars]}" for number, page in enumerate(pages, start=1))
 
 
-def _words(texts: list[str]) -> list[list[str]]:
-    """Lower-case words without English stop words, per text."""
-    words = bm25s.tokenize(texts, token_pattern=_TOKEN_PATTERN, stopwords="en", return_ids=False, show_progress=False)
-    assert isinstance(words, list)
-    return words
-
-
 def _contents(hit: dict[str, Any]) -> str:
     """The text of one hit of a retrieval server."""
-    document = hit.get("document", hit)
-    return str(document.get("contents") or f'"{document.get("title", "")}"\n{document.get("text", "")}')
+    return document_contents({"text": ""} | hit.get("document", hit))

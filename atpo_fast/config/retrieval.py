@@ -1,0 +1,52 @@
+"""Settings of the retriever's indices."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+Faiss = Literal["flat", "ivf", "hnsw"]
+VectorDtype = Literal["float16", "float32"]
+
+MAX_HITS = 1000  # that one query may ask for
+
+
+@dataclass(frozen=True, slots=True)
+class BM25Settings:
+    """Settings of a BM25 index."""
+
+    kind: ClassVar[str] = "bm25"
+    k1: float = 0.9
+    b: float = 0.4
+    shard_passages: int = 250_000  # passages of a shard: bounds the memory of the build
+
+    def identity(self) -> dict[str, Any]:
+        """What the index depends on."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseSettings:
+    """Settings of a dense index."""
+
+    kind: ClassVar[str] = "dense"
+    encoder: str  # Hugging Face encoder: folder, or name on the hub
+    faiss: Faiss = "flat"  # flat: exact. ivf: looks into the nearest lists only. hnsw: walks a graph of neighbours
+    vector_dtype: VectorDtype = "float16"
+    query_prefix: str = "query: "
+    passage_prefix: str = "passage: "
+    max_tokens: int = 256  # longer texts are cut
+    batch_texts: int = 64  # texts of one forward
+
+    def identity(self) -> dict[str, Any]:
+        """What the vectors depend on, and how queries are encoded."""
+        folder = Path(self.encoder)
+        return {
+            "encoder": str(folder.resolve()) if folder.is_dir() else self.encoder,
+            "encoder_files": {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))},
+            "vector_dtype": self.vector_dtype,
+            "query_prefix": self.query_prefix,
+            "passage_prefix": self.passage_prefix,
+            "max_tokens": self.max_tokens,
+        }

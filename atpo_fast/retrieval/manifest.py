@@ -1,0 +1,119 @@
+"""The manifest of an index folder: what it is an index of, and how far its building has come."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+_NAME = "manifest.json"
+_SAMPLE = 1 << 16
+
+
+class IndexMismatchError(FileExistsError):
+    """The index folder holds an index of something else, or is in use; the message says what to do."""
+
+
+@dataclass(slots=True)
+class Manifest:
+    """`manifest.json` of an index folder."""
+
+    kind: str  # bm25 or dense
+    corpus: list[dict[str, Any]]  # name, bytes, digest of both ends
+    settings: dict[str, Any]  # what the numbers in the index depend on
+    documents: list[str] = field(default_factory=list)  # files of JSON lines, once they are there
+    complete: bool = False
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that makes this index another one than the next."""
+        identity = [self.format, self.kind, self.corpus, self.settings]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def write(self, folder: Path) -> None:
+        """Write it in one go."""
+        partial = folder / f"{_NAME}.partial"
+        partial.write_text(json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1) + "\n")
+        partial.replace(folder / _NAME)
+
+
+def make_manifest(kind: str, corpus: Sequence[Path], settings: dict[str, Any]) -> Manifest:
+    """The manifest of an index that is to be built.
+
+    Raises:
+        FileNotFoundError: a corpus file is missing.
+    """
+    return Manifest(kind, [_describe(path) for path in corpus], settings)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of an index folder; None where there is none.
+
+    Raises:
+        IndexMismatchError: it cannot be read, or is of another version of this program.
+    """
+    path = folder / _NAME
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        values.pop("fingerprint")
+        manifest = Manifest(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IndexMismatchError(f"{path} cannot be read ({error}); remove the folder or name another one") from error
+    if manifest.format != FORMAT:
+        raise IndexMismatchError(f"{path} has format {manifest.format}, not {FORMAT}; build the index again")
+    return manifest
+
+
+def differences(found: Manifest, wanted: Manifest) -> str:
+    """What keeps two manifests apart, in words; empty when nothing does."""
+    if found.fingerprint == wanted.fingerprint:
+        return ""
+    if found.kind != wanted.kind:
+        return f"kind {found.kind}, not {wanted.kind}"
+    if found.corpus != wanted.corpus:
+        names = [
+            ", ".join(f"{entry['name']} ({entry['bytes']:,} bytes)" for entry in m.corpus) for m in (found, wanted)
+        ]
+        return f"corpus {names[0]}, not {names[1]}" if names[0] != names[1] else f"other contents of {names[0]}"
+    return ", ".join(
+        f"{name} {found.settings.get(name)!r}, not {value!r}"
+        for name, value in wanted.settings.items()
+        if found.settings.get(name) != value
+    )
+
+
+@contextmanager
+def only_builder(folder: Path) -> Iterator[None]:
+    """Hold the index folder for building.
+
+    Raises:
+        IndexMismatchError: another process is building in it.
+    """
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise IndexMismatchError(f"{folder}: another process is building this index; wait for it") from error
+        yield
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Name, size and a hash of both ends: the end of a .gz file tells of all of its contents."""
+    if not path.is_file():
+        raise FileNotFoundError(f"corpus file {path} does not exist")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        ends = file.read(_SAMPLE)
+        file.seek(max(0, size - _SAMPLE))
+        ends += file.read()
+    return {"name": path.name, "bytes": size, "digest": hashlib.sha256(ends).hexdigest()[:16]}
