@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +18,6 @@ from atpo_fast.environment import (
     CALL_LIMIT_NOTICE,
     BM25Search,
     HTTPSearch,
-    PythonTool,
     ToolBox,
     ToolCall,
     format_result,
@@ -326,53 +322,7 @@ def test_http_server_that_is_not_there() -> None:
     assert "ConnectionError" in toolbox.run([ToolCall("search", "x")])[0].text
 
 
-# ---- python
-
-
-@pytest.mark.parametrize(
-    ("code", "answer"),
-    [
-        ("print(1)\n2 + 3", "1\n5"),  # a bare last expression is printed
-        ("print('a')", "a"),  # and the None of print is not
-        ("x = 4\nx", "4"),
-        ("'é'", "é"),
-        ("x = 1", ""),
-    ],
-)
-def test_python_answers(code: str, answer: str) -> None:
-    assert PythonTool()(code) == answer
-
-
-def test_python_errors_are_the_answer() -> None:
-    tool = PythonTool()
-    assert tool("print(1)\n1 / 0").endswith("ZeroDivisionError: division by zero")
-    assert "SyntaxError" in tool("print(")
-    assert tool("raise SystemExit(7)") == "The code ended with status 7."
-    assert "could not be started" in tool("x = '\0'")
-    assert "could not be started" in tool("x = 1  # " + "y" * 300_000)
-
-
-def test_python_time_out_kills_children_too(tmp_path: Path) -> None:
-    # Fails if only the first process is killed: its child would go on holding the lock.
-    lock = tmp_path / "lock"
-    child = f"import fcntl, time; f = open({str(lock)!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); time.sleep(600)"
-    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {child!r}])"
-    while not lock.exists():  # a slow machine may need more than a second to start two interpreters
-        assert PythonTool(timeout_seconds=1.0)(code).startswith("TimeoutError")
-    with lock.open("w") as file:
-        for _ in range(1000):
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.01)
-    pytest.fail("the child of the killed code is still alive")
-
-
-def test_python_output_is_bounded() -> None:
-    text = PythonTool(max_chars=1000)("for _ in range(100_000): print('x' * 100)")
-    assert len(text) <= 1000 and text.startswith("xxx")
-    error = PythonTool(max_chars=1000)("import sys\nsys.stderr.write('y' * 100_000 + 'end')\nraise SystemExit(1)")
-    assert len(error) <= 1000 and error.endswith("end")
+# ---- the configured tools
 
 
 def test_make_toolbox() -> None:

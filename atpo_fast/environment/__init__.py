@@ -1,22 +1,41 @@
 """What the policy acts in: the tag protocol, the tools and their running."""
 
+from atpo_fast.environment.function_tool import FunctionTool, ToolError
 from atpo_fast.environment.python_tool import PythonTool
-from atpo_fast.environment.search import BM25Search, HTTPSearch
-from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, TAGS, TagVocabulary, ToolCall, format_result, parse_call
-from atpo_fast.environment.tools import Tool, ToolBox, ToolResult, make_toolbox
+from atpo_fast.environment.result_cache import CachedTool, ResultCache
+from atpo_fast.environment.search import BM25Search, HTTPSearch, IndexSearch
+from atpo_fast.environment.tags import (
+    CALL_LIMIT_NOTICE,
+    TAGS,
+    TagVocabulary,
+    ToolCall,
+    escape_tags,
+    format_result,
+    parse_call,
+    unescape_tags,
+)
+from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
+from atpo_fast.environment.tools import make_toolbox
 
 __all__ = [
     "CALL_LIMIT_NOTICE",
     "TAGS",
     "BM25Search",
+    "CachedTool",
+    "FunctionTool",
     "HTTPSearch",
+    "IndexSearch",
     "PythonTool",
+    "ResultCache",
     "TagVocabulary",
     "Tool",
     "ToolBox",
     "ToolCall",
+    "ToolError",
     "ToolResult",
+    "escape_tags",
     "format_result",
     "make_toolbox",
     "parse_call",
+    "unescape_tags",
 ]

@@ -1,104 +1,251 @@
-"""The python tool: runs code in a fresh interpreter process.
-
-The process is separate and limited in time and output; it is not a sandbox against hostile code.
-"""
+"""The python tool: runs code in a fresh, confined interpreter process (see `python_sandbox.py`)."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
+import json
+import logging
+import math
 import os
+import selectors
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
+from atpo_fast.environment import python_sandbox
+from atpo_fast.environment.function_tool import ToolError
+
+_LOG = logging.getLogger(__name__)
+_FOLDER = Path(python_sandbox.__file__).parent
+_START = (
+    f"import sys; sys.path.insert(0, {str(_FOLDER)!r}); import python_sandbox; del sys.path[0]; python_sandbox.main()"
+)
 _CHUNK = 65536
+_MAX_CODE_BYTES = 1 << 20
+_MAX_OUTPUT_BYTES = 16 << 20  # code that writes more is stopped
+_GRACE_SECONDS = 5.0  # for the sandbox to end all processes itself when it is told to
+
+
+@dataclass(slots=True)
+class _Output:
+    """What the code wrote to one pipe: the first and the last `limit` bytes, and how many in all."""
+
+    limit: int
+    head: bytes = b""
+    tail: bytes = b""
+    total: int = 0
+
+    def add(self, chunk: bytes) -> None:
+        space = max(0, self.limit - len(self.head))
+        self.head += chunk[:space]
+        self.tail = (self.tail + chunk[space:])[-self.limit :]
+        self.total += len(chunk)
+
+    def text(self) -> str:
+        return (self.head + self.tail).decode("utf-8", errors="replace")
+
+
+@dataclass(slots=True)
+class _Run:
+    """How a run ended: `status` is None when it was stopped, `why` then says why."""
+
+    limit: int
+    status: int | None = None
+    why: str = ""
+    stdout: _Output = field(init=False)
+    stderr: _Output = field(init=False)
+    report: _Output = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stdout, self.stderr, self.report = (_Output(self.limit) for _ in range(3))
 
 
 class PythonTool:
     """Runs an argument as Python code and answers with what it prints.
 
     As in a notebook, a bare expression on the last line is printed (None is not). The answer is stdout when the code
-    succeeds, else the end of stderr. Code that takes longer than `timeout_seconds` is killed with its children.
+    succeeds, else the end of stderr. Each call has its own process, working directory and clean environment; no
+    network; and a read-only view of the files, as far as the system allows: what it allows is logged once, as a
+    warning where it is less than that. When the call is answered, no process and no file of it is left.
+
+    Args:
+        timeout_seconds: longest time of a call; then all its processes are killed.
+        max_chars: longer answers are cut to so many characters.
+        memory_mb: address space of each process.
+        processes: processes and threads that one call may have.
+        file_mb: size of its largest file, and of its working directory where that is in memory.
     """
 
     name = "python"
+    description = "Runs Python code in a fresh interpreter without network. Answers with what the code prints."
 
-    def __init__(self, *, timeout_seconds: float = 120.0, max_chars: int = 20_000) -> None:
+    def __init__(
+        self,
+        *,
+        timeout_seconds: float = 120.0,
+        max_chars: int = 20_000,
+        memory_mb: int = 2048,
+        processes: int = 64,
+        file_mb: int = 64,
+    ) -> None:
         self.timeout_seconds = timeout_seconds
         self.max_chars = max_chars
+        self.memory_mb = memory_mb
+        self.processes = processes
+        self.file_mb = file_mb
+        self._logged = b""
 
     def __call__(self, argument: str) -> str:
-        """Run code; never raises for what the code does."""
+        """Run code.
+
+        Raises:
+            ToolError: code that is too long, or that printed nothing.
+            OSError: no process could be started.
+        """
+        workdir = tempfile.mkdtemp(prefix="atpo_python_")
         try:
+            run = self._run(self._job(argument, workdir), workdir)
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+        self._log_facilities(run.report.head)
+        if run.status is None:
+            return run.why
+        if run.status:
+            errors = run.stderr.text()[-self.max_chars :].strip()
+            return errors or f"The code ended with {_describe_status(run.status)}."
+        answer = run.stdout.text()[: self.max_chars].strip()
+        if not answer:
+            raise ToolError("Tool(python) returned empty output.")  # as it would again
+        return answer
+
+    def _run(self, job_text: bytes, workdir: str) -> _Run:
+        """Start the sandbox, gather its output until it ends or has to be stopped."""
+        with contextlib.ExitStack() as files:
+            job = files.enter_context(tempfile.TemporaryFile())
+            job.write(job_text)
+            job.seek(0)
+            reading, writing = os.pipe()
+            readable = files.enter_context(os.fdopen(reading, "rb"))
+            writable = files.enter_context(os.fdopen(writing, "wb"))
             process = subprocess.Popen(
-                [sys.executable, "-I", "-c", print_last_expression(argument)],
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-I", "-B", "-X", "utf8", "-c", _START, str(writable.fileno())],
+                stdin=job,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                pass_fds=[writable.fileno()],
                 start_new_session=True,
+                cwd=workdir,
+                env=_environment(workdir),
             )
-        except (OSError, ValueError) as error:  # too long for a command line, or a null byte in it
-            return f"The code could not be started: {error}"
-        assert process.stdout is not None and process.stderr is not None
-        stdout, stderr = _Reader(process.stdout, self.max_chars), _Reader(process.stderr, self.max_chars)
-        try:
-            status = process.wait(self.timeout_seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            _kill_group(process)
-        if status is None:
-            return f"TimeoutError: the code ran longer than {self.timeout_seconds:g} seconds."
-        if status == 0:
-            return stdout.text()[: self.max_chars].strip()
-        return stderr.text()[-self.max_chars :].strip() or f"The code ended with status {status}."
+            writable.close()
+            assert process.stdout is not None and process.stderr is not None
+            files.enter_context(process.stdout)
+            files.enter_context(process.stderr)
+            run = _Run(self.max_chars)
+            try:
+                self._gather(
+                    process, {process.stdout: run.stdout, process.stderr: run.stderr, readable: run.report}, run
+                )
+            finally:
+                _end(process)
+            if not run.why:
+                run.status = process.returncode
+            return run
+
+    def _gather(self, process: subprocess.Popen[bytes], pipes: dict[IO[bytes], _Output], run: _Run) -> None:
+        """Read all pipes to their ends; sets `run.why` when time or output ran out first."""
+        deadline = time.monotonic() + self.timeout_seconds
+        with selectors.DefaultSelector() as selector:
+            for pipe, output in pipes.items():
+                selector.register(pipe, selectors.EVENT_READ, output)
+            while selector.get_map():
+                ready = selector.select(min(0.1, max(0.0, deadline - time.monotonic())))
+                for key, _ in ready:
+                    chunk = os.read(key.fd, _CHUNK)
+                    key.data.add(chunk)
+                    if not chunk:
+                        selector.unregister(key.fileobj)
+                if run.stdout.total + run.stderr.total > _MAX_OUTPUT_BYTES:
+                    run.why = f"{run.stdout.text()[: self.max_chars]}\nThe code was stopped: it printed too much."
+                    return
+                if time.monotonic() >= deadline:
+                    run.why = f"TimeoutError: the code ran longer than {self.timeout_seconds:g} seconds."
+                    return
+                if not ready and process.poll() is not None:
+                    return  # something that escaped holds the pipes
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                run.why = f"TimeoutError: the code ran longer than {self.timeout_seconds:g} seconds."
+
+    def _job(self, code: str, workdir: str) -> bytes:
+        job = {
+            "code": code,
+            "workdir": workdir,
+            "parent": os.getpid(),
+            "memory_mb": self.memory_mb,
+            "processes": self.processes,
+            "file_mb": self.file_mb,
+            "cpu_seconds": math.ceil(self.timeout_seconds) + 1,
+        }
+        text = json.dumps(job).encode()
+        if len(text) > _MAX_CODE_BYTES:
+            raise ToolError(f"Tool(python) was not called: {len(code):,} characters of code are too many.")
+        return text
+
+    def _log_facilities(self, report: bytes) -> None:
+        """Log how calls are confined, at the first call and when it changes."""
+        if not report or report == self._logged:
+            return
+        self._logged = report
+        facilities: dict[str, tuple[str, bool]] = json.loads(report)
+        weak = {name: how for name, (how, strong) in facilities.items() if not strong}
+        text = "; ".join(f"{name}: {how}" for name, (how, _) in facilities.items())
+        _LOG.info("python tool: %s", text)
+        if weak:
+            _LOG.warning(
+                "python tool: less confined than it could be (%s). Allow unprivileged user namespaces, or start the "
+                "container with the capability SYS_ADMIN, to confine it fully",
+                "; ".join(f"{name}: {how}" for name, how in weak.items()),
+            )
 
 
-class _Reader:
-    """Drains a pipe in the background and keeps its first and last `limit` bytes, so that memory stays bounded."""
-
-    def __init__(self, pipe: IO[bytes], limit: int) -> None:
-        self._pipe = pipe
-        self._limit = limit
-        self._head = b""
-        self._tail = b""
-        self._thread = threading.Thread(target=self._drain, daemon=True)
-        self._thread.start()
-
-    def _drain(self) -> None:
-        with self._pipe:
-            while chunk := os.read(self._pipe.fileno(), _CHUNK):
-                space = max(0, self._limit - len(self._head))
-                self._head += chunk[:space]
-                self._tail = (self._tail + chunk[space:])[-self._limit :]
-
-    def text(self) -> str:
-        """What was read once the pipe closed (a second of grace)."""
-        self._thread.join(1.0)
-        return (self._head + self._tail).decode("utf-8", errors="replace")
+def _environment(workdir: str) -> dict[str, str]:
+    """Nothing of the trainer's environment, which may hold secrets, but the library path that Python may need."""
+    environment = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": workdir,
+        "TMPDIR": workdir,
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+    if "LD_LIBRARY_PATH" in os.environ:
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    return environment
 
 
-def print_last_expression(code: str) -> str:
-    """The code with a bare expression at its end wrapped so that its value is printed unless it is None.
-
-    Code that does not parse is returned as it is: the interpreter then reports the error.
-    """
-    try:
-        module = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return code
-    if not module.body or not isinstance(module.body[-1], ast.Expr):
-        return code
-    last = ast.unparse(module.body.pop())
-    shown = f"_last = (\n{last}\n)\nif _last is not None:\n    print(_last)"
-    return f"{ast.unparse(module)}\n{shown}"
+def _describe_status(status: int) -> str:
+    """`status 3` or `signal SIGSEGV`."""
+    number = status - 128 if status > 128 else -status
+    with contextlib.suppress(ValueError):
+        return f"signal {signal.Signals(number).name}"
+    return f"status {status}"
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End the process and every child it left behind, and reap it."""
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the sandbox and every process in it, and reap it."""
+    if process.poll() is None:
+        process.terminate()  # it then ends all processes of the code itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all gone already
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -2,12 +2,19 @@
 
 A call is `<tool>argument</tool>`, written by the policy; the closing tag ends the turn. The environment answers inside
 the same assistant message with ` <result>`, a newline, the text, a newline and `</result>` (the published protocol).
+
+What a tool answers is data. Before it becomes an observation, the first character of every tag and of every special
+token in it is written as an HTML entity (`&lt;/result>`), so that no text of a result can end the result, answer the
+question, call a tool or end the sequence. All other text stays as it is, and `unescape_tags` gives the original back.
 """
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,7 @@ class TagVocabulary:
 
 
 TAGS = TagVocabulary()
+_PUBLISHED_TOOLS = ("search", "python")
 
 CALL_LIMIT_NOTICE = (
     " I have reached the tool call limit and cannot make further tool calls. "
@@ -75,6 +83,50 @@ def result_closing() -> str:
     return f"\n{close_tag(TAGS.result)}"
 
 
-def format_result(text: str) -> str:
-    """The observation that carries a tool's result."""
-    return f"{result_opening()}{text}{result_closing()}"
+def format_result(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
+    """The observation that carries a tool's result, its tags and special tokens escaped (`escape_tags`)."""
+    return f"{result_opening()}{escape_tags(text, tools, special_tokens)}{result_closing()}"
+
+
+def escape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
+    """`text` without a tag: `</result>` becomes `&lt;/result>`, and what looks escaped already gets one `amp;` more.
+
+    Linear in the text. Escaped are the opening and closing tags of think, answer, result, search, python and `tools`,
+    and the `special_tokens` (of a tokenizer) that start with a sign and have three characters or more.
+    """
+    return _reserved(tuple(tools), tuple(special_tokens)).sub(_escape, text)
+
+
+def unescape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
+    """The text that `escape_tags` was given, with the same `tools` and `special_tokens`."""
+    return _reserved(tuple(tools), tuple(special_tokens)).sub(_unescape, text)
+
+
+@lru_cache(maxsize=64)
+def _reserved(tools: tuple[str, ...], special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches the first character, plain or escaped, of every text that a result may not hold."""
+    names = dict.fromkeys([TAGS.think, TAGS.answer, TAGS.result, *_PUBLISHED_TOOLS, *tools])
+    texts = [tag for name in names for tag in (open_tag(name), close_tag(name))]
+    texts += [token for token in special_tokens if len(token) >= 3 and not (token[0].isalnum() or token[0] in "& \n")]
+    rests: dict[str, list[str]] = {}
+    for text in texts:
+        rests.setdefault(text[0], []).append(re.escape(text[1:]))
+    patterns = [
+        f"(?:{re.escape(first)}|&(?:amp;)*{re.escape(_entity(first)[1:])})(?={'|'.join(rest)})"
+        for first, rest in rests.items()
+    ]
+    return re.compile("|".join(patterns))
+
+
+def _entity(character: str) -> str:
+    return "&lt;" if character == "<" else f"&#{ord(character)};"
+
+
+def _escape(match: re.Match[str]) -> str:
+    return _entity(match[0]) if len(match[0]) == 1 else f"&amp;{match[0][1:]}"
+
+
+def _unescape(match: re.Match[str]) -> str:
+    if match[0].startswith("&amp;"):
+        return f"&{match[0][5:]}"
+    return html.unescape(match[0])
