@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -265,6 +266,106 @@ def test_results_do_not_depend_on_how_the_work_is_cut(
     for index in range(len(trees)):
         engine.release(f"t{index}")
     assert engine.cache.available == engine.cache.pool.limit  # no slot is lost or freed twice
+
+
+def drain(engine: TransformersEngine) -> dict[Any, Completion]:
+    """Poll until nothing is in flight."""
+    done: dict[Any, Completion] = {}
+    while engine._generation is not None:
+        done.update(engine.poll())
+    return done
+
+
+# Requests that join while others decode must sample what they sample alone, and reuse the rows of the table: fails if
+# an index is handed out twice or kept for ever, a row keeps the counts of the one before it, or stops get mixed up.
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_requests_join_while_others_decode(batch_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = np.random.default_rng(0)
+    asks = [
+        request(tree, f"t{i}", 0, n, SamplingParams(max_new_tokens=int(rng.integers(1, 12)), stop=stop), 7 * i + n)
+        for i, tree in enumerate(roots(12))
+        for n, stop in enumerate([("</search>",), (), ("w3", "</search>")], start=1)
+    ]
+    plain = make_model()
+    engine, done, sizes = make_engine(tokenizer, batch_size=batch_size), {}, []
+    for begin in range(0, len(asks), 2):
+        engine.submit(asks[begin : begin + 2])
+        for _ in range(3):
+            done.update(engine.poll())
+            if engine._generation is not None:
+                sizes.append(len(engine._generation.table.requests))
+    done.update(drain(engine))
+    assert engine.poll() == [] and engine._generation is None
+    for ask in asks:
+        answer = done.pop(ask.turn_key)
+        if ask.sampling.stop != ("w3", "</search>"):
+            tokens, drawn, _ = plain_loop(plain, ask)
+            assert answer.token_ids == tokens
+            np.testing.assert_allclose(answer.logprobs, drawn, atol=1e-10)
+        else:
+            assert answer.token_ids == make_engine(tokenizer).generate([ask])[0].token_ids
+    assert not done and max(sizes) <= min(batch_size, 20) < len(asks)
+    unique = sum(len(tree.turns[0].observation_ids) for tree in roots(12)) + engine.counters.decoded_tokens
+    assert engine.counters.prefilled_tokens == unique
+    for index in range(12):
+        engine.release(f"t{index}")
+    assert engine.cache.available == engine.cache.pool.limit
+
+
+# A tree released in mid-flight takes its requests along, waiting or decoding, and nothing of the others: fails if a
+# slot is lost, a path stays pinned, or a neighbour's sample changes.
+def test_release_drops_requests_in_flight(tokenizer: PreTrainedTokenizerFast) -> None:
+    params = SamplingParams(max_new_tokens=15)
+    asks = [request(t, f"t{i}", 0, s, params, 9 * i + s) for i, t in enumerate(roots(4)) for s in (1, 2, 3)]
+    engine = make_engine(tokenizer, batch_size=8)
+    engine.submit(asks)
+    early = dict(engine.poll())
+    engine.release("t0")  # decoding
+    engine.release("t3")  # waiting
+    done = early | drain(engine)
+    whole = {ask.turn_key: answer for ask, answer in zip(asks, make_engine(tokenizer).generate(asks), strict=True)}
+    for key, answer in done.items():
+        assert answer.token_ids == whole[key].token_ids
+    assert {key for key in whole if key[0] in ("t1", "t2")} == {key for key in done if key[0] in ("t1", "t2")}
+    assert not {key for key in done if key[0] == "t3"}
+    engine.submit(asks[:1])
+    engine.release("t0")
+    assert engine._generation is None and engine.poll() == []
+    for index in range(4):
+        engine.release(f"t{index}")
+    assert engine.cache.available == engine.cache.pool.limit and not engine.cache.nodes
+
+
+# Weights or memory must not change under requests in flight, and a failure must leave none behind.
+def test_requests_in_flight_are_protected(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer, cache_tokens=32)
+    fits = request(TurnTree([3, 4]), "a", 0, 1, SamplingParams(max_new_tokens=3, temperature=0.0))
+    engine.submit([fits])
+    for change in (engine.sleep, engine.reset_prefix_cache, lambda: engine.update_weights([])):
+        with pytest.raises(RuntimeError, match="1 requests are in flight"):
+            change()
+    with pytest.raises(ValueError, match="requested already"):
+        engine.submit([request(TurnTree([3, 4]), "b", 0, 1, fits.sampling), fits])
+    engine.submit([request(TurnTree(np.full(40, 5)), "c", 0, 1, fits.sampling)])
+    with pytest.raises(ValueError, match="cache_tokens=32"):
+        drain(engine)
+    assert engine.poll() == [] and engine.cache.available == engine.cache.pool.limit
+    assert engine.generate([fits])[0].token_ids == plain_loop(make_model(), fits)[0]
+
+
+# After a shortage of room the batch grows back: fails if it stays at the size that once fitted.
+def test_the_batch_grows_again_after_a_shortage(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, params = make_engine(tokenizer, cache_tokens=60), SamplingParams(max_new_tokens=12)
+    asks = [request(tree, f"t{i}", 0, 1, params, i) for i, tree in enumerate(roots(40, lengths=(3, 6)))]
+    plain = make_model()
+    engine.submit(asks)
+    limits, done = [], {}
+    while engine._generation is not None:
+        limits.append(engine._generation.limit)
+        done.update(engine.poll())
+    assert engine.counters.evicted_tokens > 0 and min(limits) < 10
+    assert any(later == now + 1 for now, later in pairwise(limits))
+    assert all(done[ask.turn_key].token_ids == plain_loop(plain, ask)[0] for ask in asks)
 
 
 # A request larger than the whole cache must say so instead of looping for ever; the engine stays usable.

@@ -3,128 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scripted_engine import (
+    ANSWER,
+    TOKENIZER,
+    ScriptedEngine,
+    Search,
+    as_data,
+    by_seed,
+    encode,
+    make_loop,
+    prompts,
+    questions,
+    search_then_answer,
+)
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast.config.schema import RolloutConfig, ToolsConfig
-from atpo_fast.data.questions import Question
 from atpo_fast.environment import CALL_LIMIT_NOTICE, ToolBox, format_result
-from atpo_fast.rollout.engine import Completion, EngineCounters, Request
+from atpo_fast.rollout.engine import Completion, Request, TurnKey
 from atpo_fast.rollout.transformers_engine import TransformersEngine
 from atpo_fast.rollout.turn_loop import TurnLoop
-from atpo_fast.tree import TurnTree
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
-
-WORDS = "one two three four five six seven eight nine ten"
-TOKENIZER = word_level_tokenizer(
-    split_words(
-        f"{WORDS} Ask: question one? \n {CALL_LIMIT_NOTICE} \nTool(x) was not called: opening missing, nothing between."
-    )
-)
-EOS = TOKENIZER.eos_token_id
-ANSWER = "<answer> nine</answer><eos>"
-
-Script = Callable[[str, Request], str]
-
-
-def encode(text: str) -> list[int]:
-    return TOKENIZER.encode(text, add_special_tokens=False)
-
-
-class ScriptedEngine:
-    """An engine whose policy is a function of the prompt's text and the request; it checks what engines rely on."""
-
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.counters = EngineCounters()
-        self.batches: list[list[Request]] = []
-        self.live: dict[tuple[Hashable, int], int] = {}  # turn -> tokens up to its end, observation not included
-        self.released: list[Hashable] = []
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        self.batches.append(list(requests))
-        return [self._complete(request) for request in requests]
-
-    def _complete(self, request: Request) -> Completion:
-        keys, ends = [node.key for node in request.path], [node.end for node in request.path]
-        assert ends[-1] == len(request.prompt_ids) and ends == sorted(ends)
-        assert request.turn_key not in self.live and len({key[0] for key in (*keys, request.turn_key)}) == 1
-        for key, end in zip(keys[1:], ends[1:], strict=True):
-            assert self.live[key] < end  # a continued turn exists, and has an observation
-        ids = encode(self.script(TOKENIZER.decode(request.prompt_ids), request))
-        cut = ids[: request.sampling.max_new_tokens]
-        self.live[request.turn_key] = ends[-1] + len(cut)
-        stop = next((tag for tag in request.sampling.stop if cut[-1:] == encode(tag)), None)
-        reason = "eos" if cut[-1] == EOS else "stop" if stop else "length"
-        logprobs = [-0.1 * (1 + i % 3) for i in cut]
-        return Completion(
-            token_ids=cut, logprobs=[0.0] * len(cut), policy_logprobs=logprobs, finish_reason=reason, stop=stop
-        )  # type: ignore[arg-type]
-
-    def release(self, tree: Hashable) -> None:
-        self.released.append(tree)
-        self.live = {key: end for key, end in self.live.items() if key[0] != tree}
-
-    def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None: ...
-
-    def reset_prefix_cache(self) -> None: ...
-
-    def sleep(self) -> None: ...
-
-    def wake(self) -> None: ...
-
-
-class Search:
-    """A search tool that echoes; counts its calls."""
-
-    name = "search"
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def __call__(self, argument: str) -> str:
-        self.calls.append(argument)
-        return f"found {argument}"
-
-
-def questions(count: int) -> list[Question]:
-    return [Question(id=f"q{i}", text=f"{WORDS.split()[i]}?", answers=("nine",)) for i in range(count)]
-
-
-def prompts(asked: Sequence[Question]) -> list[list[int]]:
-    return [encode(f"Ask: {question.text}") for question in asked]
-
-
-def make_loop(engine: Any, tool: Callable[[str], str] | None = None, *, limit: int = 6, **rollout: Any) -> TurnLoop:
-    config = RolloutConfig(**({"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2} | rollout))
-    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=5.0)
-    return TurnLoop(engine, TOKENIZER, toolbox, config, ToolsConfig(call_limit=limit, max_result_tokens=64))
-
-
-def search_then_answer(prompt: str, request: Request) -> str:
-    """One search, then the answer."""
-    return ANSWER if "</result>" in prompt else "<search> two</search>"
-
-
-def by_seed(prompt: str, request: Request) -> str:
-    """One to ten words, then a search (3 of 4) or the end: everything decided by the seed."""
-    rng = np.random.default_rng(request.seed)
-    words = " ".join(rng.choice(WORDS.split(), size=rng.integers(1, 11)))
-    return f" {words}<search> {words}</search>" if rng.random() < 0.75 else f" {words}{ANSWER}"
-
-
-def as_data(tree: TurnTree) -> list[Any]:
-    return [
-        (t.parent, t.action_ids.tolist(), t.observation_ids.tolist(), t.finish_reason, t.tool, t.multiplicity)
-        for t in tree.turns
-    ]
-
 
 # ---- one chain
 
@@ -169,7 +75,8 @@ def test_requests_carry_sampling_and_seed() -> None:
 def test_all_branches_write_a_turn_together() -> None:
     # Fails if questions or branches are rolled out one after another: 2 turns for the chains, 2 for each round.
     engine = ScriptedEngine(search_then_answer)
-    make_loop(engine).roll_out(questions(4), prompts(questions(4)), seed=0)
+    loop = make_loop(engine, schedule="synchronous")
+    loop.roll_out(questions(4), prompts(questions(4)), seed=0)
     assert [len(batch) for batch in engine.batches][:2] == [12, 12]
     assert len(engine.batches) <= 6
 
@@ -278,8 +185,8 @@ def test_results_leave_room_for_the_answer() -> None:
         strategy="chain",
         initial_chains=1,
         max_response_tokens=120,
+        result_tokens=2000,
     )
-    loop.tools.max_result_tokens = 2000
     (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
     assert len(tree.turns[1].observation_ids) == 105
     assert TOKENIZER.decode(tree.turns[1].observation_ids).endswith(" one\n</result>")
@@ -404,8 +311,8 @@ def test_trees_are_released_even_when_the_engine_fails() -> None:
 
     engine, asked = ScriptedEngine(script), questions(2)
     with pytest.raises(RuntimeError, match=r"questions \['q0', 'q1'\]: no room"):
-        make_loop(engine).roll_out(asked, prompts(asked), seed=0)
-    assert not engine.live and engine.released == ["0:q0", "1:q1"]
+        make_loop(engine, schedule="synchronous").roll_out(asked, prompts(asked), seed=0)
+    assert not engine.live and not engine.in_flight and engine.released == ["0:q0", "1:q1"]
 
 
 def test_progress_and_phases_are_reported() -> None:
@@ -441,10 +348,10 @@ class RecordingEngine(TransformersEngine):
 
     sampled: list[list[int]]
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        completions = super().generate(requests)
-        self.sampled = [*getattr(self, "sampled", []), *(c.token_ids for c in completions)]
-        return completions
+    def poll(self) -> list[tuple[TurnKey, Completion]]:
+        finished = super().poll()
+        self.sampled = [*getattr(self, "sampled", []), *(completion.token_ids for _, completion in finished)]
+        return finished
 
 
 def real_model() -> Qwen3ForCausalLM:
@@ -523,3 +430,13 @@ def test_the_real_engine_does_not_depend_on_batching() -> None:
     grouped = real_loop(cache_tokens=700).roll_out(questions(3), real_prompts(3), seed=4)
     assert [as_data(tree) for tree in alone] == [as_data(tree) for tree in whole[2:]]
     assert [as_data(tree) for tree in grouped] == [as_data(tree) for tree in whole]
+
+
+def test_both_schedules_give_the_same_trees_with_the_real_engine() -> None:
+    # Fails if a request that joins others in flight samples something else, or anything is prefilled twice.
+    runs = []
+    for schedule in ("synchronous", "streaming"):
+        loop = real_loop(schedule=schedule)
+        trees = loop.roll_out(questions(4), real_prompts(4), seed=2)
+        runs.append(([as_data(tree) for tree in trees], loop.engine.counters))
+    assert runs[0] == runs[1]

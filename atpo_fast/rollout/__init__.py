@@ -2,8 +2,9 @@
 
 from atpo_fast.rollout.engine import Completion, Engine, EngineCounters, PathNode, Request, SamplingParams
 from atpo_fast.rollout.expansion import expansion_scores, keep_leaves, select_turns
+from atpo_fast.rollout.reporting import RolloutCounters
 from atpo_fast.rollout.transformers_engine import TransformersEngine
-from atpo_fast.rollout.turn_loop import RolloutCounters, TurnLoop
+from atpo_fast.rollout.turn_loop import TurnLoop
 
 __all__ = [
     "Completion",

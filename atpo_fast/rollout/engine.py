@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 
 FinishReason = Literal["stop", "eos", "length"]
+TurnKey = tuple[Hashable, int]  # name of the tree, number of the turn in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +38,11 @@ class SamplingParams:
 class PathNode:
     """One turn on the way to a request: a name that is unique among live turns, and where its tokens end.
 
-    `key[0]` names the tree, so that a finished tree's entries can be released together.
+    `key[0]` names the tree, so that a finished tree's entries can be released together. `key[1]` counts the tree's
+    requests in the order in which they were made (0: the root): it need not be the turn's index in the finished tree.
     """
 
-    key: tuple[Hashable, int]
+    key: TurnKey
     end: int  # number of prompt tokens up to and including this turn's observation
 
 
@@ -57,7 +60,7 @@ class Request:
     sampling: SamplingParams
     seed: int
     path: tuple[PathNode, ...]
-    turn_key: tuple[Hashable, int]
+    turn_key: TurnKey
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,30 +98,67 @@ class EngineCounters:
 
 
 class Engine(Protocol):
-    """An inference engine."""
+    """An inference engine with any number of requests in flight (continuous batching).
+
+    A request is in flight from `submit` until `poll` has given its completion. When `submit` or `poll` raises, or
+    `release` names its tree, it is dropped instead. One thread calls all methods. A class that implements an engine
+    inherits from this one, for `generate`.
+    """
 
     counters: EngineCounters
 
+    @abstractmethod
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Begin requests beside those in flight. Returns at once: `poll` does the work.
+
+        Raises:
+            ValueError: a request that contradicts itself or another; then none of `requests` is begun.
+            RuntimeError: the engine is asleep.
+        """
+        ...
+
+    @abstractmethod
+    def poll(self) -> list[tuple[TurnKey, Completion]]:
+        """Advance all requests in flight by a little (one decode step, say). Callers loop over it: an engine that works
+        in another process waits a moment for news.
+
+        Returns those that have finished since the last call, by `Request.turn_key`, in any order; often none. Returns
+        an empty list at once when nothing is in flight. When it raises, nothing is in flight any more.
+        """
+        ...
+
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Complete every request, in order."""
-        ...
+        """Complete every request, in order. Nothing else may be in flight. Raises what `submit` and `poll` raise."""
+        self.submit(requests)
+        done: dict[TurnKey, Completion] = {}
+        missing = {request.turn_key for request in requests}
+        while missing:
+            for key, completion in self.poll():
+                missing.remove(key)
+                done[key] = completion
+        return [done[request.turn_key] for request in requests]
 
+    @abstractmethod
     def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take new weights, one tensor at a time; forgets the cache."""
+        """Take new weights, one tensor at a time; forgets the cache. Nothing may be in flight."""
         ...
 
+    @abstractmethod
     def release(self, tree: Hashable) -> None:
-        """Forget the cache entries of a finished tree (`PathNode.key[0]`)."""
+        """Forget a tree (`PathNode.key[0]`): its requests in flight, and its cache entries."""
         ...
 
+    @abstractmethod
     def reset_prefix_cache(self) -> None:
-        """Forget every cache entry."""
+        """Forget every cache entry. Nothing may be in flight."""
         ...
 
+    @abstractmethod
     def sleep(self) -> None:
-        """Give back memory until `wake`."""
+        """Give back memory until `wake`. Nothing may be in flight."""
         ...
 
+    @abstractmethod
     def wake(self) -> None:
         """Undo `sleep`."""
         ...

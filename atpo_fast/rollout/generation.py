@@ -1,23 +1,23 @@
-"""One call of the transformers engine: admit requests, decode all of them token by token, retire the finished."""
+"""Continuous batching in the transformers engine: admit requests, decode one token of each, retire the finished."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atpo_fast.rollout.engine import Completion, FinishReason, Request
-from atpo_fast.rollout.kv_cache import CacheNode, Key, PrefixCache
+from atpo_fast.rollout.decoding import InFlight, RequestTable, Rows, widen
+from atpo_fast.rollout.engine import Completion, FinishReason, Request, TurnKey
+from atpo_fast.rollout.kv_cache import CacheNode, PrefixCache
 from atpo_fast.rollout.paged_attention import AttentionGroup, PagedBatch, decode_group
 from atpo_fast.rollout.paged_model import PagedModel
 from atpo_fast.rollout.prefill import fill, path_slots
-from atpo_fast.rollout.sampling import SamplingTable, sample, uniforms
-from atpo_fast.rollout.stops import StopMatcher
+from atpo_fast.rollout.sampling import sample, uniforms
+from atpo_fast.rollout.stops import StopMatcher, StopTable
 
 Ints = NDArray[np.int64]
 
@@ -26,112 +26,65 @@ _ADMISSION_SHARE = 8  # admit when this share (1/n) of the batch is idle: prefil
 _KEYS_PER_GROUP = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
-class Outputs:
-    """What has been sampled so far, by request: row r is request r, column c its c-th token; grows as needed."""
-
-    def __init__(self, requests: int):
-        self.counts: Ints = np.zeros(requests, dtype=np.int64)  # tokens sampled
-        self.tokens: Ints = np.zeros((requests, 16), dtype=np.int64)
-        self.slots: Ints = np.zeros((requests, 16), dtype=np.int64)  # of all but the last token
-        self.logprobs = np.zeros((requests, 16))
-        self.policy_logprobs = np.zeros((requests, 16))
-
-    def append(self, requests: Ints, tokens: Ints, logprobs: NDArray, policy_logprobs: NDArray) -> None:
-        """Add one token to each of `requests`; all arrays (R,)."""
-        columns = self.counts[requests]
-        if columns.max() >= self.tokens.shape[1]:
-            for name in ("tokens", "slots", "logprobs", "policy_logprobs"):
-                values = getattr(self, name)
-                setattr(self, name, np.concatenate([values, np.zeros_like(values)], axis=1))
-        self.tokens[requests, columns] = tokens
-        self.logprobs[requests, columns] = logprobs
-        self.policy_logprobs[requests, columns] = policy_logprobs
-        self.counts[requests] += 1
-
-
-@dataclass(slots=True)
-class Rows:
-    """The requests being decoded, one row each, in ascending order of path length."""
-
-    requests: Ints  # (R,)
-    lengths: Ints  # (R,) tokens on the path that have slots
-    states: NDArray[np.int32]  # (R,) of the stop automaton
-    positions: Tensor  # (R,) `lengths` on the model's device
-    table: Tensor  # (R, C) int64 slots of the path; C has room to grow
-    hidden: Tensor  # (R, D) state that predicts the next token
-
-    def select(self, rows: Ints) -> Rows:
-        """Some of the rows, in the given order."""
-        index = torch.from_numpy(rows).to(self.table.device)
-        picks = {np.ndarray: rows, torch.Tensor: index}
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Rows(**{name: value[picks[type(value)]] for name, value in values.items()})
-
-    def join(self, other: Rows) -> Rows:
-        """Both sets of rows, sorted by length."""
-        width = max(self.table.shape[1], other.table.shape[1])
-        tables = [_widen(rows.table, width) for rows in (self, other)]
-        joined = Rows(
-            np.concatenate([self.requests, other.requests]),
-            np.concatenate([self.lengths, other.lengths]),
-            np.concatenate([self.states, other.states]),
-            torch.cat([self.positions, other.positions]),
-            torch.cat(tables),
-            torch.cat([self.hidden, other.hidden]),
-        )
-        return joined.select(np.argsort(joined.lengths, kind="stable"))
-
-
 class Generation:
-    """State of one `generate` call.
+    """The requests in flight of one engine: waiting ones in a queue, the others in the rows of the batch.
+
+    It lives while anything is in flight. What a request samples depends on its seed and its index in the completion,
+    never on its row or on what is decoded beside it.
 
     Args:
-        prompts: (p,) int64 token ids of each request.
         eos_ids: tokens that end a completion.
         batch_size: most requests decoded at once.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        prompts: Sequence[Ints],
-        model: PagedModel,
-        cache: PrefixCache,
-        stops: StopMatcher,
-        eos_ids: Sequence[int],
-        batch_size: int,
-    ):
-        self.requests, self.prompts, self.model, self.cache, self.stops = requests, prompts, model, cache, stops
+    def __init__(self, model: PagedModel, cache: PrefixCache, eos_ids: Sequence[int], batch_size: int):
+        self.model, self.cache = model, cache
         self.eos_ids = np.asarray(eos_ids, dtype=np.int64)
-        self.limit = batch_size
-        self.waiting = deque(range(len(requests)))
-        self.paths: dict[int, CacheNode] = {}  # last path node of each request being decoded
-        self.outputs = Outputs(len(requests))
-        self.completions: dict[int, Completion] = {}
+        self.limit = self.batch_size = batch_size
+        self.retired = 0  # requests since `limit` was changed
+        self.keys: set[TurnKey] = set()  # of all requests in flight
+        self.waiting: deque[InFlight] = deque()
+        self.table = RequestTable()
         self.rows: Rows | None = None
-        params = [request.sampling for request in requests]
-        self.params = SamplingTable(
-            np.array([p.temperature for p in params], dtype=np.float64),
-            np.array([p.top_k for p in params], dtype=np.int64),
-            np.array([p.top_p for p in params], dtype=np.float64),
-        )
-        self.max_new = np.array([p.max_new_tokens for p in params])
-        self.seeds = np.array([request.seed & (2**64 - 1) for request in requests], dtype=np.uint64)
+        self.stops = StopMatcher()
+        self._submitted = 0
 
-    def run(self) -> list[Completion]:
-        """Decode everything; completions in the order of the requests."""
-        while self.waiting or self.rows is not None:
-            self._admit()
-            assert self.rows is not None
-            tokens, finished = self._sample(self.rows)
-            self._retire(self.rows, finished)
-            left = np.flatnonzero(~finished)
-            if len(left) < len(finished):
-                self.rows = self.rows.select(left) if len(left) else None
-                tokens = tokens[torch.from_numpy(left).to(tokens.device)]
-            if self.rows is not None:
-                self._forward(self.rows, tokens)
-        return [self.completions[index] for index in range(len(self.requests))]
+    def add(self, request: Request, prompt: Ints, stops: StopTable) -> None:
+        """Queue a request; `prompt` (p,) holds its token ids."""
+        self.waiting.append(InFlight(request, prompt, self._submitted, self.stops.add(stops)))
+        self.keys.add(request.turn_key)
+        self._submitted += 1
+
+    def step(self) -> list[tuple[TurnKey, Completion]]:
+        """Admit what fits and decode one token of every row; the requests that this finished."""
+        self._admit()
+        assert self.rows is not None
+        tokens, ended = self._sample(self.rows)
+        finished = self._retire(self.rows, ended)
+        left = np.flatnonzero(~ended)
+        self._keep(left)
+        if self.rows is not None:
+            self._forward(_pick(tokens, left))
+        return finished
+
+    def drop(self, tree: Hashable) -> None:
+        """Forget the requests of one tree; then they have nothing pinned."""
+        dropped = {key for key in self.keys if key[0] == tree}
+        if not dropped:
+            return
+        self.keys -= dropped
+        self.waiting = deque(entry for entry in self.waiting if entry.request.turn_key not in dropped)
+        if self.rows is not None:
+            gone = np.array([self.table.entry(index).request.turn_key in dropped for index in self.rows.requests])
+            for row in np.flatnonzero(gone):
+                self._give_up(int(row))
+            self._keep(np.flatnonzero(~gone))
+
+    def _keep(self, left: Ints) -> None:
+        """Keep some of the rows."""
+        assert self.rows is not None
+        if len(left) < len(self.rows.requests):
+            self.rows = self.rows.select(left) if len(left) else None
 
     # Admission
 
@@ -140,7 +93,7 @@ class Generation:
         running = 0 if self.rows is None else len(self.rows.requests)
         if not self.waiting or (running and (self.limit - running) * _ADMISSION_SHARE < self.limit):
             return
-        admitted: list[int] = []
+        admitted: list[InFlight] = []
         new: dict[CacheNode, None] = {}
         while self.waiting and running + len(admitted) < self.limit:
             if not self._reserve(self.waiting[0], running + len(admitted) + 1, new):
@@ -151,12 +104,11 @@ class Generation:
             rows = self._rows(admitted)
             self.rows = rows if self.rows is None else self.rows.join(rows)
         elif not running:
-            raise self._too_large(self.waiting[0], len(self.prompts[self.waiting[0]]) + 1)
+            raise self._too_large(self.waiting[0], len(self.waiting[0].prompt) + 1)
 
-    def _reserve(self, index: int, spare: int, new: dict[CacheNode, None]) -> bool:
+    def _reserve(self, entry: InFlight, spare: int, new: dict[CacheNode, None]) -> bool:
         """Pin the request's path and give every token a slot, if then `spare` slots are left; tell if it worked."""
-        request, prompt = self.requests[index], self.prompts[index]
-        spans = _spans(request)
+        prompt, spans = entry.prompt, _spans(entry.request)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)
         if len(prompt) - sum(len(node.slots) for node in known) + spare > self.cache.available:
@@ -175,55 +127,55 @@ class Generation:
             parent = node
         assert parent is not None
         self.cache.touch(parent)
-        self.paths[index] = parent
+        entry.parent = parent
         self.cache.counters.cache_hit_tokens += len(prompt) - (self.cache.counters.prefilled_tokens - counted)
         return True
 
-    def _rows(self, admitted: list[int]) -> Rows:
+    def _rows(self, admitted: list[InFlight]) -> Rows:
         """Rows of newly admitted requests, whose paths are filled."""
-        admitted.sort(key=lambda index: len(self.prompts[index]))
-        requests = np.array(admitted)
-        lengths = np.array([len(self.prompts[index]) for index in admitted])
+        admitted.sort(key=lambda entry: len(entry.prompt))
+        lengths = np.array([len(entry.prompt) for entry in admitted])
         table = np.zeros((len(admitted), int(lengths[-1])), dtype=np.int64)
-        for row, index in enumerate(admitted):
-            table[row, : lengths[row]] = path_slots(self.paths[index])
-        hidden = [self.paths[index].hidden for index in admitted]
+        parents = [entry.parent for entry in admitted if entry.parent is not None]
+        for row, parent in enumerate(parents):
+            table[row, : lengths[row]] = path_slots(parent)
+        hidden = [parent.hidden for parent in parents if parent.hidden is not None]
         device = self.model.device
         return Rows(
-            requests,
+            np.array([self.table.add(entry) for entry in admitted]),
             lengths,
-            self.stops.start[requests],
+            np.array([entry.state for entry in admitted], dtype=np.int32),
             torch.from_numpy(lengths).to(device),
             torch.from_numpy(table).to(device),
-            torch.stack([state for state in hidden if state is not None]),
+            torch.stack(hidden),
         )
 
     # Decoding
 
     def _sample(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
         """Draw the next token of every row: (R,) tokens on the device, (R,) which rows are finished."""
-        requests = rows.requests
-        numbers = uniforms(self.seeds[requests], self.outputs.counts[requests])
-        draw = sample(self.model.logits(rows.hidden), numbers, self.params.rows(requests))
+        table, indices = self.table, rows.requests
+        numbers = uniforms(table.seeds[indices], table.counts[indices])
+        draw = sample(self.model.logits(rows.hidden), numbers, table.sampling(indices))
         tokens = draw.tokens.cpu().numpy()
-        self.outputs.append(requests, tokens, draw.logprobs.cpu().numpy(), draw.policy_logprobs.cpu().numpy())
+        table.append(indices, tokens, draw.logprobs.cpu().numpy(), draw.policy_logprobs.cpu().numpy())
         rows.states = self.stops.next_state[rows.states, tokens]
         self.cache.counters.prefilled_tokens += len(tokens)
         self.cache.counters.decoded_tokens += len(tokens)
         stopped = self.stops.found[rows.states] >= 0
-        full = self.outputs.counts[requests] >= self.max_new[requests]
+        full = table.counts[indices] >= table.max_new[indices]
         return draw.tokens, stopped | full | np.isin(tokens, self.eos_ids)
 
-    def _forward(self, rows: Rows, tokens: Tensor) -> None:
-        """Forward the sampled tokens (R,), giving each a slot."""
+    def _forward(self, tokens: Tensor) -> None:
+        """Forward the sampled tokens (R,) of the rows, giving each a slot."""
         tokens = self._make_room(tokens)
-        assert self.rows is not None
         rows = self.rows
+        assert rows is not None
         slots = self.cache.allocate(len(rows.requests))
-        self.outputs.slots[rows.requests, self.outputs.counts[rows.requests] - 1] = slots
+        self.table.slots[rows.requests, self.table.counts[rows.requests] - 1] = slots
         placed = torch.from_numpy(slots).to(self.model.device)
         if rows.lengths[-1] >= rows.table.shape[1]:
-            rows.table = _widen(rows.table, rows.table.shape[1] * 5 // 4 + 32)
+            rows.table = widen(rows.table, rows.table.shape[1] * 5 // 4 + 32)
         rows.table.scatter_(1, rows.positions[:, None], placed[:, None])
         paged = PagedBatch(self.cache.pool, placed, self._groups(rows))
         rows.hidden = self.model.forward(tokens, rows.positions, paged)
@@ -243,77 +195,99 @@ class Generation:
         return groups[::-1]
 
     def _make_room(self, tokens: Tensor) -> Tensor:
-        """Until every row can have a slot, send the later half of the requests back to start again.
+        """Until every row can have a slot, send the half of the requests that came last back to start again.
 
-        From then on this call decodes no more at once than were left. Returns the tokens of the rows left.
+        From then on no more are decoded at once than were left; the limit rises again by one after as many
+        retirements. Returns the tokens of the rows left.
         """
         assert self.rows is not None
         while len(self.rows.requests) > self.cache.available:
-            rows = self.rows
-            if len(rows.requests) == 1:
-                raise self._too_large(int(rows.requests[0]), int(rows.lengths[0]) + 1)
-            self.limit = len(rows.requests) // 2
-            late = rows.requests >= np.sort(rows.requests)[self.limit]
-            for index in np.sort(rows.requests[late])[::-1]:
-                self._send_back(int(index))
+            indices = self.rows.requests
+            if len(indices) == 1:
+                raise self._too_large(self.table.entry(int(indices[0])), int(self.rows.lengths[0]) + 1)
+            self.limit, self.retired = len(indices) // 2, 0
+            numbers = self.table.numbers[indices]
+            late = numbers >= np.sort(numbers)[self.limit]
+            for row in np.argsort(-numbers)[: np.count_nonzero(late)]:
+                self.waiting.appendleft(self._give_up(int(row)))
             left = np.flatnonzero(~late)
-            self.rows = rows.select(left)
-            tokens = tokens[torch.from_numpy(left).to(tokens.device)]
+            self._keep(left)
+            tokens = _pick(tokens, left)
         return tokens
 
-    def _send_back(self, index: int) -> None:
-        slots = self.outputs.slots[index, : self.outputs.counts[index] - 1]
+    def _give_up(self, row: int) -> InFlight:
+        """End the decoding of a request, and forget what it has sampled."""
+        assert self.rows is not None
+        index = int(self.rows.requests[row])
+        entry = self.table.entry(index)
+        slots = self.table.slots[index, : int(self.rows.lengths[row]) - len(entry.prompt)]
         self.cache.pool.release(slots)
         self.cache.counters.evicted_tokens += len(slots)
-        self.outputs.counts[index] = 0
-        self.cache.unpin(self.paths.pop(index).path)
-        self.waiting.appendleft(index)
+        self._unpin(entry)
+        self.table.remove(index)
+        return entry
 
     # Retirement
 
-    def _retire(self, rows: Rows, finished: NDArray[np.bool_]) -> None:
-        """Write the completions of finished rows; keep their entries unless they ended for good (eos)."""
-        for row in np.flatnonzero(finished):
+    def _retire(self, rows: Rows, ended: NDArray[np.bool_]) -> list[tuple[TurnKey, Completion]]:
+        """The completions of rows that have ended; their entries are kept unless they ended for good (eos)."""
+        finished = []
+        for row in np.flatnonzero(ended):
             index = int(rows.requests[row])
-            count = int(self.outputs.counts[index])
-            tokens = self.outputs.tokens[index, :count].copy()
-            slots = self.outputs.slots[index, : count - 1].copy()
-            parent = self.paths.pop(index)
+            entry, count = self.table.entry(index), int(self.table.counts[index])
+            key = entry.request.turn_key
+            tokens = self.table.tokens[index, :count].copy()
+            slots = self.table.slots[index, : count - 1].copy()
             stop = self.stops.name(int(rows.states[row]))
             reason = self._reason(int(tokens[-1]), stop)
             if reason == "eos":
                 self.cache.pool.release(slots)
             else:
-                node = CacheNode(self.requests[index].turn_key, parent, len(self.prompts[index]), tokens, slots)
+                node = CacheNode(key, entry.parent, len(entry.prompt), tokens, slots)
                 node.filled, node.counted = count - 1, count
                 self.cache.add(node)
-            self.cache.unpin(parent.path)
-            self.completions[index] = Completion(
+            self._unpin(entry)
+            completion = Completion(
                 token_ids=tokens.tolist(),
-                logprobs=self.outputs.logprobs[index, :count].tolist(),
-                policy_logprobs=self.outputs.policy_logprobs[index, :count].tolist(),
+                logprobs=self.table.logprobs[index, :count].tolist(),
+                policy_logprobs=self.table.policy_logprobs[index, :count].tolist(),
                 finish_reason=reason,
                 stop=stop if reason == "stop" else None,
             )
+            finished.append((key, completion))
+            self.table.remove(index)
+            self.keys.remove(key)
+        self._raise_limit(len(finished))
+        return finished
+
+    def _unpin(self, entry: InFlight) -> None:
+        assert entry.parent is not None
+        self.cache.unpin(entry.parent.path)
+        entry.parent = None
+
+    def _raise_limit(self, retired: int) -> None:
+        self.retired += retired
+        if self.retired >= self.limit:
+            self.limit, self.retired = min(self.limit + 1, self.batch_size), 0
 
     def _reason(self, token: int, stop: str | None) -> FinishReason:
         if token in self.eos_ids:
             return "eos"
         return "length" if stop is None else "stop"
 
-    def _too_large(self, index: int, needed: int) -> ValueError:
+    def _too_large(self, entry: InFlight, needed: int) -> ValueError:
         return ValueError(
-            f"turn {self.requests[index].turn_key} needs at least {needed} cache entries (a prompt of "
-            f"{len(self.prompts[index])} tokens and what it writes), but cache_tokens={self.cache.pool.limit}: raise it"
+            f"turn {entry.request.turn_key} needs at least {needed} cache entries (a prompt of "
+            f"{len(entry.prompt)} tokens and what it writes), but cache_tokens={self.cache.pool.limit}: raise it"
         )
 
 
-def _widen(table: Tensor, width: int) -> Tensor:
-    """`table` (R, C) with columns added up to `width`."""
-    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
+def _pick(tokens: Tensor, rows: Ints) -> Tensor:
+    """Those of `rows` among (R,) tokens."""
+    return tokens if len(rows) == len(tokens) else tokens[torch.from_numpy(rows).to(tokens.device)]
 
 
-def _spans(request: Request) -> list[tuple[Key, int, int]]:
+def _spans(request: Request) -> list[tuple[TurnKey, int, int]]:
     """Key, start and end of the turns on a request's path that have tokens."""
     starts = [0, *(part.end for part in request.path)]
     return [(part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start]

@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from atpo_fast.rollout.engine import EngineCounters
+from atpo_fast.rollout.engine import EngineCounters, TurnKey
 
-Key = tuple[Hashable, int]
 Slots = NDArray[np.int64]
 
 _SMALLEST_POOL = 1024
@@ -84,7 +83,7 @@ class SlotPool:
 class CacheNode:
     """One turn's entries: `slots[:filled]` hold keys and values of `tokens[:filled]`."""
 
-    key: Key
+    key: TurnKey
     parent: CacheNode | None
     start: int  # position of the first token on the path
     tokens: NDArray[np.int64]
@@ -111,8 +110,8 @@ class PrefixCache:
     def __init__(self, pool: SlotPool, counters: EngineCounters):
         self.pool = pool
         self.counters = counters
-        self.nodes: dict[Key, CacheNode] = {}
-        self._trees: dict[Hashable, set[Key]] = {}
+        self.nodes: dict[TurnKey, CacheNode] = {}
+        self._trees: dict[Hashable, set[TurnKey]] = {}
         self._evictable = 0  # slots of nodes that nobody has pinned
         self._clock = 0
 

@@ -41,21 +41,28 @@ class StopTable:
 
 
 class StopMatcher:
-    """The tables of a batch of requests side by side, so that one look-up advances requests with different stops.
+    """Tables side by side, so that one look-up advances requests with different stops.
 
     Args:
-        tables: one per request.
+        tables: one per request; more can be added.
     """
 
-    def __init__(self, tables: Sequence[StopTable]):
-        distinct = list(dict.fromkeys(tables))
-        sizes = np.array([len(table.found) for table in distinct])
-        offsets = dict(zip(distinct, (sizes.cumsum() - sizes).tolist(), strict=True))
-        self.start = np.array([offsets[table] for table in tables], dtype=np.int32)  # (N,) first state of each request
-        self.found = np.concatenate([table.found for table in distinct])
-        shifted = [table.next_state + np.int32(offsets[table]) for table in distinct[1:]]
-        self.next_state = np.concatenate([distinct[0].next_state, *shifted]) if shifted else distinct[0].next_state
-        self._names = [table.stops[i] if i >= 0 else None for table in distinct for i in table.found]
+    def __init__(self, tables: Sequence[StopTable] = ()):
+        self._offsets: dict[StopTable, int] = {}
+        self._names: list[str | None] = []
+        self.found: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.next_state: NDArray[np.int32] = np.empty((0, 0), dtype=np.int32)
+        self.start = np.array([self.add(table) for table in tables], dtype=np.int32)  # (N,) first state of each request
+
+    def add(self, table: StopTable) -> int:
+        """The first state of a request with this table. States given before stay what they are."""
+        if table not in self._offsets:
+            offset = self._offsets[table] = len(self.found)
+            self._names += [table.stops[i] if i >= 0 else None for i in table.found]
+            self.found = np.concatenate([self.found, table.found])
+            shifted = table.next_state + np.int32(offset) if offset else table.next_state
+            self.next_state = np.concatenate([self.next_state, shifted]) if offset else shifted
+        return self._offsets[table]
 
     def name(self, state: int) -> str | None:
         """The stop string that a state stands for."""

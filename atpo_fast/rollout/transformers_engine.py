@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atpo_fast.rollout.engine import Completion, EngineCounters, Request
+from atpo_fast.rollout.engine import Completion, Engine, EngineCounters, Request, TurnKey
 from atpo_fast.rollout.generation import Generation
 from atpo_fast.rollout.kv_cache import PrefixCache, SlotPool
 from atpo_fast.rollout.paged_model import PagedModel
-from atpo_fast.rollout.stops import StopMatcher, StopTable, vocabulary_bytes
+from atpo_fast.rollout.stops import StopTable, vocabulary_bytes
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """An `Engine` on one device; see `Engine` for the methods.
 
     A turn's tokens are forwarded once, whatever number of chains, siblings and expansion rounds continue it. The
     last token of a turn is forwarded together with its observation, when the turn is continued. When the cache is
     full, the least recently used turns that no running request needs are evicted, and filled again when needed;
-    if that is not enough, requests of a call are decoded in smaller groups.
+    if that is not enough, fewer requests are decoded at once. The cache is forgotten when `poll` raises.
 
     Args:
         model: the causal LM; from now on it belongs to the engine (its attention is replaced).
@@ -58,29 +58,41 @@ class TransformersEngine:
         self._token_bytes: list[bytes] | None = None
         self._stop_tables: dict[tuple[str, ...], StopTable] = {}
         self._awake = True
+        self._generation: Generation | None = None  # while anything is in flight
 
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Complete every request, in order.
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Begin requests beside those in flight.
 
         Raises:
-            ValueError: a request that contradicts itself, the cache or another request, or that cannot fit into
-                `cache_tokens`. The cache is forgotten when a call fails half-way.
+            ValueError: a request that contradicts itself, the cache or another request.
             RuntimeError: the engine is asleep.
         """
         if not self._awake:
-            raise RuntimeError("the engine is asleep; call wake() before generate()")
-        if not requests:
-            return []
+            raise RuntimeError("the engine is asleep; call wake() before requests are submitted")
         prompts = [np.asarray(request.prompt_ids, dtype=np.int64) for request in requests]
         self._check(requests, prompts)
-        stops = StopMatcher([self._stop_table(request.sampling.stop) for request in requests])
-        generation = Generation(requests, prompts, self.model, self.cache, stops, self._eos_ids, self.batch_size)
+        for request, prompt in zip(requests, prompts, strict=True):
+            if self._generation is None:
+                self._generation = Generation(self.model, self.cache, self._eos_ids, self.batch_size)
+            self._generation.add(request, prompt, self._stop_table(request.sampling.stop))
+
+    @torch.inference_mode()
+    def poll(self) -> list[tuple[TurnKey, Completion]]:
+        """Decode one token of every request in flight that has a place in the batch; those finished.
+
+        Raises:
+            ValueError: a request that contradicts the cache, or that cannot fit into `cache_tokens`.
+        """
+        if self._generation is None:
+            return []
         try:
-            return generation.run()
+            finished = self._generation.step()
         except BaseException:
+            self._generation = None
             self.cache.clear()  # entries may be half written
             raise
+        self._end_when_idle()
+        return finished
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Take all weights anew, by Hugging Face name, one tensor at a time; forgets the cache.
@@ -88,20 +100,26 @@ class TransformersEngine:
         Raises:
             KeyError: a name that the model does not have.
             ValueError: a tensor of another shape, or parameters that never came.
+            RuntimeError: requests are in flight.
         """
         self.reset_prefix_cache()
         self.model.load(named_parameters)
 
     def release(self, tree: Hashable) -> None:
-        """Forget the cache entries of a finished tree (`PathNode.key[0]`)."""
+        """Forget a tree (`PathNode.key[0]`): its requests in flight, and its cache entries."""
+        if self._generation is not None:
+            self._generation.drop(tree)
+            self._end_when_idle()
         self.cache.release_tree(tree)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cache entry."""
+        """Forget every cache entry. Raises RuntimeError when requests are in flight."""
+        self._require_idle()
         self.cache.clear()
 
     def sleep(self) -> None:
-        """Drop the cache, and keep the weights in host memory until `wake`."""
+        """Drop the cache, and keep the weights in host memory until `wake`. Raises RuntimeError as above."""
+        self._require_idle()
         self._awake = False
         self.cache.clear()
         if self.model.device.type != "cpu":
@@ -113,6 +131,16 @@ class TransformersEngine:
         self.model.move(self.model.device)
         self._awake = True
 
+    def _require_idle(self) -> None:
+        if self._generation is not None:
+            raise RuntimeError(
+                f"{len(self._generation.keys)} requests are in flight; poll until they are done, or release their trees"
+            )
+
+    def _end_when_idle(self) -> None:
+        if self._generation is not None and not self._generation.keys:
+            self._generation = None
+
     def _stop_table(self, stops: tuple[str, ...]) -> StopTable:
         if stops not in self._stop_tables:
             if self._token_bytes is None:
@@ -121,7 +149,7 @@ class TransformersEngine:
         return self._stop_tables[stops]
 
     def _check(self, requests: Sequence[Request], prompts: Sequence[NDArray[np.int64]]) -> None:
-        seen = set()
+        seen = set(self._generation.keys) if self._generation is not None else set()
         for request, prompt in zip(requests, prompts, strict=True):
             ends = [part.end for part in request.path]
             if not len(prompt) or not ends or ends[-1] != len(prompt) or sorted(ends) != ends:

@@ -1,0 +1,44 @@
+"""How many questions are searched at once (design, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from atpo_fast.rollout.search import Search
+
+_USAGE_MARGIN = 1.25  # head room over what the largest tree used
+
+
+class CacheBudget:
+    """Tells when a tree is expected to fit into the engine's cache beside those that are growing.
+
+    A tree is expected to use as many tokens a branch as the largest of the last roll-out or of those finished since
+    (before the first: as many as the limits allow). A wrong guess costs evictions in the engine, never correctness.
+
+    Args:
+        cache_tokens: the engine's cache.
+        branches: leaves of a full tree before any is pruned.
+    """
+
+    def __init__(self, cache_tokens: int, branches: int) -> None:
+        self.cache_tokens, self.branches = cache_tokens, branches
+        self._before = self._since = 0.0  # most tokens a branch: of the last roll-out, and since
+
+    def begin(self) -> None:
+        """A new roll-out."""
+        self._before, self._since = self._since or self._before, 0.0
+
+    def finished(self, search: Search) -> None:
+        """Learn from a tree that has grown to its end."""
+        self._since = max(self._since, (search.tokens - search.prompt_tokens) / self.branches)
+
+    def has_room(self, growing: Iterable[Search], search: Search) -> bool:
+        """Whether `search` is expected to fit beside those that are growing."""
+        return sum(map(self._expected, growing)) + self._expected(search) <= self.cache_tokens
+
+    def _expected(self, search: Search) -> float:
+        used = _USAGE_MARGIN * max(self._before, self._since) or np.inf
+        prompt = search.prompt_tokens
+        return max(search.tokens, prompt + self.branches * min(search.token_limit - prompt, used))

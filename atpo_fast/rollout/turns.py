@@ -1,0 +1,98 @@
+"""How a branch takes a turn: what it asks of the engine, the call in what comes back, and the observation after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.environment.tags import (
+    CALL_LIMIT_NOTICE,
+    ToolCall,
+    close_tag,
+    format_result,
+    parse_call,
+    result_closing,
+    result_opening,
+)
+from atpo_fast.rollout.engine import Completion, Request, SamplingParams
+from atpo_fast.rollout.search import Branch
+from atpo_fast.tree.turn_tree import TokenIds
+
+
+class TurnWriter:
+    """Turns branches into requests, completions into turns and calls, and results into token ids.
+
+    Args:
+        tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.
+        names: of the tools.
+        rollout: sampling and limits.
+        tools: call limit and length of results.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, names: Sequence[str], rollout: RolloutConfig, tools: ToolsConfig
+    ) -> None:
+        self.tokenizer, self.names, self.rollout, self.tools = tokenizer, tuple(names), rollout, tools
+        self.notice = self._encode(CALL_LIMIT_NOTICE)  # what answers calls over the limit
+        self._stop = tuple(close_tag(name) for name in names)
+        self._opening_tokens = len(self._encode(result_opening()))
+        self._closing = self._encode(result_closing())
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+    def request(self, branch: Branch, greedy: bool) -> Request:
+        """What the engine is asked for a branch's next turn."""
+        search, rollout = branch.search, self.rollout
+        room = search.token_limit - len(branch.prompt_ids)
+        sampling = SamplingParams(
+            max_new_tokens=min(room, rollout.max_turn_tokens or room),
+            temperature=0.0 if greedy else rollout.temperature,
+            top_p=1.0 if greedy else rollout.top_p,
+            top_k=0 if greedy else rollout.top_k,
+            stop=self._stop,
+        )
+        return Request(
+            prompt_ids=branch.prompt_ids.tolist(),
+            sampling=sampling,
+            seed=branch.seed,
+            path=branch.path,
+            turn_key=(search.key, search.next_number()),
+        )
+
+    def write(self, branch: Branch, number: int, completion: Completion) -> ToolCall | None:
+        """Append the turn `number` to its branch; the call in it."""
+        turn = branch.write(number, completion)
+        if completion.finish_reason != "stop":
+            return None
+        text = self.tokenizer.decode(
+            completion.token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        call = parse_call(str(text), self.names)
+        if call is not None and not call.problem and self.may_call(branch):
+            turn.tool = call.tool
+        return call
+
+    def may_call(self, branch: Branch) -> bool:
+        """Whether the branch has calls left."""
+        return branch.calls < self.tools.call_limit
+
+    def observations(self, texts: Sequence[str]) -> list[TokenIds]:
+        """Token ids of results, each distinct text encoded once and cut to `max_result_tokens`."""
+        encoded = {
+            text: self.cut(self._encode(format_result(text, self.names, self._special)), self.tools.max_result_tokens)
+            for text in dict.fromkeys(texts)
+        }
+        return [encoded[text] for text in texts]
+
+    def cut(self, observation: TokenIds, room: int) -> TokenIds:
+        """At most `room` tokens of a result, still with its closing tag; empty when that would leave no text."""
+        if len(observation) <= room:
+            return observation
+        kept = room - len(self._closing)
+        return np.concatenate([observation[:kept], self._closing]) if kept > self._opening_tokens else observation[:0]
+
+    def _encode(self, text: str) -> TokenIds:
+        return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
