@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +61,23 @@ def read_records(path: Path | str) -> list[Record]:
         FileNotFoundError: there is no such file.
         ValueError: a line that is not the last one is not a JSON object (names file and line).
     """
-    lines = Path(path).read_bytes().split(b"\n")
-    last = max((i for i, line in enumerate(lines) if line.strip()), default=-1)
-    records = []
-    for number, line in enumerate(lines[: last + 1]):
-        if not line.strip():
-            continue
-        record = _decode(line)
-        if record is not None:
-            records.append(record)
-        elif number != last:
-            raise ValueError(f"{path}, line {number + 1}: not a JSON object; repair or delete the line")
-    return records
+    return list(iterate_records(path))
+
+
+def iterate_records(path: Path | str) -> Iterator[Record]:
+    """The same one by one, for files that are larger than memory."""
+    broken = 0
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            if broken:
+                raise ValueError(f"{path}, line {broken}: not a JSON object; repair or delete the line")
+            record = _decode(line)
+            if record is None:
+                broken = number
+            else:
+                yield record
 
 
 def keep_records(path: Path | str, keep: Callable[[Record], bool]) -> None:

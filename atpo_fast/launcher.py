@@ -63,8 +63,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def launch(verb: str, config_path: str, overrides: Sequence[str], placement: Placement) -> int:
-    """Run `atpo_fast.train` in every process of `placement` and wait.
+def launch(
+    verb: str, config_path: str, overrides: Sequence[str], placement: Placement, options: Sequence[str] = ()
+) -> int:
+    """Run `atpo_fast.train` with the verb's options in every process of `placement` and wait.
 
     The first SIGINT or SIGTERM asks the processes to save and stop, the second makes them stop at once, the third kills
     them. They are also stopped when this process dies. Returns 0, the exit code of the process that failed, or
@@ -73,7 +75,7 @@ def launch(verb: str, config_path: str, overrides: Sequence[str], placement: Pla
     world = base64.urlsafe_b64encode(json.dumps({"localhost": placement.accelerators}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
     command += [f"--master_port={free_port()}", "--log_level=critical", "--module", "atpo_fast.train"]
-    command += ["--verb", verb, "--config", config_path, *overrides]
+    command += ["--verb", verb, *options, "--config", config_path, *overrides]
     # A session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
     child = subprocess.Popen(
         command, env=_environment(placement), start_new_session=True, preexec_fn=_stop_with_parent(os.getpid())

@@ -1,4 +1,4 @@
-"""From a run folder to report.html: `collect.py` gathers the data, the files beside this one draw it in a browser."""
+"""From a run folder or a forest to a page: `collect.py` gathers the data, the files beside this one draw it."""
 
 from __future__ import annotations
 
@@ -9,36 +9,42 @@ from pathlib import Path
 from typing import Any
 
 from atpo_fast.jsonl import plain
-from atpo_fast.report.collect import collect_run
+from atpo_fast.report.collect import collect_forest, collect_run, has_records
+from atpo_fast.tree.storage import is_parquet
 
 REPORT_FILE = "report.html"
 _PARTS = {"{{style}}": "report.css", "{{charts}}": "charts.js", "{{trees}}": "trees.js"}
 
 
-def build_report(run_dir: Path | str) -> Path:
-    """Write `report.html` into a run folder and return its path.
+def build_report(source: Path | str) -> Path:
+    """Write `report.html` into a run folder, or `NAME.html` beside a forest `NAME.jsonl` or `NAME.parquet`; its path.
 
     The file is self-contained: it loads nothing from elsewhere and opens from disk. What the run folder lacks is named
     in it.
 
     Raises:
-        FileNotFoundError: no such folder, or no metrics.jsonl in it.
+        FileNotFoundError: no such folder or file, or no records in the folder.
         ValueError: a record file of the run is malformed (names file and line).
     """
-    folder = Path(run_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no run folder {folder}: give the run_dir of a run that was started")
-    if not (folder / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder} has no metrics.jsonl: not a run folder, or the run never began")
-    page = folder / REPORT_FILE
-    draft = page.with_name(REPORT_FILE + ".tmp")
-    draft.write_text(render(collect_run(folder)), encoding="utf-8", errors="replace")
+    source = Path(source)
+    if source.is_file() or (source.is_dir() and is_parquet(source)):
+        return _write(source.with_suffix(".html"), collect_forest(source))
+    if not source.is_dir():
+        raise FileNotFoundError(f"no run folder {source}: give the run_dir of a run that was started, or a forest")
+    if not has_records(source):
+        raise FileNotFoundError(f"{source} has no metrics.jsonl and no rollouts: not a run folder, or it never began")
+    return _write(source / REPORT_FILE, collect_run(source))
+
+
+def _write(page: Path, data: dict[str, Any]) -> Path:
+    draft = page.with_name(page.name + ".tmp")
+    draft.write_text(render(data), encoding="utf-8", errors="replace")
     draft.replace(page)
     return page
 
 
 def render(run: dict[str, Any]) -> str:
-    """The page of the data that `collect_run` gives."""
+    """The page of the data that `collect_run` or `collect_forest` gives."""
     folder = files("atpo_fast.report")
     page = (folder / "template.html").read_text(encoding="utf-8")
     for mark, name in _PARTS.items():

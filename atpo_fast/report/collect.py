@@ -1,4 +1,4 @@
-"""What the report shows, read from a run folder."""
+"""What the report shows, read from a run folder or a forest."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import yaml
 
 from atpo_fast.report.charts import Chart, charts
 from atpo_fast.telemetry.run_logger import METRICS_FILE, TREES_FILE, read_metrics
-from atpo_fast.tree.storage import read_trees
+from atpo_fast.tree.storage import read_forest_texts, read_trees
 
 TREES_SHOWN = 6
+FORESTS = ("rollouts.jsonl", "rollouts.parquet")  # of `atpo-fast rollout`, in the run folder
 
 
 def collect_run(folder: Path) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def collect_run(folder: Path) -> dict[str, Any]:
         ValueError: metrics.jsonl or trees.jsonl has a malformed line that is not its last.
     """
     missing: list[str] = []
-    records = read_metrics(folder / METRICS_FILE)
+    records = read_metrics(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else []
     if not records:
         missing.append("metrics.jsonl has no records yet")
     missing += _missing_phases(records)
@@ -34,15 +35,45 @@ def collect_run(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.resolve().name,
         "folder": str(folder.resolve()),
-        "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "written": _now(),
         "headline": _headline(summary, records),
         "facts": _setup_facts(config) + _outcome_facts(summary, records),
         "charts": drawn,
-        "trees": _read_trees(folder / TREES_FILE, missing),
+        "trees": _read_trees(folder, missing),
         "config": config_text,
         "summary": summary,
         "missing": missing,
     }
+
+
+def collect_forest(path: Path) -> dict[str, Any]:
+    """The same for the first trees of a file of `atpo-fast rollout`.
+
+    Raises:
+        ValueError: a record is not a stored tree.
+    """
+    trees = read_forest_texts(path, TREES_SHOWN)
+    return {
+        "name": path.resolve().name,
+        "folder": str(path.resolve()),
+        "written": _now(),
+        "headline": _headline({}, []),
+        "facts": [("Search trees shown", f"the first {len(trees)} of the file")],
+        "charts": [],
+        "trees": trees,
+        "config": "",
+        "summary": {},
+        "missing": ["metrics and configuration: this is a file of search trees"],
+    }
+
+
+def has_records(folder: Path) -> bool:
+    """Whether a folder holds anything to report on."""
+    return any((folder / name).exists() for name in (METRICS_FILE, *FORESTS))
+
+
+def _now() -> str:
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
 
 
 def _missing_phases(records: list[dict[str, Any]]) -> list[str]:
@@ -76,11 +107,14 @@ def _read_config(path: Path, missing: list[str]) -> tuple[str, dict[str, Any]]:
     return text, config if isinstance(config, dict) else {}
 
 
-def _read_trees(path: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Trees of the first and of the last step written, at most `TREES_SHOWN`."""
-    records = read_trees(path) if path.is_file() else []
+def _read_trees(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
+    """Trees of the first and of the last step written, at most `TREES_SHOWN`; without any, those of a forest."""
+    records = read_trees(folder / TREES_FILE) if (folder / TREES_FILE).is_file() else []
     trees = [tree for tree in records if isinstance(tree.get("step"), int) and tree.get("turns")]
     if not trees:
+        for forest in (folder / name for name in FORESTS):
+            if forest.exists():
+                return read_forest_texts(forest, TREES_SHOWN)
         missing.append("trees.jsonl is not there or empty: no search trees to draw (train.save_trees)")
         return []
     first, last = min(tree["step"] for tree in trees), max(tree["step"] for tree in trees)

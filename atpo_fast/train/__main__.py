@@ -18,8 +18,14 @@ def main() -> int:
     parser.add_argument("--verb", choices=sorted(VERBS), default="train")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value")
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument("--out", help="file of the trees")
+    rollout.add_argument("--questions", help="how many, or all")
+    rollout.add_argument("--split", choices=("train", "test"), default="train")
     arguments = parser.parse_args()
-    return run_verb(arguments.verb, arguments.config, arguments.overrides)
+    options = {name: getattr(arguments, name) for name in ("out", "questions", "split")}
+    chosen = options if arguments.verb == "rollout" else {}
+    return run_verb(arguments.verb, arguments.config, arguments.overrides, **chosen)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class StopSignal:
         if self.requested:
             sys.exit(128 + number)
         self.requested = True
-        print("stopping: saving a checkpoint first (signal again to stop at once)", file=sys.stderr, flush=True)
+        print("stopping: saving what is done first (signal again to stop at once)", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raise StopRequested when a signal has come."""

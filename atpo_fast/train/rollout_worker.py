@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig
 
+from atpo_fast.config.schema import RolloutConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.environment import make_toolbox
 from atpo_fast.environment.reward import LeafScore, score_trees
 from atpo_fast.policy import Policy, load_model
-from atpo_fast.rollout import TransformersEngine, TurnLoop
+from atpo_fast.rollout import Engine, TransformersEngine, TurnLoop
+from atpo_fast.rollout.server_engine import ServerEngine
+from atpo_fast.rollout.shared_engine import SharedEngine
+from atpo_fast.rollout.vllm_engine import VLLMEngine
+from atpo_fast.telemetry import PhaseTimer
+from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.run import Run
 from atpo_fast.train.weights import whole_parameters
 from atpo_fast.tree import TurnTree
@@ -31,44 +40,160 @@ class RolloutWorker:
     """Rolls out this rank's questions.
 
     The engine holds its own copy of the model at `folder`, because ZeRO-3 shards the trainer's; `sync` brings it up
-    to date, one tensor at a time.
+    to date, a bucket of parameters at a time.
     """
 
     def __init__(self, run: Run, folder: Path | str, device: torch.device):
         config = run.config
-        dtype = torch.float32 if config.rollout.cache_dtype == "float32" else getattr(torch, config.model.dtype)
         self._run = run
-        model = load_model(folder, dtype)
-        self.engine = TransformersEngine(
-            model, run.task.tokenizer, cache_tokens=config.rollout.cache_tokens, device=device
-        )
+        self._policy: Policy | None = None  # whose weights the engine has
+        max_positions: int = AutoConfig.from_pretrained(folder).max_position_embeddings
+        engines = {
+            "transformers": self._transformers_engine,
+            "vllm": self._vllm_engine,
+            "server": self._server_engine,
+        }
+        self.engine = engines[config.rollout.engine](folder, device, max_positions)
+        group = _sharing_ranks(config.rollout, run.world)
+        if group is not None:
+            self.engine = SharedEngine(self.engine, group)
+        if isinstance(self.engine, ServerEngine):
+            max_positions = min(max_positions, self.engine.max_positions or max_positions)
         self._loop = TurnLoop(
             self.engine,
             run.task.tokenizer,
             make_toolbox(config.tools, run.task.passages),
             config.rollout,
             config.tools,
-            max_positions=model.config.max_position_embeddings,
+            max_positions=max_positions,
         )
+
+    def _transformers_engine(self, folder: Path | str, device: torch.device, max_positions: int) -> Engine:
+        return TransformersEngine(
+            load_model(folder, self._dtype),
+            self._run.task.tokenizer,
+            cache_tokens=self._run.config.rollout.cache_tokens,
+            device=device,
+        )
+
+    def _vllm_engine(self, folder: Path | str, device: torch.device, max_positions: int) -> Engine:
+        config = self._run.config
+        longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+        return VLLMEngine(
+            folder,
+            self._run.task.tokenizer,
+            config.rollout.vllm,
+            cache_tokens=config.rollout.cache_tokens,
+            max_positions=min(max_positions, longest),
+            dtype=self._dtype,
+            device=device,
+            truncates=config.rollout.top_k > 0 or config.rollout.top_p < 1,
+            seed=config.seed,
+            current_weights=self._current_weights,
+        )
+
+    def _server_engine(self, folder: Path | str, device: torch.device, max_positions: int) -> Engine:
+        rollout = self._run.config.rollout
+        return ServerEngine(folder, self._run.task.tokenizer, rollout.server, temperature=rollout.temperature)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        config = self._run.config
+        return torch.float32 if config.rollout.cache_dtype == "float32" else getattr(torch, config.model.dtype)
+
+    def _current_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """The weights that the engine has, once more; a collective under ZeRO-3. None: those of its folder."""
+        if self._policy is None:
+            return None
+        return whole_parameters(self._policy, self._bucket_bytes)
+
+    @property
+    def _bucket_bytes(self) -> int:
+        rollout = self._run.config.rollout
+        return (rollout.server if rollout.engine == "server" else rollout.vllm).bucket_mb << 20
 
     def sync(self, policy: Policy) -> None:
         """Take the policy's weights; a collective under ZeRO-3."""
+        self._policy = policy
         with self._run.timer.phase("sync"):
-            self.engine.update_weights(whole_parameters(policy))
+            self.engine.update_weights(whole_parameters(policy, self._bucket_bytes))
 
-    def roll_out(self, questions: Sequence[Question], *, seed: int, greedy: bool = False) -> list[ScoredTree]:
-        """Search trees of `questions`, scored. Raises StopRequested when the run was asked to stop."""
+    def roll_out(
+        self,
+        questions: Sequence[Question],
+        *,
+        seed: int,
+        greedy: bool = False,
+        on_tree: Callable[[int, ScoredTree], None] | None = None,
+        timer: PhaseTimer | None = None,
+    ) -> list[ScoredTree]:
+        """Search trees of `questions`, scored.
+
+        Args:
+            on_tree: gets (index of the question, tree) as each is finished.
+            timer: of a roll-out beside something else, which has the run's timer and progress line to itself.
+
+        Raises StopRequested when the run was asked to stop.
+        """
         run = self._run
-        prompts = [run.task.encode_prompt(question) for question in questions]
+        scored: dict[int, ScoredTree] = {}
+
+        def score(index: int, tree: TurnTree) -> None:
+            question = questions[index]
+            (scores,) = score_trees([tree], [question], run.task.tokenizer, run.config.reward, validation=greedy)
+            scored[index] = ScoredTree(question, tree, scores)
+            if on_tree is not None:
+                on_tree(index, scored[index])
+
+        shown, timer = timer is None, timer or run.timer
         self.engine.wake()
-        with run.timer.phase("rollout"):
-            trees = self._loop.roll_out(
-                list(questions), prompts, seed=seed, greedy=greedy, on_progress=self._report, timer=run.timer
-            )
-            scores = score_trees(trees, list(questions), run.task.tokenizer, run.config.reward, validation=greedy)
+        with timer.phase("rollout"):
+            if isinstance(self.engine, SharedEngine):
+                trees = self.engine.for_all(
+                    questions, lambda everyones: self._search(everyones, seed, greedy, timer, shown)
+                )
+                if trees is None:  # the leader has raised; if it was asked to stop, the ranks find out together
+                    raise StopRequested
+                for index, tree in enumerate(trees):
+                    score(index, tree)
+            else:
+                self._search(questions, seed, greedy, timer, shown, score)
         self.engine.sleep()
-        return [ScoredTree(q, t, s) for q, t, s in zip(questions, trees, scores, strict=True)]
+        return [scored[index] for index in range(len(questions))]
+
+    def _search(
+        self,
+        questions: Sequence[Question],
+        seed: int,
+        greedy: bool,
+        timer: PhaseTimer,
+        shown: bool,
+        on_tree: Callable[[int, TurnTree], None] | None = None,
+    ) -> list[TurnTree]:
+        run = self._run
+        return self._loop.roll_out(
+            list(questions),
+            [run.task.encode_prompt(question) for question in questions],
+            seed=seed,
+            greedy=greedy,
+            on_progress=self._report if shown else self._check,
+            on_tree=on_tree,
+            timer=timer,
+        )
+
+    def _check(self, done: int, total: int, decoded_tokens: int) -> None:
+        self._run.stop.check()
 
     def _report(self, done: int, total: int, decoded_tokens: int) -> None:
         self._run.stop.check()
         self._run.progress.advance(done, decoded_tokens=decoded_tokens)
+
+
+def _sharing_ranks(rollout: RolloutConfig, world: int) -> dist.ProcessGroup | None:
+    """The ranks that share this rank's engine, which are neighbours; None where each has its own."""
+    size = rollout.vllm.tensor_parallel
+    if rollout.engine != "vllm" or rollout.vllm.placement != "colocated" or size == 1:
+        return None
+    groups = [list(range(first, first + size)) for first in range(0, world, size)]
+    mine: dist.ProcessGroup = dist.new_subgroups_by_enumeration(groups, backend="gloo")[0]
+    return mine

@@ -14,17 +14,17 @@ from transformers import AutoTokenizer
 
 from atpo_fast.config.load import load_config, save_config
 from atpo_fast.policy import build_model
+from atpo_fast.rollout.vllm_start import check_vllm
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
 from atpo_fast.train.evaluate import evaluate, evaluate_step
+from atpo_fast.train.forest_file import ForestError, is_server_error, write_forest
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.loop import Trainer, make_objective, newest_checkpoint, trainer_summary
 from atpo_fast.train.rollout_worker import RolloutWorker
 from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run, start_run
-from atpo_fast.train.schedule import draw_questions
 from atpo_fast.train.step import MismatchError
 from atpo_fast.train.supervised import cold_start
-from atpo_fast.tree.storage import append_forest
 
 STOPPED = 143  # exit code of a run that was asked to stop and saved its state
 
@@ -34,6 +34,10 @@ def train(run: Run) -> int:
     resume_from = newest_checkpoint(run)
     objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
     max_prefix(run.config, objective)  # or an error, before the cold start
+    if run.config.rollout.engine == "vllm":
+        check_vllm()
+    if run.config.rollout.engine == "server" and run.config.rollout.server.weights_dir is None:
+        raise ValueError("training with rollout.engine=server needs rollout.server.weights_dir")
     start, seconds = starting_model(run)
     check_vocabulary(run, start)
     trainer = Trainer(run, start, resume_from, seconds)
@@ -76,33 +80,39 @@ def evaluate_verb(run: Run) -> int:
     return 0
 
 
-def rollout(run: Run) -> int:
-    """Search trees of one step's questions, with token ids, into `forest.jsonl`."""
+def rollout(run: Run, *, out: str | None = None, questions: str | None = None, split: str = "train") -> int:
+    """Search trees with token ids, log-probs, rewards and texts into a file; see `write_forest`.
+
+    Args:
+        out: the file; default: `rollouts.jsonl` in the run folder.
+        questions: the first so many of the split, or "all"; default: `train.questions_per_step`.
+        split: train or test.
+    """
+    asked = run.task.test if split == "test" else run.task.train
+    count = len(asked) if questions == "all" else int(questions or run.config.train.questions_per_step)
+    if not asked:
+        raise ValueError(f"there are no {split} questions: set data.{'eval' if split == 'test' else 'train'}_files")
+    path = Path(out) if out else run.folder / "rollouts.jsonl"
     folder = run.config.model.path or newest_model(run.folder)
     worker = RolloutWorker(run, folder, local_device(run))
-    questions = draw_questions(run.task.train, run.config, 0)
-    run.progress.start_phase("rollout", run.config.rollout.leaves * len(questions))
-    scored = run.gather(worker.roll_out(run.share(questions), seed=run.config.seed), len(questions))
-    if run.is_main:
-        path = run.folder / "forest.jsonl"
-        path.unlink(missing_ok=True)
-        append_forest(path, [s.tree for s in scored])
-        print(f"{len(scored)} trees in {path}")
-    return 0
+    left = write_forest(run, worker, asked[:count], path)
+    if run.is_main and not left:
+        print(f"trees of {len(asked[:count])} questions in {path}")
+    return STOPPED if left else 0
 
 
-VERBS: dict[str, Callable[[Run], int]] = {"train": train, "sft": sft, "eval": evaluate_verb, "rollout": rollout}
+VERBS: dict[str, Callable[..., int]] = {"train": train, "sft": sft, "eval": evaluate_verb, "rollout": rollout}
 
 
-def run_verb(verb: str, config_path: str, overrides: Sequence[str]) -> int:
-    """Start the run and do the verb; expected failures become one line on stderr."""
+def run_verb(verb: str, config_path: str, overrides: Sequence[str], **options: str | None) -> int:
+    """Start the run and do the verb with its options; expected failures become one line on stderr."""
     try:
         run = start_run(load_config(config_path, overrides))
         try:
             if run.is_main and verb in ("train", "sft"):
                 save_config(run.config, run.folder / "config.yaml")
             with run.progress:
-                return VERBS[verb](run)
+                return VERBS[verb](run, **options)
         finally:
             run.logger.close()
     except StopRequested:
@@ -110,6 +120,11 @@ def run_verb(verb: str, config_path: str, overrides: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError, CheckpointError, MismatchError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if not isinstance(error, ForestError) and not is_server_error(error):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

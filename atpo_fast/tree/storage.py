@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from atpo_fast.jsonl import append_records, plain, read_records
+from atpo_fast.jsonl import append_records, iterate_records, plain, read_records
+from atpo_fast.tree import parquet
 from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree
+
+Texts = list[tuple[str, str]]  # (action, observation) of every turn of a tree
 
 ACTION_CHARS = 8000
 OBSERVATION_CHARS = 2000
@@ -38,7 +43,8 @@ def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokeniz
 
 def tree_record(tree: TurnTree, step: int, tokenizer: Decoder) -> dict[str, Any]:
     """The line of one tree: question_id, meta, step, turns."""
-    turns = [_turn_record(tree, index, tokenizer) for index in range(len(tree))]
+    texts = _texts(tree, tokenizer, (ACTION_CHARS, OBSERVATION_CHARS))
+    turns = [_turn_record(tree, index, *text) for index, text in enumerate(texts)]
     return {"question_id": tree.question_id, "meta": tree.meta, "step": int(step), "turns": turns}
 
 
@@ -89,19 +95,79 @@ def tree_from_json(data: dict[str, Any]) -> TurnTree:
         raise ValueError(f"not a stored search tree (question {name!r}): {error!r}") from error
 
 
-def append_forest(path: Path | str, trees: Sequence[TurnTree]) -> None:
-    """Append trees losslessly, one line each. Raises OSError when the file cannot be written."""
-    append_records(path, (tree_to_json(tree) for tree in trees))
+def append_forest(path: Path | str, trees: Sequence[TurnTree], tokenizer: Decoder | None = None) -> None:
+    """Append trees losslessly, all or none of them.
+
+    A path that ends in `.parquet` is a folder of Parquet files, one for each call; any other a file of JSON lines. With
+    a tokenizer the records also hold decoded texts, and all that the report needs.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    texts = [None if tokenizer is None else _texts(tree, tokenizer, None) for tree in trees]
+    if is_parquet(path):
+        parquet.append(path, trees, texts)
+    else:
+        append_records(path, (_forest_record(tree, text) for tree, text in zip(trees, texts, strict=True)))
 
 
 def read_forest(path: Path | str) -> list[TurnTree]:
-    """The trees that `append_forest` wrote; a half-written last line is skipped.
+    """The trees that `append_forest` wrote; what a killed process left half-written is skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a record is not a stored tree.
     """
-    return [tree_from_json(record) for record in read_records(path)]
+    return list(iterate_forest(path))
+
+
+def iterate_forest(path: Path | str) -> Iterator[TurnTree]:
+    """The same one by one, for forests that are larger than memory."""
+    records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
+    return (tree_from_json(record) for record in records)
+
+
+def forest_questions(path: Path | str) -> Counter[str]:
+    """How many trees a forest holds of each question id; none where there is no such file.
+
+    Raises ValueError as `read_forest`.
+    """
+    if not Path(path).exists():
+        return Counter()
+    if is_parquet(path):
+        return Counter(parquet.questions(path))
+    return Counter(str(record.get("question_id")) for record in iterate_records(path))
+
+
+def read_forest_texts(path: Path | str, count: int) -> list[dict[str, Any]]:
+    """The first `count` trees of a forest as records of a trees.jsonl; those written without texts have empty ones.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_forest`.
+    """
+    records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
+    return [_readable(record) for record in islice(records, count)]
+
+
+def is_parquet(path: Path | str) -> bool:
+    """Whether a forest of this name is a folder of Parquet files."""
+    return Path(path).suffix == ".parquet"
+
+
+def _forest_record(tree: TurnTree, texts: Texts | None) -> dict[str, Any]:
+    """`tree_to_json` and, with texts, `tree_record` in one."""
+    record = tree_to_json(tree)
+    if texts is None:
+        return record
+    turns = [_turn_record(tree, index, *text) | record["turns"][index] for index, text in enumerate(texts)]
+    return record | {"step": 0, "turns": turns}
+
+
+def _readable(record: dict[str, Any]) -> dict[str, Any]:
+    tree = tree_from_json(record)
+    texts = [(turn.get("text") or "", turn.get("observation") or "") for turn in record["turns"]]
+    turns = [_turn_record(tree, index, *text) for index, text in enumerate(texts)]
+    return {"question_id": tree.question_id, "meta": tree.meta, "step": 0, "turns": turns}
 
 
 def _build(data: dict[str, Any]) -> TurnTree:
@@ -137,12 +203,21 @@ def _floats(numbers: list[Any]) -> Floats:
     return np.asarray([float(number) for number in numbers], dtype=np.float64)  # also "nan", "inf"
 
 
-def _turn_record(tree: TurnTree, index: int, tokenizer: Decoder) -> dict[str, Any]:
+def _texts(tree: TurnTree, tokenizer: Decoder, limits: tuple[int, int] | None) -> Texts:
+    """(action, observation) of every turn, decoded; texts over their limit are cut in the middle."""
+    action, observation = limits or (None, None)
+    return [
+        (_text(turn.action_ids, tokenizer, action), _text(turn.observation_ids, tokenizer, observation))
+        for turn in tree.turns
+    ]
+
+
+def _turn_record(tree: TurnTree, index: int, text: str, observation: str) -> dict[str, Any]:
     turn = tree.turns[index]
     return {
         "parent": turn.parent,
-        "text": _text(turn.action_ids, tokenizer, ACTION_CHARS),
-        "observation": _text(turn.observation_ids, tokenizer, OBSERVATION_CHARS),
+        "text": text,
+        "observation": observation,
         "action_tokens": len(turn.action_ids),
         "observation_tokens": len(turn.observation_ids),
         "nll": turn.nll if index else None,
@@ -162,10 +237,10 @@ def _advantage(tree: TurnTree, turn: Turn, index: int) -> float | None:
     return None if tree.advantages is None else float(tree.advantages[index])
 
 
-def _text(ids: TokenIds, tokenizer: Decoder, limit: int) -> str:
+def _text(ids: TokenIds, tokenizer: Decoder, limit: int | None) -> str:
     """Decoded tokens; a text over `limit` characters keeps its beginning and its end."""
     text = tokenizer.decode(ids.tolist())
-    if len(text) <= limit:
+    if limit is None or len(text) <= limit:
         return text
     half = limit // 2
     return f"{text[:half]}\n[… {len(text) - 2 * half} characters cut …]\n{text[-half:]}"

@@ -1,0 +1,135 @@
+"""Search trees in a folder of Parquet files, which pandas, DuckDB, PyArrow and Hugging Face read as one table.
+
+A Parquet file cannot be continued, so every call of `append` adds one, under its own name only when it is whole.
+A row is a tree; `meta` is JSON, so that it comes back exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from atpo_fast.jsonl import plain
+from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree
+
+_TURN = {
+    "parent": pa.int32(),
+    "action_ids": pa.list_(pa.int64()),
+    "logprobs": pa.list_(pa.float64()),
+    "observation_ids": pa.list_(pa.int64()),
+    "finish_reason": pa.string(),
+    "tool": pa.string(),
+    "reward": pa.float64(),
+    "multiplicity": pa.int32(),
+    "text": pa.string(),
+    "observation": pa.string(),
+}
+_SCHEMA = pa.schema(
+    {
+        "question_id": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "meta": pa.string(),
+        "turns": pa.list_(pa.struct(list(_TURN.items()))),
+        "values": pa.list_(pa.float64()),
+        "advantages": pa.list_(pa.float64()),
+        "leaf_advantages": pa.list_(pa.float64()),
+    }
+)
+_BATCH = 16  # rows read at once
+
+
+def append(folder: Path | str, trees: Sequence[TurnTree], texts: Sequence[Sequence[tuple[str, str]] | None]) -> None:
+    """Add a file of `trees`; `texts[i]` are (action, observation) of every turn of tree i, or None.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.stem.removeprefix("part-")) for path in _files(folder)), default=-1) + 1
+    rows = [_row(tree, text) for tree, text in zip(trees, texts, strict=True)]
+    draft = folder / ".part.tmp"  # readers pass over names with a dot
+    try:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), draft, compression="zstd")
+        draft.rename(folder / f"part-{number:06d}.parquet")
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def iterate(folder: Path | str) -> Iterator[dict[str, Any]]:
+    """The trees as records of `atpo_fast.tree.storage.tree_to_json`, with `text` and `observation` in each turn.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: a file is damaged, or not one of search trees (names the file).
+    """
+    for row in _rows(Path(folder), _SCHEMA.names):
+        record = {name: row[name] for name in ("question_id", "turns", "values", "advantages", "leaf_advantages")}
+        yield record | {"meta": json.loads(row["meta"])}
+
+
+def questions(folder: Path | str) -> Iterator[str]:
+    """The question id of every tree. Raises as `iterate`."""
+    for row in _rows(Path(folder), ["question_id"]):
+        yield row["question_id"]
+
+
+def _rows(folder: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no folder of Parquet files")
+    for path in _files(folder):
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
+                    yield from batch.select(columns).to_pylist()
+        except (pa.ArrowException, KeyError) as error:
+            raise ValueError(f"{path}: not a Parquet file of search trees ({error}); delete it to go on") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def _row(tree: TurnTree, texts: Sequence[tuple[str, str]] | None) -> dict[str, Any]:
+    answers = tree.meta.get("answers")
+    pairs: Sequence[tuple[str | None, str | None]] = texts or [(None, None)] * len(tree)
+    return {
+        "question_id": _utf8(tree.question_id),
+        "question": _utf8(str(tree.meta.get("question", ""))),
+        "answers": [_utf8(str(answer)) for answer in answers] if isinstance(answers, list | tuple) else None,
+        "meta": json.dumps(plain(tree.meta)),
+        "turns": [_turn(turn, *pair) for turn, pair in zip(tree.turns, pairs, strict=True)],
+        "values": _list(tree.values),
+        "advantages": _list(tree.advantages),
+        "leaf_advantages": _list(tree.leaf_advantages),
+    }
+
+
+def _turn(turn: Turn, text: str | None, observation: str | None) -> dict[str, Any]:
+    return {
+        "parent": turn.parent,
+        "action_ids": turn.action_ids,
+        "logprobs": turn.logprobs,
+        "observation_ids": turn.observation_ids,
+        "finish_reason": turn.finish_reason,
+        "tool": turn.tool,
+        "reward": turn.reward,
+        "multiplicity": turn.multiplicity,
+        "text": None if text is None else _utf8(text),
+        "observation": None if observation is None else _utf8(observation),
+    }
+
+
+def _list(values: Floats | None) -> list[float] | None:
+    return None if values is None else values.tolist()
+
+
+def _utf8(text: str) -> str:
+    """Lone surrogates escaped: Parquet's strings cannot hold them."""
+    return text.encode("utf-8", "backslashreplace").decode()
