@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -263,6 +264,20 @@ def test_a_row_that_cannot_hold_a_path_is_refused():
     # Fails if such a run starts and dies in packing, after its first rollout.
     with pytest.raises(ConfigError, match=r"train.max_tokens=8191.* 8192"):
         load_config(None, ["train.max_tokens=8191", "train.prefix_memory_gb=0"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["objective.importance_cap=2", "train.old_logprobs=rollout"], "train.old_logprobs=recompute"),
+        (["train.max_staleness=1"], "objective.importance_cap"),
+        (["train.max_staleness=1", "train.old_logprobs=rollout", "rollout.engine=vllm"], "rollout.vllm.sleep=off"),
+    ],
+)
+def test_importance_weights_go_with_recomputed_log_probs(overrides, named):
+    # Fails if older weights' samples are learned from uncorrected, or a correction that does nothing is accepted.
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load_config(None, overrides)
 
 
 def test_counts():

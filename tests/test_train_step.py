@@ -148,6 +148,10 @@ def test_mismatch_is_noticed() -> None:
     same = Mismatch(1e-6)
     optimizer_step(engine, watch, [row], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), same)
     assert same.kl == pytest.approx(0, abs=1e-9)
+    assert same.gap == pytest.approx(0, abs=1e-6)
+    near, other = replace(row, rollout_logprob=row.rollout_logprob - 0.01), Mismatch(0.1)
+    optimizer_step(engine, watch, [near], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), other)
+    assert other.gap == pytest.approx(0.01, abs=1e-4)
     stale = replace(row, rollout_logprob=row.rollout_logprob - 1)
     with pytest.raises(MismatchError, match="max_mismatch_kl"):
         optimizer_step(

@@ -40,6 +40,7 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
         "policy/clip_low": "below the range", "policy/clip_high": "above the range"}),
     ("KL divergence", "train", "nats per token", "log", {
         "policy/approx_kl": "old policy, approximate", "rollout/mismatch_kl": "rollout to trainer",
+        "rollout/logprob_gap": "rollout to trainer, mean difference of log-probs",
         "policy/ref_kl": "reference"}),
     ("Gradient norm", "train", "norm before clipping", "line", {"policy/grad_norm": "gradient norm"}),
     ("Throughput", "train", "tokens per second", "line", {

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
 from atpo_fast.credit import assign_credit
+from atpo_fast.data.questions import Question
 from atpo_fast.objective import Objective
 from atpo_fast.packing import (
     PackedTrees,
@@ -36,6 +37,7 @@ from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.ranks import reduce_over_ranks
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
+from atpo_fast.train.rollouts import Batch, Rollouts
 from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
@@ -70,6 +72,7 @@ class Trainer:
         self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
         self.worker = RolloutWorker(run, start, self.engine.device)
+        self.rollouts = Rollouts(self.worker, self._questions, lambda step: step_seed(run.config.seed, step))
         self.state = TrainState()
         if resume_from is None:
             run.logger.truncate_after(-1)
@@ -131,26 +134,29 @@ class Trainer:
     def _step(self) -> None:
         """One batch."""
         run, begun = self.run, time.monotonic()
-        questions = draw_questions(run.task.train, self.config, self.state.step)
-        run.progress.start_phase("rollout", self.config.rollout.leaves * len(run.share(questions)))
-        before = asdict(self.worker.engine.counters)
-        mine: list[ScoredTree] = []
-        with suppress(StopRequested):  # the ranks have to find out together
-            mine = self.worker.roll_out(run.share(questions), seed=step_seed(self.config.seed, self.state.step))
+        run.progress.start_phase("rollout", self.config.rollout.leaves * len(self._questions(self.state.step)))
+        batch = self.rollouts.take(self.state.step)
+        waited = time.monotonic() - begun
         run.stop_together()
-        rollout_seconds = time.monotonic() - begun
-        counts = {k: v - before[k] for k, v in asdict(self.worker.engine.counters).items()}
-        forest = run.gather(mine, len(questions))
+        forest = run.gather(batch.trees, self.config.train.questions_per_step)
+        if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
+            self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
             assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
         dropped = self.policy.dropped_tokens
-        metrics, pruned = self._update(forest)
-        counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
+        metrics, pruned = self._update(forest, batch.staleness)
+        batch.counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
+        with run.timer.phase("rollout_wait"):
+            self.rollouts.join()
         self.worker.sync(self.policy)
         self.state.step += 1
-        self._log(forest, counts, metrics, rollout_seconds, begun)
+        self._log(forest, batch, metrics, waited, begun)
 
-    def _update(self, forest: Sequence[ScoredTree]) -> tuple[dict[str, float], int]:
+    def _questions(self, step: int) -> list[Question]:
+        """This rank's questions of a step."""
+        return self.run.share(draw_questions(self.run.task.train, self.config, step))
+
+    def _update(self, forest: Sequence[ScoredTree], staleness: int) -> tuple[dict[str, float], int]:
         """Optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
         run, size = self.run, self.config.train.questions_per_minibatch
         batches: list[tuple[list[PackedTrees], list[Pass]]] = []
@@ -162,8 +168,11 @@ class Trainer:
                 spread = spread_rows(rows, run.world) if rows else [[]] * run.world
                 batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
         with run.timer.phase("logprob"):
-            batches = [(self._prepare(rows, on_policy=i == 0), passes) for i, (rows, passes) in enumerate(batches)]
-        metrics, mismatch = MetricMean(), Mismatch(self.config.train.max_mismatch_kl)
+            batches = [
+                (self._prepare(rows, on_policy=i == staleness == 0), passes) for i, (rows, passes) in enumerate(batches)
+            ]
+        limit = inf if staleness else self.config.train.max_mismatch_kl  # older weights may differ
+        metrics, mismatch = MetricMean(), Mismatch(limit)
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
             for i, (rows, passes) in enumerate(batches):
@@ -175,14 +184,14 @@ class Trainer:
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
         if mismatch.kl is not None:
-            policy["rollout/mismatch_kl"] = mismatch.kl
+            policy |= {"rollout/mismatch_kl": mismatch.kl, "rollout/logprob_gap": mismatch.gap}
         return policy, pruned
 
     def _prepare(self, rows: list[PackedTrees], on_policy: bool) -> list[PackedTrees]:
         """Old and reference log-probs, and the entropy-aware advantage where the objective has one.
 
-        The first mini-batch is updated by the policy that sampled it: its old log-probs are those of its own forward,
-        so no pass is needed for them.
+        A mini-batch is on-policy when the policy that sampled it learns from it: its old log-probs are those of its
+        own forward, so no pass is needed for them.
         """
         if not rows:
             return rows
@@ -205,15 +214,17 @@ class Trainer:
     def _log(
         self,
         forest: Sequence[ScoredTree],
-        counts: dict[str, float],
+        batch: Batch,
         policy: dict[str, float],
-        rollout_seconds: float,
+        waited: float,
         begun: float,
     ) -> None:
         run = self.run
-        counts = run.sum_over_ranks({k: float(v) for k, v in counts.items()})
+        counts = run.sum_over_ranks({k: float(v) for k, v in batch.counts.items()})
         counts["pruned"] /= run.world  # every rank counted the same forest
-        metrics = rollout_metrics(forest, counts, rollout_seconds, time.monotonic() - begun)
+        metrics = rollout_metrics(forest, counts, batch.seconds, waited, time.monotonic() - begun)
+        metrics["rollout/staleness"] = float(batch.staleness)
+        metrics |= {f"time/{name}": seconds for name, seconds in batch.phases.items()}
         metrics |= policy
         metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
         metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}

@@ -80,19 +80,21 @@ class Mismatch:
     def __init__(self, limit: float):
         self._limit = limit
         self._sums: list[Tensor] = []
-        self.kl: float | None = None
+        self.kl: float | None = None  # mean k3, nats a token
+        self.gap = 0.0  # mean absolute difference of the log-probs, nats a token
 
     def add(self, row: PackedTrees, logprob: Tensor) -> None:
         """Take one row's log-probs, (A,)."""
         difference = (logprob - row.rollout_logprob).double()
         fresh = row.trajectory_count > 0  # repeated and padding tokens have no log-prob of the engine's
         k3 = torch.where(fresh, torch.expm1(difference) - difference, 0.0)
-        self._sums.append(torch.stack([k3.sum(), fresh.sum().double()]))
+        gap = torch.where(fresh, difference.abs(), 0.0)
+        self._sums.append(torch.stack([k3.sum(), gap.sum(), fresh.sum().double()]))
 
     def settle(self) -> None:
         """Average over the ranks; a collective. Raises MismatchError above the limit."""
         total = reduce_over_ranks(torch.stack(self._sums).sum(0).cpu())
-        self.kl = float(total[0] / total[1].clamp(min=1))
+        self.kl, self.gap = (total[:2] / total[2].clamp(min=1)).tolist()
         if not self.kl <= self._limit:
             raise MismatchError(
                 f"the log-probs of engine and trainer differ by {self.kl:.3g} nats a token (k3), more than "

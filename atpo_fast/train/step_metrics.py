@@ -10,9 +10,18 @@ from atpo_fast.train.rollout_worker import ScoredTree
 
 
 def rollout_metrics(
-    forest: Sequence[ScoredTree], counts: dict[str, float], rollout_seconds: float, step_seconds: float
+    forest: Sequence[ScoredTree],
+    counts: dict[str, float],
+    rollout_seconds: float,
+    waited: float,
+    step_seconds: float,
 ) -> dict[str, float]:
-    """Reward, rollout and token metrics of a forest; `counts` are the engines' summed over ranks."""
+    """Reward, rollout and token metrics of a forest; `counts` are the engines' summed over ranks.
+
+    Args:
+        rollout_seconds: of the roll-out, which may have run ahead.
+        waited: the part of the step that only waited for it.
+    """
     scores = [score for scored in forest for score in scored.scores]
     unique = sum(scored.tree.unique_tokens for scored in forest)
     flat = sum(scored.tree.flat_tokens for scored in forest)
@@ -20,7 +29,7 @@ def rollout_metrics(
     def mean(values: list[float]) -> float:
         return float(np.mean(values)) if values else 0.0
 
-    update_seconds = max(step_seconds - rollout_seconds, 1e-9)
+    update_seconds = max(step_seconds - waited, 1e-9)
     return {
         "reward/mean": mean([s.reward for s in scores]),
         "reward/em": mean([s.em for s in scores]),
