@@ -122,7 +122,7 @@ class HTTPSearch:
         )
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                answer = json.load(response)
+                answer = json.loads(response.read().decode(errors="replace"))  # passages are not always UTF-8
         except urllib.error.URLError as error:
             raise ConnectionError(f"retrieval server {self.url}: {error}") from error
         found = answer.get("result") if isinstance(answer, dict) else None
