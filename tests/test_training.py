@@ -132,9 +132,8 @@ def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path) -> None
     assert "another number of ranks" in run(config, f"run_dir={halves}", "train.steps=4", "ranks=2", code=2)
 
 
-# Fails when a rank sees another share of questions or rows than its own, or averages differently.
-# Fails when the batch rolled out ahead has other questions or seeds, counts as fresh, or a resumed run loses a step. With
-# a learning rate of almost 0, older weights are the same weights.
+# Fails when the batch rolled out ahead has other questions or seeds, counts as fresh, or a resumed run loses a step. At
+# a learning rate of almost 0 older weights are the same weights.
 def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
     options = ["optim.lr=1e-12", "rollout.schedule=synchronous"]
     run(config, *options)
@@ -148,6 +147,7 @@ def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
             assert found[step][name] == pytest.approx(record[name], rel=1e-6), (step, name)
 
 
+# Fails when a rank sees another share of questions or rows than its own, or averages differently.
 def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run(config, f"run_dir={one}", "train.steps=1")
