@@ -26,7 +26,7 @@ from atpo_fast.rollout.live_turns import LiveTurns
 from atpo_fast.rollout.server_pool import ReplicaPool
 from atpo_fast.rollout.server_protocol import Answer, ServerError, read_answer, request_body
 from atpo_fast.rollout.server_weights import folder_weights, shared_outcome, write_weights
-from atpo_fast.rollout.stops import StopTable, vocabulary_bytes
+from atpo_fast.rollout.stops import StopTables, end_of_sequence_ids
 from atpo_fast.rollout.weight_stream import checked, parameter_shapes
 
 _POLL_SECONDS = 0.01  # longest wait of a poll: tools' answers have to be looked at as well
@@ -66,12 +66,8 @@ class ServerEngine(Engine):
         self.counters = EngineCounters()
         self.config = config
         self._model_config = AutoConfig.from_pretrained(folder)
-        self._vocab_size: int = self._model_config.get_text_config().vocab_size
-        self._tokenizer = tokenizer
-        eos = tokenizer.eos_token_id
-        self._eos_ids = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        self._token_bytes: list[bytes] | None = None
-        self._stop_tables: dict[tuple[str, ...], StopTable] = {}
+        self._eos_ids = end_of_sequence_ids(tokenizer)
+        self._stops = StopTables(tokenizer, self._model_config.get_text_config().vocab_size)
         self._live = LiveTurns()
         self._in_flight: dict[TurnKey, tuple[Request, Future[Answer]]] = {}
         self._finished: SimpleQueue[tuple[TurnKey, Future[Answer]]] = SimpleQueue()
@@ -140,7 +136,7 @@ class ServerEngine(Engine):
             wait = False
 
     def _begin(self, request: Request, body: dict[str, Any]) -> None:
-        key, stops = request.turn_key, self._stop_table(request.sampling.stop)
+        key, stops = request.turn_key, self._stops.table(request.sampling.stop)
 
         def read(answer: Any) -> Answer:
             return read_answer(answer, request, stops, self._eos_ids)
@@ -166,13 +162,6 @@ class ServerEngine(Engine):
             request, future = self._in_flight.pop(key)
             future.cancel()
             self._live.dropped(request)
-
-    def _stop_table(self, stops: tuple[str, ...]) -> StopTable:
-        if stops not in self._stop_tables:
-            if self._token_bytes is None:
-                self._token_bytes = vocabulary_bytes(self._tokenizer, self._vocab_size)
-            self._stop_tables[stops] = StopTable(self._token_bytes, stops)
-        return self._stop_tables[stops]
 
     def _run(self, coroutine: Any) -> Any:
         """The outcome of a coroutine on the loop; it is cancelled when the wait is interrupted."""

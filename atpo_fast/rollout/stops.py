@@ -40,6 +40,29 @@ class StopTable:
         self.next_state = _walk_vocabulary(step, token_bytes)  # (states, V) int32
 
 
+class StopTables:
+    """The tables of one tokenizer, each made when it is first asked for."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self._token_bytes: list[bytes] | None = None
+        self._tables: dict[tuple[str, ...], StopTable] = {}
+
+    def table(self, stops: tuple[str, ...]) -> StopTable:
+        """The table of these stop strings."""
+        if stops not in self._tables:
+            if self._token_bytes is None:
+                self._token_bytes = vocabulary_bytes(self._tokenizer, self._vocab_size)
+            self._tables[stops] = StopTable(self._token_bytes, stops)
+        return self._tables[stops]
+
+
+def end_of_sequence_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion."""
+    ids = tokenizer.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
 class StopMatcher:
     """Tables side by side, so that one look-up advances requests with different stops.
 

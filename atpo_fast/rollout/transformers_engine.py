@@ -14,7 +14,7 @@ from atpo_fast.rollout.engine import Completion, Engine, EngineCounters, Request
 from atpo_fast.rollout.generation import Generation
 from atpo_fast.rollout.kv_cache import PrefixCache, SlotPool
 from atpo_fast.rollout.paged_model import PagedModel
-from atpo_fast.rollout.stops import StopTable, vocabulary_bytes
+from atpo_fast.rollout.stops import StopTables, end_of_sequence_ids
 
 
 class TransformersEngine(Engine):
@@ -53,10 +53,8 @@ class TransformersEngine(Engine):
         self.batch_size = batch_size
         self.model = PagedModel(model, torch.device(device or model.device), dtype)
         self.cache = PrefixCache(SlotPool(cache_tokens), self.counters)
-        self._tokenizer = tokenizer
-        self._eos_ids = _eos_ids(tokenizer)
-        self._token_bytes: list[bytes] | None = None
-        self._stop_tables: dict[tuple[str, ...], StopTable] = {}
+        self._eos_ids = end_of_sequence_ids(tokenizer)
+        self._stops = StopTables(tokenizer, self.model.vocab_size)
         self._awake = True
         self._generation: Generation | None = None  # while anything is in flight
 
@@ -74,7 +72,7 @@ class TransformersEngine(Engine):
         for request, prompt in zip(requests, prompts, strict=True):
             if self._generation is None:
                 self._generation = Generation(self.model, self.cache, self._eos_ids, self.batch_size)
-            self._generation.add(request, prompt, self._stop_table(request.sampling.stop))
+            self._generation.add(request, prompt, self._stops.table(request.sampling.stop))
 
     @torch.inference_mode()
     def poll(self) -> list[tuple[TurnKey, Completion]]:
@@ -141,13 +139,6 @@ class TransformersEngine(Engine):
         if self._generation is not None and not self._generation.keys:
             self._generation = None
 
-    def _stop_table(self, stops: tuple[str, ...]) -> StopTable:
-        if stops not in self._stop_tables:
-            if self._token_bytes is None:
-                self._token_bytes = vocabulary_bytes(self._tokenizer, self.model.vocab_size)
-            self._stop_tables[stops] = StopTable(self._token_bytes, stops)
-        return self._stop_tables[stops]
-
     def _check(self, requests: Sequence[Request], prompts: Sequence[NDArray[np.int64]]) -> None:
         seen = set(self._generation.keys) if self._generation is not None else set()
         for request, prompt in zip(requests, prompts, strict=True):
@@ -161,8 +152,3 @@ class TransformersEngine(Engine):
             if request.turn_key in seen or request.turn_key in self.cache.nodes:
                 raise ValueError(f"turn {request.turn_key} has been requested already; every turn needs its own key")
             seen.add(request.turn_key)
-
-
-def _eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = tokenizer.eos_token_id
-    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]

@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from atpo_fast.config.schema import VLLMConfig
 from atpo_fast.rollout.engine import Completion, Engine, EngineCounters, FinishReason, Request, TurnKey
 from atpo_fast.rollout.live_turns import LiveTurns
-from atpo_fast.rollout.stops import StopTable, vocabulary_bytes
+from atpo_fast.rollout.stops import StopTable, StopTables, end_of_sequence_ids
 from atpo_fast.rollout.vllm_start import check_vllm, llm_options, start_llm
 from atpo_fast.rollout.weight_stream import checked, parameter_shapes
 
@@ -69,11 +69,9 @@ class VLLMEngine(Engine):
         self._version = check_vllm()
         self._model_config = AutoConfig.from_pretrained(folder)
         self._shapes = parameter_shapes(self._model_config)
-        self._tokenizer, self._current_weights = tokenizer, current_weights
-        eos = tokenizer.eos_token_id
-        self._eos_ids = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-        self._token_bytes: list[bytes] | None = None
-        self._stop_tables: dict[tuple[str, ...], StopTable] = {}
+        self._current_weights = current_weights
+        self._eos_ids = end_of_sequence_ids(tokenizer)
+        self._stops = StopTables(tokenizer, self._model_config.vocab_size)
         self._live = LiveTurns()
         self._writings: dict[str, _Writing] = {}  # what is in flight, by vLLM's name for it
         self._begun = 0
@@ -140,7 +138,7 @@ class VLLMEngine(Engine):
     def _begin(self, request: Request, entered: int) -> None:
         self._begun += 1
         name = str(self._begun)
-        self._writings[name] = _Writing(request, entered, self._stop_table(request.sampling.stop))
+        self._writings[name] = _Writing(request, entered, self._stops.table(request.sampling.stop))
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         self._llm.llm_engine.add_request(name, prompt, self._sampling(name, request))
 
@@ -188,13 +186,6 @@ class VLLMEngine(Engine):
             output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
             extra_args=truncation if _truncated(request) else None,
         )
-
-    def _stop_table(self, stops: tuple[str, ...]) -> StopTable:
-        if stops not in self._stop_tables:
-            if self._token_bytes is None:
-                self._token_bytes = vocabulary_bytes(self._tokenizer, self._model_config.vocab_size)
-            self._stop_tables[stops] = StopTable(self._token_bytes, stops)
-        return self._stop_tables[stops]
 
     def _log_kept_mass(self, names: Sequence[str]) -> list[list[float]]:
         """For each truncated request the log of the mass that each token's truncation kept."""

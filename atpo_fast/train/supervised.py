@@ -55,14 +55,14 @@ def cold_start(run: Run) -> Path:
     engine, watch = initialize(policy, config, optim)
     for tree in demonstrations:
         tree.advantages = np.ones(len(tree))
+    prefix_tokens = max_prefix(config, LIKELIHOOD)
     run.progress.start_phase("sft", config.sft.steps)
     losses: list[float] = []
     for step in range(config.sft.steps):
         run.stop_together()
         set_learning_rate(engine, config.sft.lr * _schedule(step, config.sft))
-        loss, tokens, seconds = _sft_step(
-            run, engine, watch, _draw(demonstrations, config.sft.batch_size, config.seed, step)
-        )
+        batch = _draw(demonstrations, config.sft.batch_size, config.seed, step)
+        loss, tokens, seconds = _sft_step(run, engine, watch, batch, prefix_tokens)
         losses.append(loss)
         if step % 10 == 0 or step == config.sft.steps - 1:
             run.logger.log("sft", step + 1, {"sft/loss": float(np.mean(losses)), "sft/tokens_per_s": tokens / seconds})
@@ -78,11 +78,11 @@ def cold_start(run: Run) -> Path:
 
 
 def _sft_step(
-    run: Run, engine: deepspeed.DeepSpeedEngine, watch: GradientWatch, batch: list[TurnTree]
+    run: Run, engine: deepspeed.DeepSpeedEngine, watch: GradientWatch, batch: list[TurnTree], prefix_tokens: int
 ) -> tuple[float, int, float]:
     """(loss, tokens, seconds) of one optimizer step."""
     begun = time.monotonic()
-    rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens, max_prefix=max_prefix(run.config, LIKELIHOOD))
+    rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens, max_prefix=prefix_tokens)
     spread = spread_rows(rows, run.world)
     losses: list[Tensor] = []
 
