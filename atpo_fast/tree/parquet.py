@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from atpo_fast.jsonl import plain
-from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree
+from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree, stored_fields
 
 _TURN = {
     "parent": pa.int32(),
@@ -112,15 +112,7 @@ def _row(tree: TurnTree, texts: Sequence[tuple[str, str]] | None) -> dict[str, A
 
 
 def _turn(turn: Turn, text: str | None, observation: str | None) -> dict[str, Any]:
-    return {
-        "parent": turn.parent,
-        "action_ids": turn.action_ids,
-        "logprobs": turn.logprobs,
-        "observation_ids": turn.observation_ids,
-        "finish_reason": turn.finish_reason,
-        "tool": turn.tool,
-        "reward": turn.reward,
-        "multiplicity": turn.multiplicity,
+    return stored_fields(turn) | {
         "text": None if text is None else _utf8(text),
         "observation": None if observation is None else _utf8(observation),
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from atpo_fast.jsonl import append_records, iterate_records, plain, read_records
 from atpo_fast.tree import parquet
-from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree
+from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree, stored_fields
 
 Texts = list[tuple[str, str]]  # (action, observation) of every turn of a tree
 
@@ -62,19 +62,7 @@ def tree_to_json(tree: TurnTree) -> dict[str, Any]:
     data = {
         "question_id": tree.question_id,
         "meta": tree.meta,
-        "turns": [
-            {
-                "parent": turn.parent,
-                "action_ids": turn.action_ids,
-                "logprobs": turn.logprobs,
-                "observation_ids": turn.observation_ids,
-                "finish_reason": turn.finish_reason,
-                "tool": turn.tool,
-                "reward": turn.reward,
-                "multiplicity": turn.multiplicity,
-            }
-            for turn in tree.turns
-        ],
+        "turns": [stored_fields(turn) for turn in tree.turns],
         "values": tree.values,
         "advantages": tree.advantages,
         "leaf_advantages": tree.leaf_advantages,

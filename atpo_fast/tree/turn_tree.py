@@ -42,6 +42,20 @@ class Turn:
         return -float(self.logprobs.mean()) if self.logprobs.size else 0.0
 
 
+def stored_fields(turn: Turn) -> dict[str, Any]:
+    """What files keep of a turn; its children follow from the parents of the others."""
+    return {
+        "parent": turn.parent,
+        "action_ids": turn.action_ids,
+        "logprobs": turn.logprobs,
+        "observation_ids": turn.observation_ids,
+        "finish_reason": turn.finish_reason,
+        "tool": turn.tool,
+        "reward": turn.reward,
+        "multiplicity": turn.multiplicity,
+    }
+
+
 class TurnTree:
     """A question's search tree.
 
