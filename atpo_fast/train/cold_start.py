@@ -18,10 +18,11 @@ from torch import Tensor
 from atpo_fast.config.schema import OptimConfig, SFTConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
-from atpo_fast.policy import Policy, build_model
+from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
+from atpo_fast.train.model import build_model
 from atpo_fast.train.optimizer import GradientWatch
 from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
@@ -53,7 +54,7 @@ def cold_start(run: Run) -> Path:
         liger=config.model.liger,
     )
     optim = OptimConfig(lr=config.sft.lr, weight_decay=config.optim.weight_decay, betas=(0.9, 0.95))
-    engine, watch = initialize(policy, config, optim)
+    zero, watch = initialize(policy, config, optim)
     for tree in demonstrations:
         tree.advantages = np.ones(len(tree))
     prefix_tokens = max_prefix(config, LIKELIHOOD)
@@ -61,9 +62,9 @@ def cold_start(run: Run) -> Path:
     losses: list[float] = []
     for step in range(config.sft.steps):
         run.stop_together()
-        set_learning_rate(engine, config.sft.lr * _schedule(step, config.sft))
+        set_learning_rate(zero, config.sft.lr * _schedule(step, config.sft))
         batch = _draw(demonstrations, config.sft.batch_size, config.seed, step)
-        loss, tokens, seconds = _sft_step(run, engine, watch, batch, prefix_tokens)
+        loss, tokens, seconds = _sft_step(run, zero, watch, batch, prefix_tokens)
         losses.append(loss)
         if step % 10 == 0 or step == config.sft.steps - 1:
             run.logger.log("sft", step + 1, {"sft/loss": float(np.mean(losses)), "sft/tokens_per_s": tokens / seconds})
@@ -73,27 +74,27 @@ def cold_start(run: Run) -> Path:
     if run.is_main:
         (folder / "state.json").write_text(json.dumps({"seconds": time.monotonic() - begun, "steps": config.sft.steps}))
     run.barrier()
-    engine.destroy()
+    zero.destroy()
     run.timer.pop()  # its phases are not the first RL step's
     return folder
 
 
 def _sft_step(
-    run: Run, engine: deepspeed.DeepSpeedEngine, watch: GradientWatch, batch: list[TurnTree], prefix_tokens: int
+    run: Run, zero: deepspeed.DeepSpeedEngine, watch: GradientWatch, batch: list[TurnTree], prefix_tokens: int
 ) -> tuple[float, int, float]:
-    """(loss, tokens, seconds) of one optimizer step."""
+    """Take one optimizer step; returns (loss, tokens, seconds)."""
     begun = time.monotonic()
     rows = pack_trees(batch, LIKELIHOOD, run.config.train.max_tokens, max_prefix=prefix_tokens)
     spread = spread_rows(rows, run.world)
     losses: list[Tensor] = []
 
     def row_loss(row: PackedTrees, prefix: RowPrefix) -> Tensor:
-        loss = -(row.weight_pos * engine(row, None, prefix)[0]).sum()
+        loss = -(row.weight_pos * zero(row, None, prefix)[0]).sum()
         losses.append(loss.detach())
         return loss
 
-    accumulate(engine, spread[run.rank], plan_passes(spread)[run.rank], row_loss, run.timer)
-    apply_gradients(engine, watch, run.timer)
+    accumulate(zero, spread[run.rank], plan_passes(spread)[run.rank], row_loss, run.timer)
+    apply_gradients(zero, watch, run.timer)
     loss_sum = run.sum_over_ranks({"loss": float(sum(losses))})["loss"]
     return loss_sum, sum(row.num_tokens for row in rows), time.monotonic() - begun
 

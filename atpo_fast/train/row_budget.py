@@ -8,7 +8,7 @@ from atpo_fast.config.arithmetic import longest_path
 from atpo_fast.config.schema import Config
 from atpo_fast.objective import Objective
 from atpo_fast.policy.attention import prefix_token_bytes
-from atpo_fast.policy.model import model_sizes
+from atpo_fast.train.model import model_sizes
 
 
 def max_prefix(config: Config, objective: Objective) -> int:
