@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 
+from atpo_fast.common.choices import CreditMethod, TurnAdvantage, TurnValue
 from atpo_fast.credit import trajectory_credit
 from atpo_fast.credit.trajectory_credit import Leaves
-from atpo_fast.credit.turn_credit import ADVANTAGES, VALUES, turn_advantages, turn_values
+from atpo_fast.credit.turn_credit import turn_advantages, turn_values
 from atpo_fast.tree import Forest, TurnTree, as_forest
 from atpo_fast.tree.forest import Floats, Ints
 
-METHODS = ("at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk")
+METHODS: tuple[str, ...] = get_args(CreditMethod)
+VALUES: tuple[str, ...] = get_args(TurnValue)
+ADVANTAGES: tuple[str, ...] = get_args(TurnAdvantage)
 
 
 def assign_credit(
@@ -36,7 +40,7 @@ def assign_credit(
         trees: trees with a reward on every leaf, or their table (`as_forest`), which packing can use again.
         method: one of `METHODS`.
         leaf_norm: at2po: standardise rewards within the tree first.
-        value: at2po: `child_softmax`, `child_mean` or `leaf_mean`.
+        value: at2po: one of `VALUES`, `child_softmax`, `child_mean` or `leaf_mean`.
         advantage: at2po: `node_value`, `diff_parent`, `diff_global` or `diff_localglobal`.
         k: passk: size of the set whose best counts.
 

@@ -7,9 +7,6 @@ import numpy as np
 from atpo_fast.credit.standardize import EPSILON, group_mean_std
 from atpo_fast.tree.forest import Floats, Forest
 
-VALUES = ("child_softmax", "child_mean", "leaf_mean")
-ADVANTAGES = ("node_value", "diff_parent", "diff_global", "diff_localglobal")
-
 
 def turn_values(forest: Forest, reward: Floats, *, leaf_norm: bool, value: str) -> Floats:
     """Compute the value of every turn, (N,), from the (S,) `reward` of the leaves.

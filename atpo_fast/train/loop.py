@@ -9,59 +9,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import deepspeed
-import torch
 
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
-from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
-from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
-from atpo_fast.policy import Policy, load_model, score_rows
+from atpo_fast.policy import score_rows
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
-from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
-from atpo_fast.train.deepspeed_setup import device_of, initialize, set_learning_rate
+from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from atpo_fast.train.evaluate import evaluate_step
-from atpo_fast.train.interrupt import StopRequested
+from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.rollouts import Batch, Rollouts
-from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
 from atpo_fast.train.step import optimizer_step, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
+from atpo_fast.train.weights import load_policy
+from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
 
 
-@dataclass(slots=True)
-class TrainState:
-    """What a checkpoint remembers beside weights and optimizer."""
-
-    step: int = 0  # steps done
-    optimizer_steps: int = 0
-    seconds: float = 0.0  # spent so far, cold start included
-    cold_start_em: float | None = None
-    eval_em: float | None = None
-    eval_step: int = -1  # the step that `eval_em` is of
-    totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
-
-
 class Trainer:
-    """Owns the policy under DeepSpeed (`zero`), the rollout worker and the progress of a run."""
+    """Owns the policy, the rollout worker and the progress of a run."""
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
-        self.objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
+        self.objective = make_objective(run.config)
         self._begun = time.monotonic() - seconds
-        self.policy = make_policy(run.config, start)
+        self.policy = load_policy(run.config, start)
         self.max_prefix = max_prefix(run.config, self.objective)
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
@@ -74,7 +58,7 @@ class Trainer:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.state = TrainState(**load_checkpoint(self.run, self.zero, checkpoint))
+        self.state = load_checkpoint(self.run, self.zero, checkpoint)
         self._begun = time.monotonic() - self.state.seconds
         self.worker.sync(self.policy)
         self.run.logger.truncate_after(self.state.step)
@@ -84,7 +68,7 @@ class Trainer:
         """A frozen copy of the starting policy when the objective has a KL term."""
         if not self.objective.loss_config.needs_reference:
             return None
-        frozen = make_policy(self.config, self.config.model.reference_path or start)
+        frozen = load_policy(self.config, self.config.model.reference_path or start)
         return initialize(frozen, self.config, self.config.optim)[0]
 
     def fit(self) -> bool:
@@ -118,7 +102,7 @@ class Trainer:
         """Write a checkpoint of the last finished step."""
         self.state.seconds = time.monotonic() - self._begun
         with self.run.timer.phase("checkpoint"):
-            save_checkpoint(self.run, self.zero, self.policy, asdict(self.state))
+            save_checkpoint(self.run, self.zero, self.policy, self.state)
 
     def _evaluate(self) -> None:
         means = evaluate_step(self.run, self.worker, self.state.step)
@@ -137,7 +121,7 @@ class Trainer:
             self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
             table = as_forest([scored.tree for scored in forest])
-            assign_credit(table, **as_dict(self.config.credit))
+            assign_credit(table, **self.config.credit.arguments)
         skipped = self.policy.skipped_tokens
         metrics, pruned = self._update(table, batch.staleness)
         batch.counts |= {"pruned": pruned, "skipped_backward": self.policy.skipped_tokens - skipped}
@@ -182,7 +166,7 @@ class Trainer:
         batches: list[tuple[list[PackedTrees], list[Pass]]] = []
         for first in range(0, len(forest.trees), size):
             part = forest.part(first, min(first + size, len(forest.trees)))
-            rows = pack_trees(part, self.objective, self.config.train.max_tokens, max_prefix=self.max_prefix)
+            rows = pack_trees(part, self.objective, self.config.train.row_tokens, max_prefix=self.max_prefix)
             pruned += pruned_tokens(part.trees, rows)
             spread = spread_rows(rows, run.world) if rows else [[]] * run.world
             batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
@@ -241,61 +225,3 @@ class Trainer:
     def seconds(self) -> float:
         """Wall time of the run so far, earlier sessions included."""
         return time.monotonic() - self._begun
-
-
-def newest_checkpoint(run: Run) -> Path | None:
-    """The checkpoint to resume from, if the configuration wants one.
-
-    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train.
-    """
-    mode = run.config.train.resume
-    found = complete_checkpoints(run.folder) if mode != "never" else []
-    if not found:
-        if mode == "must":
-            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
-        return None
-    done = read_state(found[-1])["step"]
-    if done >= run.config.train.steps and (run.folder / "summary.json").is_file():
-        raise ValueError(
-            f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
-            "raise train.steps, choose another run_dir, or set train.resume=never"
-        )
-    return found[-1]
-
-
-def make_objective(config: ObjectiveConfig, max_length: int) -> Objective:
-    """The preset with the configured departures."""
-    changes = {k: v for k, v in as_dict(config).items() if k != "preset" and v is not None}
-    return Objective.preset(config.preset, max_length=max_length, **changes)
-
-
-def make_policy(config: Config, folder: Path | str) -> Policy:
-    """The policy from a Hugging Face folder."""
-    return Policy(
-        load_model(folder, getattr(torch, config.model.dtype)),
-        temperature=config.rollout.temperature,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        liger=config.model.liger,
-    )
-
-
-def trainer_summary(trainer: Trainer) -> dict[str, Any]:
-    """What `summary.json` says."""
-    state, totals = trainer.state, trainer.state.totals
-    return {
-        "cold_start_em": state.cold_start_em,
-        "final_em": state.eval_em,
-        "train_seconds": trainer.seconds,
-        "steps": state.step,
-        "optimizer_steps": state.optimizer_steps,
-        "prefilled_tokens": int(totals.get("prefilled", 0)),
-        "decoded_tokens": int(totals.get("decoded", 0)),
-        "cache_hit_tokens": int(totals.get("cache_hit", 0)),
-        "unique_tokens": int(totals.get("unique", 0)),
-        "flat_tokens": int(totals.get("flat", 0)),
-        "pruned_tokens": int(totals.get("pruned", 0)),
-        "skipped_backward_tokens": int(totals.get("skipped_backward", 0)),
-        "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
-        "seed": trainer.config.seed,
-        **trainer.run.task.notes,
-    }

@@ -15,9 +15,8 @@ from atpo_fast.policy.opened_rows.plan import Pass
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_fast.policy.opened_rows.run import run_passes
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
-from atpo_fast.train.optimizer import GradientWatch
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
+from atpo_fast.train.zero import GradientWatch, device_of, gradient_norm
 from atpo_fast.tree.packed_rows import PackedTrees
 
 

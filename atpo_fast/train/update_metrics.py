@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from atpo_fast.common.errors import MismatchError
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.tree.packed_rows import PackedTrees
 
@@ -54,10 +55,6 @@ class MetricMean:
         for name, value in zip(names, sums[:-1].tolist(), strict=True):
             out[name] = value / max(self._steps, 1) if name == "loss" else value / tokens
         return out | dict(zip(peaks, maxima.tolist(), strict=True))
-
-
-class MismatchError(RuntimeError):
-    """The inference engine and the trainer do not compute the same log-probs; the message says what to check."""
 
 
 class Mismatch:
