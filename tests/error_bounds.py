@@ -23,6 +23,11 @@ kernel stores one side of a product in half precision (weights, or gradients by 
 rounding of that side is added, and at the end one of the result. Nothing else may be in half precision: logits rounded
 to bfloat16 would be off by 2^-9 |z|, and the bound of a log-prob has 2^-24 (D + 4) |h|.|w| in that place.
 
+Losses are sums of functions of log ratios, which are means of differences of n numbers: these are off by at most
+gamma(n + 4) times their largest. How far that moves a result is asked of the definition itself, in float64, with shifted
+inputs, so that a token within that distance of a clip's border may fall on either side; gamma(n + 32) times the size of
+the terms is added for their own roundings and sums.
+
 Size. The bound is what roundings do when all of them are largest and of one sign. Of independent signs they add up in
 quadrature: gamma(n) becomes u sqrt(n / 3) and sums become roots of sums of squares. `TYPICAL` is the bound by these
 rules: the root mean square of the error is below it. Beside plain PyTorch, errors are taken in units of their bound, so
@@ -31,6 +36,7 @@ that all elements count alike and no near tie decides: many draws in one tensor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -271,14 +277,53 @@ def attention_bounds(
     return [Bound(*pair) for pair in zip(*found, strict=True)]
 
 
+def loss_bounds(
+    run: Callable[..., dict[str, Tensor]],  # the loss of a case in float64, every result by name; takes options
+    case: dict[str, Any],  # its inputs
+    dtypes: dict[str, torch.dtype],  # of the results
+) -> dict[str, Bound]:
+    """Bounds of all results of turn_policy_loss."""
+    exact, without = run(case), run(case, kl_coef=0.0)  # one large KL would hide all else
+    pairs = (("logprob", "old_logprob"), ("logprob", "ref_logprob"), ("old_logprob", "rollout_logprob"))
+    given = {name for name, value in case.items() if value is not None}
+    gaps = [case[one] - case[other] for one, other in pairs if given.issuperset((one, other))]
+    gap = max((float(x.abs().max()) for x in gaps if x.numel()), default=0.0) + 1
+    terms = case["logprob"].numel()
+    # 1. what a shift of the logarithms by the error of their mean does
+    step = WORST.gamma(terms + 4) * gap
+    shifts = {name: torch.zeros_like(value) for name, value in exact.items()}
+    for name in ("logprob", "rollout_logprob"):
+        for sign in (-1, 1) if name in given else ():
+            for result, value in run(case | {name: case[name] + sign * step}).items():
+                shifts[result] = torch.maximum(shifts[result], (value - exact[result]).abs())
+    # 2. and the roundings of terms and sums; those of a loss may cancel
+    found = {}
+    for name, value in exact.items():
+        size = value.abs() + (without.get(name, value).abs().max() if value.numel() else 0)
+        if name == "loss" and value.dim() == 0:
+            size = size + exact["coef"].abs().sum()
+        errors = []
+        for rule, dtype in ((WORST, dtypes[name]), (TYPICAL, torch.float32)):
+            shift = 2 * shifts[name] * rule.gamma(terms + 4) / WORST.gamma(terms + 4)
+            errors.append(rounded(rule, shift + rule.gamma(terms + 32) * size, value, dtype))
+        found[name] = Bound(*errors)
+    return found
+
+
 def rounded(rule: Rule, error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
     """The error of a result that is rounded at the end."""
     return rule.add(error, rule.rounding(exact.abs() + error, dtype))
 
 
+def errors_of(found: Tensor, exact: Tensor) -> Tensor:
+    """Distance to float64; none where both are beyond the largest number of the dtype."""
+    beyond = found.isinf() & (exact.to(found.dtype) == found)
+    return (found.double() - exact).abs().masked_fill(beyond, 0)
+
+
 def assert_within(ours: Tensor, exact: Tensor, worst: Tensor) -> None:
     """Fails where an element is further from float64 than rounding can bring it."""
-    error, allowed = (ours.double() - exact).abs(), SECOND_ORDER * worst + UNDERFLOW
+    error, allowed = errors_of(ours, exact), SECOND_ORDER * worst + UNDERFLOW
     if not bool((error <= allowed).all()):
         at = int((error / allowed).nan_to_num(torch.inf).argmax())
         found = [float(x.flatten()[at]) for x in (error, allowed, exact)]
@@ -298,5 +343,5 @@ def assert_no_less_precise(plain: Tensor, ours: Tensor, exact: Tensor, bound: Bo
     def size(errors: Tensor) -> float:
         return float((errors / (bound.worst + UNDERFLOW)).square().mean().sqrt())
 
-    error, allowed = size(ours.double() - exact), size(plain.double() - exact) + size(bound.typical)
+    error, allowed = size(errors_of(ours, exact)), size(errors_of(plain, exact)) + size(bound.typical)
     assert error <= allowed, (error, allowed)
