@@ -36,6 +36,7 @@ that all elements count alike and no near tie decides: many draws in one tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -104,6 +105,10 @@ class Bound:
     worst: Tensor  # with the roundings to half precision that the kernel is allowed
     typical: Tensor  # of float32 alone
 
+    def scaled(self, factor: float) -> Bound:
+        """Of the tensor times a positive number."""
+        return Bound(self.worst * factor, self.typical * factor)
+
 
 @dataclass(frozen=True)
 class HeadErrors:
@@ -148,9 +153,7 @@ class HeadErrors:
         """Errors of the gradients of hidden, weight and bias before they are rounded."""
         rule, p = self.rule, self.log_p.exp()
         up_logprob, up_entropy = (x[:, None] for x in up)
-        by_logprob_up, by_entropy_up = (torch.zeros_like(x)[:, None] if by_up is None else x for x in up)
-        if by_up is not None:
-            by_logprob_up, by_entropy_up = (x[:, None] for x in by_up)
+        by_logprob_up, by_entropy_up = (x[:, None] for x in by_up or (torch.zeros_like(up[0]),) * 2)
         hit = torch.nn.functional.one_hot(targets, p.shape[1])
         deviation = self.log_p + self.entropy[:, None]
         # 1. softmax, and its logarithm
@@ -240,7 +243,7 @@ def head_bounds(
     temperature: float,
     stored: bool = False,
     exponentials: torch.dtype = torch.float32,
-    by_up: tuple[Tensor, Tensor] | None = None,
+    by_up: tuple[Bound, Bound] | None = None,
 ) -> list[Bound]:
     """Bounds of all that an LM head gives in float32 and, for gradients, in a dtype that they are rounded to.
 
@@ -252,7 +255,8 @@ def head_bounds(
     for rule, half in ((WORST, dtype), (TYPICAL, torch.float32)):
         known = HeadErrors.of(rule, head.hidden, head.weight, bias, temperature)
         kept = [half if stored else torch.float32, exponentials if half == dtype else torch.float32]
-        gradients = known.gradients(head.targets, up, by_up, *kept)
+        given = None if by_up is None else tuple(x.worst if rule.worst else x.typical for x in by_up)
+        gradients = known.gradients(head.targets, up, given, *kept)
         values = [known.by_log_p.gather(1, head.targets[:, None])[:, 0], known.by_entropy]
         found.append([rounded(rule, e, x, torch.float32) for e, x in zip(values, exact[:2], strict=True)])
         found[-1] += [rounded(rule, e, x, half) for e, x in zip(gradients, exact[2:], strict=True)]
@@ -280,7 +284,8 @@ def attention_bounds(
 def loss_bounds(
     run: Callable[..., dict[str, Tensor]],  # the loss of a case in float64, every result by name; takes options
     case: dict[str, Any],  # its inputs
-    dtypes: dict[str, torch.dtype],  # of the results
+    dtypes: dict[str, torch.dtype],  # of the results; float32 where not named
+    known: tuple[Bound, Bound] | None = None,  # errors (A,) of the log-probs and entropies that it is given
 ) -> dict[str, Bound]:
     """Bounds of all results of turn_policy_loss."""
     exact, without = run(case), run(case, kl_coef=0.0)  # one large KL would hide all else
@@ -289,13 +294,22 @@ def loss_bounds(
     gaps = [case[one] - case[other] for one, other in pairs if given.issuperset((one, other))]
     gap = max((float(x.abs().max()) for x in gaps if x.numel()), default=0.0) + 1
     terms = case["logprob"].numel()
-    # 1. what a shift of the logarithms by the error of their mean does
-    step = WORST.gamma(terms + 4) * gap
+    # 1. what a shift of the logarithms by their error, and by that of their mean, does
+    step = torch.full_like(case["logprob"], WORST.gamma(terms + 4) * gap)
+    steps = {"logprob": step, "rollout_logprob": step}
+    if known is not None:
+        steps |= {"logprob": step + known[0].worst, "entropy": known[1].worst}
     shifts = {name: torch.zeros_like(value) for name, value in exact.items()}
-    for name in ("logprob", "rollout_logprob"):
-        for sign in (-1, 1) if name in given else ():
-            for result, value in run(case | {name: case[name] + sign * step}).items():
+    for name in steps.keys() & given:
+        for sign in (-1, 1):
+            for result, value in run(case | {name: case[name] + sign * steps[name]}).items():
                 shifts[result] = torch.maximum(shifts[result], (value - exact[result]).abs())
+    if known is not None:  # what moves a sum this way and that, for a loss by its coefficients, for means by their slopes
+        largest = max(float(x.worst.max()) for x in known)
+        for name, value in exact.items():
+            if value.dim() == 0:
+                slope = exact["coef"].abs().sum() if name == "loss" else math.exp(gap - 1)
+                shifts[name] = shifts[name] + largest * slope
     # 2. and the roundings of terms and sums; those of a loss may cancel
     found = {}
     for name, value in exact.items():
@@ -303,7 +317,7 @@ def loss_bounds(
         if name == "loss" and value.dim() == 0:
             size = size + exact["coef"].abs().sum()
         errors = []
-        for rule, dtype in ((WORST, dtypes[name]), (TYPICAL, torch.float32)):
+        for rule, dtype in ((WORST, dtypes.get(name, torch.float32)), (TYPICAL, torch.float32)):
             shift = 2 * shifts[name] * rule.gamma(terms + 4) / WORST.gamma(terms + 4)
             errors.append(rounded(rule, shift + rule.gamma(terms + 32) * size, value, dtype))
         found[name] = Bound(*errors)

@@ -8,12 +8,12 @@ from typing import Any
 import interpreter  # noqa: F401  (repairs Triton's interpreter)
 import pytest
 import torch
+from error_bounds import assert_no_less_precise, assert_within
 from interpreter import DEVICE
 from kernel_cases import (
     Head,
     LargestOutput,
     NoHostSync,
-    assert_as_precise_as,
     loss_case,
     on_device,
     random_head,
@@ -21,6 +21,7 @@ from kernel_cases import (
     turn_offsets,
 )
 from torch import Tensor
+from turn_loss_cases import linear_loss_bounds
 
 from atpo_kernels import TokenWeights, linear_turn_policy_loss
 from atpo_kernels.linear_logprob import triton, triton_head
@@ -30,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 16
 # A turn that fits a chunk with others, one longer than two chunks, an empty one, one that fills a chunk, single tokens.
 LENGTHS = [5, 40, 3, 0, 16, 1, 9, 1]
+BOUNDS = {"clip_low": 0.1, "clip_high": 0.1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "turn": {},
     "token": {"level": "token"},
@@ -51,7 +53,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(head: Head, keywords: dict[str, Any], dtype: torch.dtype, impl: str, **more: Any) -> list[Tensor]:
     """Every output, and the gradients under an upstream gradient other than 1."""
-    return run_linear_loss(head, keywords, dtype, DEVICE, impl=impl, clip_low=0.1, clip_high=0.1, **more)
+    return run_linear_loss(head, keywords, dtype, DEVICE, impl=impl, **BOUNDS, **more)
 
 
 def assert_exact(head: Head, keywords: dict[str, Any], **more: Any) -> list[Tensor]:
@@ -72,8 +74,9 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, name: str) -> None:
         run(head, keywords, d, impl, **CONFIGS[name])
         for d, impl in ((torch.float64, "reference"), (dtype, "triton"), (dtype, "reference"))
     )
-    for e, o, p in zip(exact, ours, plain, strict=True):
-        assert_as_precise_as(p, o, e)
+    bounds = linear_loss_bounds(head, keywords, exact, dtype, **BOUNDS, **CONFIGS[name])
+    for e, o, p, bound in zip(exact, ours, plain, bounds, strict=True):
+        assert_no_less_precise(p, o, e, bound)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

@@ -6,8 +6,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
-from error_bounds import assert_no_less_precise, loss_bounds
-from kernel_cases import turn_offsets
+from error_bounds import Bound, assert_no_less_precise, head_bounds, loss_bounds
+from kernel_cases import TEMPERATURE, Head, turn_offsets
 from torch import Tensor
 
 from atpo_kernels import LeafPaths, TokenWeights, turn_policy_loss
@@ -91,3 +91,32 @@ def assert_precise(case: dict[str, Any], dtype: torch.dtype = torch.float32, **k
     for name, value in exact.items():
         assert ours[name].dtype == plain[name].dtype and ours[name].shape == plain[name].shape, name
         assert_no_less_precise(plain[name], ours[name], value, bounds[name])
+
+
+def linear_loss_bounds(
+    head: Head,  # in float64, as it is in the dtype
+    keywords: dict[str, Any],  # of run_linear_loss
+    exact: list[Tensor],  # its results
+    dtype: torch.dtype,
+    **more: Any,
+) -> list[Bound]:
+    """Bounds of every result of run_linear_loss: those of the head, those of the loss, and what one does to the other."""
+    rows = torch.zeros_like(exact[2])
+    gradients = 2 + (len(exact[-1].shape) == 1)  # with or without the bias's
+    seen = [*exact[2:4], *exact[-gradients:]]
+    values = head_bounds(head, seen, (rows, rows), dtype, temperature=TEMPERATURE)[:2]
+    case = keywords | {"logprob": exact[2], "entropy": exact[3]}
+    if keywords["old_logprob"] is None:
+        case["old_logprob"] = exact[2]
+    loss = lambda shifted, **options: run(shifted, impl="reference", **{**more, **options})  # noqa: E731
+    by_name, found = loss_bounds(loss, case, {}, (values[0], values[1])), loss(case)
+    names = ("gradient of logprob", "gradient of entropy")
+    # the upstream gradient of the case is -2, that of run_linear_loss -4; by powers of 2 nothing rounds
+    up = (2 * found[names[0]], 2 * found[names[1]])
+    by_up = (by_name[names[0]].scaled(2), by_name[names[1]].scaled(2))
+    half = torch.float16 if dtype != torch.float32 else dtype
+    by_head = head_bounds(
+        head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up
+    )
+    metrics = [by_name[name] for name in found if name not in ("loss", "coef", *names)]
+    return [by_name["loss"], by_name["coef"], *values, *metrics, *by_head[2:]]
