@@ -292,10 +292,11 @@ def loss_bounds(
     pairs = (("logprob", "old_logprob"), ("logprob", "ref_logprob"), ("old_logprob", "rollout_logprob"))
     given = {name for name, value in case.items() if value is not None}
     gaps = [case[one] - case[other] for one, other in pairs if given.issuperset((one, other))]
-    gap = max((float(x.abs().max()) for x in gaps if x.numel()), default=0.0) + 1
+    gap = max((float(x.abs().max()) for x in gaps if x.numel()), default=0.0)
+    reach = 1 + gap + max((float(x.abs().max()) for x in (case["logprob"],) if x.numel()), default=0.0)
     terms = case["logprob"].numel()
     # 1. what a shift of the logarithms by their error, and by that of their mean, does
-    step = torch.full_like(case["logprob"], WORST.gamma(terms + 4) * gap)
+    step = torch.full_like(case["logprob"], WORST.gamma(terms + 4) * reach)
     steps = {"logprob": step, "rollout_logprob": step}
     if known is not None:
         steps |= {"logprob": step + known[0].worst, "entropy": known[1].worst}
@@ -305,10 +306,10 @@ def loss_bounds(
             for result, value in run(case | {name: case[name] + sign * steps[name]}).items():
                 shifts[result] = torch.maximum(shifts[result], (value - exact[result]).abs())
     if known is not None:  # what moves a sum this way and that, for a loss by its coefficients, for means by their slopes
-        largest = max(float(x.worst.max()) for x in known)
+        largest = max(float(x.worst.max()) if terms else 0.0 for x in known)
         for name, value in exact.items():
             if value.dim() == 0:
-                slope = exact["coef"].abs().sum() if name == "loss" else math.exp(gap - 1)
+                slope = exact["coef"].abs().sum() if name == "loss" else math.exp(gap)
                 shifts[name] = shifts[name] + largest * slope
     # 2. and the roundings of terms and sums; those of a loss may cancel
     found = {}

@@ -58,9 +58,14 @@ def run(head: Head, keywords: dict[str, Any], dtype: torch.dtype, impl: str, **m
 
 def assert_exact(head: Head, keywords: dict[str, Any], **more: Any) -> list[Tensor]:
     """Equal to float64 up to float32's rounding; returns the float64 results."""
+    head = head.rounded(torch.float32)
     exact = run(head, keywords, torch.float64, "reference", **more)
-    for o, e in zip(run(head, keywords, torch.float32, "triton", **more), exact, strict=True):
-        torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
+    ours = run(head, keywords, torch.float32, "triton", **more)
+    more.pop("bias", None)
+    for o, e, bound in zip(
+        ours, exact, linear_loss_bounds(head, keywords, exact, torch.float32, **BOUNDS, **more), strict=True
+    ):
+        assert_within(o, e, bound.worst)
     return exact
 
 
@@ -84,11 +89,7 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, name: str) -> None:
 def test_turn_lengths(turn: int, bias: bool) -> None:
     """Fails at a border of chunks: turns of one length, from one row to three chunks."""
     head, keywords = loss_case([turn] * 3, width=16, vocab=70, seed=turn)
-    ours, exact = (
-        run(head, keywords, d, i, bias=bias) for d, i in ((torch.float32, "triton"), (torch.float64, "reference"))
-    )
-    for o, e in zip(ours, exact, strict=True):
-        torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
+    assert_exact(head, keywords, bias=bias)
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 0, 8], [5, 3, 0, 9]])  # 16 rows fill a chunk, 17 do not fit
@@ -130,10 +131,8 @@ def test_rows_without_gradient_reach_no_product(clipped: float, monkeypatch: pyt
     monkeypatch.setattr(
         triton.Gradients, "add", lambda self, dlogits, *rest: seen.append(len(dlogits)) or add(self, dlogits, *rest)
     )
-    ours, exact = (run(head, keywords, d, i) for d, i in ((torch.float32, "triton"), (torch.float64, "reference")))
+    exact = assert_exact(head, keywords)
     assert sum(seen) == int((exact[1] != 0).sum()) == tokens - sum(lengths[: round(clipped * len(lengths))])
-    for o, e in zip(ours, exact, strict=True):
-        torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
 
 
 def test_float16_gradients_do_not_underflow() -> None:
