@@ -119,7 +119,7 @@ def make_loop(
     engine: Any, tool: Callable[[str], str] | None = None, *, limit: int = 6, result_tokens: int = 64, **rollout: Any
 ) -> TurnLoop:
     config = RolloutConfig(**({"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2} | rollout))
-    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=5.0)
+    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=240.0)
     return TurnLoop(engine, TOKENIZER, toolbox, config, ToolsConfig(call_limit=limit, max_result_tokens=result_tokens))
 
 
