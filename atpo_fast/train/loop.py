@@ -1,4 +1,4 @@
-"""The RL loop: roll out, credit, pack, update, sync (design, sections 1 and 8).
+"""The RL loop: roll out, score, credit, pack, update, sync (design, sections 1 and 8).
 
 One step rolls out `questions_per_step` questions over all ranks and takes one optimizer step per mini-batch of
 `questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are
@@ -29,11 +29,11 @@ from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, r
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
-from atpo_fast.train.rollouts import Batch, Rollouts
 from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
+from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import draw_questions, step_seed
+from atpo_fast.train.scoring import ScoredTree, score
 from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.tree import TurnTree
@@ -54,7 +54,7 @@ class TrainState:
 
 
 class Trainer:
-    """Owns the engine, the rollout worker and the progress of a run."""
+    """Own the policy, its optimizer, the sampler and the progress of a run."""
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
@@ -64,8 +64,8 @@ class Trainer:
         self.max_prefix = max_prefix(run.config, self.objective)
         self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
-        self.worker = RolloutWorker(run, start, self.engine.device)
-        self.rollouts = Rollouts(self.worker, self._questions, lambda step: step_seed(run.config.seed, step))
+        self.sampler = Sampler(run, start, self.engine.device)
+        self.batches = BatchSampler(self.sampler, self._questions, lambda step: step_seed(run.config.seed, step))
         self.state = TrainState()
         if resume_from is None:
             run.logger.truncate_after(-1)
@@ -75,7 +75,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         self.state = TrainState(**load_checkpoint(self.run, self.engine, checkpoint))
         self._begun = time.monotonic() - self.state.seconds
-        self.worker.sync(self.policy)
+        self.sampler.sync(self.policy)
         self.run.logger.truncate_after(self.state.step)
         self.run.progress.message(f"resumed from {checkpoint}")
 
@@ -120,30 +120,31 @@ class Trainer:
             save_checkpoint(self.run, self.engine, self.policy, asdict(self.state))
 
     def _evaluate(self) -> None:
-        means = evaluate_step(self.run, self.worker, self.state.step)
+        means = evaluate_step(self.run, self.sampler, self.state.step)
         self.state.eval_em, self.state.eval_step = means["eval/em"], self.state.step
         self.run.progress.message(f"step {self.state.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
 
     def _step(self) -> None:
-        """One batch."""
+        """Roll out, score, credit, pack, update, sync: one batch."""
         run, begun = self.run, time.monotonic()
         run.progress.start_phase("rollout", self.config.rollout.leaves * len(self._questions(self.state.step)))
-        batch = self.rollouts.take(self.state.step)
+        batch = self.batches.take(self.state.step)
         waited = time.monotonic() - begun
         run.stop_together()
-        forest = run.gather(batch.trees, self.config.train.questions_per_step)
+        scored = score(run, batch.questions, batch.trees)
+        forest = run.gather(scored, self.config.train.questions_per_step)
         if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
-            self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
+            self.batches.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
             assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
         dropped = self.policy.dropped_tokens
         metrics, pruned = self._update(forest, batch.staleness)
-        batch.counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
+        batch.counts["tokens/pruned_backward"] = float(self.policy.dropped_tokens - dropped)
         with run.timer.phase("rollout_wait"):
-            self.rollouts.join()
-        self.worker.sync(self.policy)
+            self.batches.join()
+        self.sampler.sync(self.policy)
         self.state.step += 1
-        self._log(forest, batch, metrics, waited, begun)
+        self._log(forest, batch, metrics, pruned, waited, begun)
 
     def _questions(self, step: int) -> list[Question]:
         """This rank's questions of a step."""
@@ -209,12 +210,13 @@ class Trainer:
         forest: Sequence[ScoredTree],
         batch: Batch,
         policy: dict[str, float],
+        pruned: int,
         waited: float,
         begun: float,
     ) -> None:
         run = self.run
-        counts = run.sum_over_ranks({k: float(v) for k, v in batch.counts.items()})
-        counts["pruned"] /= run.world  # every rank counted the same forest
+        counts = run.sum_over_ranks(batch.counts)
+        counts["tokens/pruned"] = float(pruned)  # every rank has packed the same forest
         metrics = rollout_metrics(forest, counts, batch.seconds, waited, time.monotonic() - begun)
         metrics["rollout/staleness"] = float(batch.staleness)
         metrics |= {f"time/{name}": seconds for name, seconds in batch.phases.items()}

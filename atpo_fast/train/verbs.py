@@ -13,17 +13,17 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from atpo_fast.config.load import load_config, save_config
-from atpo_fast.engines.vllm.start import check_vllm
+from atpo_fast.engines import check_engine, find_engine_error
 from atpo_fast.policy import build_model
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
 from atpo_fast.train.cold_start import cold_start
 from atpo_fast.train.evaluate import evaluate, evaluate_step
-from atpo_fast.train.forest_file import ForestError, is_server_error, write_forest
+from atpo_fast.train.forest_file import ForestError, write_forest
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.loop import Trainer, make_objective, newest_checkpoint, trainer_summary
-from atpo_fast.train.rollout_worker import RolloutWorker
 from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run, start_run
+from atpo_fast.train.sampler import Sampler
 from atpo_fast.train.step import MismatchError
 
 STOPPED = 143  # exit code of a run that was asked to stop and saved its state
@@ -34,10 +34,7 @@ def train(run: Run) -> int:
     resume_from = newest_checkpoint(run)
     objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
     max_prefix(run.config, objective)  # or an error, before the cold start
-    if run.config.rollout.engine == "vllm":
-        check_vllm()
-    if run.config.rollout.engine == "server" and run.config.rollout.server.weights_dir is None:
-        raise ValueError("training with rollout.engine=server needs rollout.server.weights_dir")
+    check_engine(run.config)
     start, seconds = starting_model(run)
     check_vocabulary(run, start)
     trainer = Trainer(run, start, resume_from, seconds)
@@ -65,7 +62,7 @@ def _closing_words(summary: dict[str, Any], questions: int, page: Path) -> str:
 def sft(run: Run) -> int:
     """The cold start alone, and its evaluation."""
     folder = cold_start(run)
-    evaluate_step(run, RolloutWorker(run, folder, local_device(run)), 0)
+    evaluate_step(run, Sampler(run, folder, local_device(run)), 0)
     return 0
 
 
@@ -73,7 +70,7 @@ def evaluate_verb(run: Run) -> int:
     """Greedy evaluation of `model.path`, or else of the run folder's newest model."""
     folder = run.config.model.path or newest_model(run.folder)
     means = evaluate(
-        run, RolloutWorker(run, folder, local_device(run)), "newest" if folder != run.config.model.path else "given"
+        run, Sampler(run, folder, local_device(run)), "newest" if folder != run.config.model.path else "given"
     )
     if run.is_main:
         print(json.dumps(means, indent=1))
@@ -94,8 +91,8 @@ def rollout(run: Run, *, out: str | None = None, questions: str | None = None, s
         raise ValueError(f"there are no {split} questions: set data.{'eval' if split == 'test' else 'train'}_files")
     path = Path(out) if out else run.folder / "rollouts.jsonl"
     folder = run.config.model.path or newest_model(run.folder)
-    worker = RolloutWorker(run, folder, local_device(run))
-    left = write_forest(run, worker, asked[:count], path)
+    sampler = Sampler(run, folder, local_device(run))
+    left = write_forest(run, sampler, asked[:count], path)
     if run.is_main and not left:
         print(f"trees of {len(asked[:count])} questions in {path}")
     return STOPPED if left else 0
@@ -121,7 +118,7 @@ def run_verb(verb: str, config_path: str, overrides: Sequence[str], **options: s
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
-        if not isinstance(error, ForestError) and not is_server_error(error):
+        if not isinstance(error, ForestError) and find_engine_error(error) is None:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
