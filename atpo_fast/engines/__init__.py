@@ -10,28 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import Config
-from atpo_fast.engines.base import (
-    Completion,
-    Engine,
-    EngineCounters,
-    EngineError,
-    PathNode,
-    Request,
-    SamplingParams,
-    find_engine_error,
-)
+from atpo_fast.config import Config, PagedConfig, ServerConfig, VLLMConfig
+from atpo_fast.engines.base import Completion, Engine, EngineCounters, PathNode, Request, SamplingParams
 
 __all__ = [
     "Completion",
     "Engine",
     "EngineCounters",
-    "EngineError",
     "PathNode",
     "Request",
     "SamplingParams",
     "check_engine",
-    "find_engine_error",
     "make_engine",
 ]
 
@@ -40,13 +29,12 @@ Weights = Iterable[tuple[str, Tensor]]
 
 def check_engine(config: Config) -> None:
     """Raise ValueError when training could not use the configured engine, before anything expensive begins."""
-    rollout = config.rollout
-    if rollout.engine == "vllm":
+    if isinstance(config.engine, VLLMConfig):
         from atpo_fast.engines.vllm.start import check_vllm
 
         check_vllm()
-    if rollout.engine == "server" and rollout.server.weights_dir is None:
-        raise ValueError("training with rollout.engine=server needs rollout.server.weights_dir")
+    if isinstance(config.engine, ServerConfig) and config.engine.weights_dir is None:
+        raise ValueError("training with engine.name=server needs engine.weights_dir")
 
 
 def make_engine(
@@ -66,41 +54,39 @@ def make_engine(
         tokenizer: the model's tokenizer.
         device: where an engine of this process runs.
         max_positions: longest path that the model can hold, prompt included.
-        current_weights: gives the weights again to an engine that has dropped them in its sleep; None: `folder` has
-            them.
+        current_weights: gives the weights again to an engine that has dropped them in its sleep; where it gives None,
+            `folder` has them.
 
     Raises:
         ValueError: an engine that is not installed, or options that fit neither each other nor the ranks.
         EngineError: servers that are not there, or that cannot do what is needed.
     """
-    rollout = config.rollout
-    dtype = torch.float32 if rollout.cache_dtype == "float32" else getattr(torch, config.model.dtype)
-    if rollout.engine == "server":
+    engine, rollout = config.engine, config.rollout
+    if isinstance(engine, ServerConfig):
         from atpo_fast.engines.server.engine import ServerEngine
 
-        return ServerEngine(folder, tokenizer, rollout.server, temperature=rollout.temperature)
-    if rollout.engine == "vllm":
-        from atpo_fast.engines.vllm.engine import VLLMEngine
+        return ServerEngine(folder, tokenizer, engine, temperature=rollout.temperature)
+    dtype = torch.float32 if engine.cache_dtype == "float32" else getattr(torch, config.model.dtype)
+    if isinstance(engine, PagedConfig):
+        from atpo_fast.engines.paged import PagedEngine
 
-        longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-        engine = VLLMEngine(
-            folder,
-            tokenizer,
-            rollout.vllm,
-            cache_tokens=rollout.cache_tokens,
-            max_positions=min(max_positions, longest),
-            dtype=dtype,
-            device=device,
-            truncates=rollout.top_k > 0 or rollout.top_p < 1,
-            seed=config.seed,
-            current_weights=current_weights,
-        )
-        colocated = rollout.vllm.placement == "colocated"
-        return _shared(engine, rollout.vllm.tensor_parallel) if colocated else engine
-    from atpo_fast.engines.paged import PagedEngine
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return PagedEngine(model, tokenizer, cache_tokens=engine.cache_tokens, device=device)
+    from atpo_fast.engines.vllm.engine import VLLMEngine
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return PagedEngine(model, tokenizer, cache_tokens=rollout.cache_tokens, device=device)
+    part = VLLMEngine(
+        folder,
+        tokenizer,
+        engine,
+        cache_tokens=engine.cache_tokens,
+        max_positions=min(max_positions, config.data.max_prompt_tokens + rollout.max_response_tokens),
+        dtype=dtype,
+        device=device,
+        truncates=rollout.top_k > 0 or rollout.top_p < 1,
+        seed=config.seed,
+        current_weights=current_weights,
+    )
+    return _shared(part, engine.tensor_parallel) if engine.placement == "colocated" else part
 
 
 def _shared(part: Engine, ranks: int) -> Engine:

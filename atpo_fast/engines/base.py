@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from atpo_fast.common.errors import EngineError
 from atpo_fast.engines.prefix_check import PrefixCheck
 from atpo_fast.engines.request import (
     Completion,
     EngineCounters,
-    EngineError,
     FinishReason,
-    LeaderFailedError,
     PathNode,
     Request,
     SamplingParams,
     TurnKey,
-    find_engine_error,
 )
 from atpo_fast.engines.stops import StopTables, end_of_sequence_ids
 from atpo_fast.engines.weight_stream import checked
@@ -36,18 +34,20 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineCounters",
-    "EngineError",
     "FinishReason",
     "LeaderFailedError",
     "PathNode",
     "Request",
     "SamplingParams",
     "TurnKey",
-    "find_engine_error",
 ]
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+class LeaderFailedError(EngineError):
+    """The rank that leads a shared engine has raised; its own error says why."""
 
 
 class Engine(ABC):

@@ -100,18 +100,3 @@ class EngineCounters:
         self.prefilled_tokens += prompt - cached + decoded
         self.decoded_tokens += decoded
         self.forwarded_tokens += prompt - cached + decoded - 1
-
-
-class EngineError(RuntimeError):
-    """An engine cannot do what a rollout needs, for a reason outside of this program; the message says what to do."""
-
-
-class LeaderFailedError(EngineError):
-    """The rank that leads a shared engine has raised; its own error says why."""
-
-
-def find_engine_error(error: BaseException | None) -> EngineError | None:
-    """Return the EngineError that caused `error`, or None when the fault is in the program."""
-    while error is not None and not isinstance(error, EngineError):
-        error = error.__cause__
-    return error

@@ -1,4 +1,4 @@
-"""Evaluation: greedy answers to the test questions."""
+"""Evaluation: greedy answers to the evaluation questions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.rollout import in_order
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Sampler
 from atpo_fast.train.scoring import ScoredTree, score
@@ -17,11 +17,14 @@ KEYS = ("em", "f1", "format", "turns", "tool_calls")
 
 
 def evaluate(run: Run, sampler: Sampler, name: str) -> dict[str, float]:
-    """Average EM, F1, format rate, turns and tool calls over the test questions; answers go to `eval/NAME.jsonl`.
+    """Average EM, F1, format rate, turns and tool calls over the evaluation questions.
 
-    A question whose only chain failed counts as wrong. Raises StopRequested when asked to stop.
+    The answers go to `eval/NAME.jsonl`. A question whose only chain failed counts as wrong.
+
+    Raises:
+        StopRequested: the run was asked to stop.
     """
-    questions = run.task.test
+    questions = run.task.eval
     with run.timer.phase("eval"):
         mine = run.share(questions)
         records: list[dict[str, Any]] = []

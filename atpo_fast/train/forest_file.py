@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from atpo_fast.common.errors import ForestError, StopRequested, is_engine_error
 from atpo_fast.data.questions import Question
-from atpo_fast.engines import find_engine_error
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Sampler
 from atpo_fast.train.scoring import ScoredTree, score
 from atpo_fast.tree.storage import append_forest, forest_questions
-
-
-class ForestError(RuntimeError):
-    """The job cannot go on; the message says why, and what the file holds."""
 
 
 @dataclass(slots=True)
@@ -56,7 +51,7 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
             _append(run, path, done)
         left -= len(done)
         state = f"{len(questions) - left} of {len(questions)} questions are in {path}; the same command continues"
-        if error is not None and find_engine_error(error) is None:
+        if error is not None and not is_engine_error(error):
             raise error
         problem = next((p.problem for p in parts if p.problem is not None), None)
         if problem is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import make_engine
 from atpo_fast.engines.base import LeaderFailedError
@@ -23,7 +24,6 @@ from atpo_fast.environment import make_toolbox
 from atpo_fast.policy import Policy
 from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.run import Run
 from atpo_fast.train.weights import whole_parameters
 from atpo_fast.tree import TurnTree
@@ -55,6 +55,7 @@ class Sampler:
             make_toolbox(config.tools, run.task.passages),
             config.rollout,
             config.tools,
+            cache_tokens=config.engine.cache_tokens,
             max_positions=min(positions, self.engine.max_positions or positions),
         )
 

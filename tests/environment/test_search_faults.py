@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.environment import HTTPSearch, ToolBox, ToolCall
 from atpo_fast.rollout import TreeSearch
 from tests.helpers.scripted_engine import TOKENIZER, ScriptedEngine, questions, roll_out, search_then_answer

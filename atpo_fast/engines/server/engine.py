@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from atpo_fast.common.event_loop import EventLoopThread
-from atpo_fast.config.schema import ServerConfig
+from atpo_fast.config import ServerConfig
 from atpo_fast.engines.base import CheckedEngine, Completion, Request, TurnKey
 from atpo_fast.engines.server.pool import ReplicaPool
 from atpo_fast.engines.server.protocol import Answer, ServerError, read_answer, refuse_truncation, request_body
@@ -64,7 +64,7 @@ class ServerEngine(CheckedEngine):
     ):
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if config.sleep and ranks > 1:
-            raise ValueError("rollout.server.sleep needs ranks=1: another rank may still be rolling out")
+            raise ValueError("engine.sleep needs ranks=1: another rank may still be rolling out")
         self._model_config = AutoConfig.from_pretrained(folder)
         vocab_size = self._model_config.get_text_config().vocab_size
         super().__init__(tokenizer, vocab_size, parameter_shapes(self._model_config))
@@ -148,7 +148,7 @@ class ServerEngine(CheckedEngine):
     def _load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         if self.config.weights_dir is None:
             raise ValueError(
-                "rollout.engine=server cannot take new weights without rollout.server.weights_dir: a folder that this "
+                "engine.name=server cannot take new weights without engine.weights_dir: a folder that this "
                 "machine and the servers see under the same path"
             )
         if not self._weights_awake:
@@ -210,7 +210,5 @@ def _headers(config: ServerConfig) -> dict[str, str]:
         return {}
     key = os.environ.get(config.api_key_variable)
     if not key:
-        raise ServerError(
-            f"the environment variable {config.api_key_variable} (rollout.server.api_key_variable) is empty"
-        )
+        raise ServerError(f"the environment variable {config.api_key_variable} (engine.api_key_variable) is empty")
     return {"Authorization": f"Bearer {key}"}

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atpo_fast.engines.request import Completion, EngineError, FinishReason, Request
+from atpo_fast.common.errors import EngineError
+from atpo_fast.engines.request import Completion, FinishReason, Request
 from atpo_fast.engines.stops import StopTable
 
 _TOKEN_ID = "token_id:"  # what vLLM puts before an id in the place of a token's text
@@ -49,7 +50,7 @@ def refuse_truncation(request: Request) -> None:
     wanted = request.sampling
     if wanted.temperature > 0 and (wanted.top_p < 1 or wanted.top_k > 0):
         raise ValueError(
-            "rollout.engine=server: top_p and top_k must be off, because servers do not tell the log-probs that the "
+            "engine.name=server: top_p and top_k must be off, because servers do not tell the log-probs that the "
             "trainer needs; use an engine in the trainer's process to truncate"
         )
 

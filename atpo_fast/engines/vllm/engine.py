@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import VLLMConfig
+from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.base import CheckedEngine, Completion, FinishReason, Request, TurnKey
 from atpo_fast.engines.stops import StopTable
 from atpo_fast.engines.vllm.start import check_vllm, llm_options, start_llm
