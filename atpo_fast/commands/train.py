@@ -36,10 +36,9 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
 def _check(run: Run) -> None:
     """Raise ValueError, before the cold start, for what would be found out after it."""
     from atpo_fast.engines import check_engine
-    from atpo_fast.objective import Objective
-    from atpo_fast.policy.opened_rows.budget import max_prefix
+    from atpo_fast.train.from_config import make_objective, max_prefix
 
-    max_prefix(run.config, Objective.configured(run.config.objective, run.config.rollout.max_response_tokens))
+    max_prefix(run.config, make_objective(run.config))
     check_engine(run.config)
 
 
