@@ -22,15 +22,15 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast.config import Config, RolloutConfig, ServerConfig, ToolsConfig, load_config
 from atpo_fast.engines.base import PathNode, Request, SamplingParams
-from atpo_fast.engines.paged.engine import TransformersEngine
+from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.server.engine import ServerEngine
-from atpo_fast.engines.server.protocol import PassingError, ServerError, read_answer, request_body
+from atpo_fast.engines.server.protocol import ServerError, TransientError, read_answer, request_body
 from atpo_fast.engines.server.routing import Replica, Router
 from atpo_fast.engines.server.weights import folder_weights, write_weights
 from atpo_fast.engines.stops import StopTable, vocabulary_bytes
 from atpo_fast.environment import ToolBox
 from atpo_fast.policy import load_model
-from atpo_fast.rollout.turn_loop import TurnLoop
+from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.task import load_task
 from atpo_fast.train.from_config import build_model
 from atpo_fast.tree import TurnTree
@@ -105,14 +105,14 @@ def connect(folder: Path) -> Iterator[Callable[..., ServerEngine]]:
 def roll_out(engine: Any, on_turns: Callable[[int], None] = lambda turns: None, **settings: Any) -> list[TurnTree]:
     """Search trees of ASKED; `on_turns` is called with the number of turns so far."""
     shape = {"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2, "max_response_tokens": 60}
-    loop = TurnLoop(engine, SMALL, ToolBox([Search()], retries=0), RolloutConfig(**shape | settings), TOOLS)
-    return loop.roll_out(ASKED, PROMPTS, seed=0, on_progress=lambda *_: on_turns(loop.counters.turns))
+    search = TreeSearch(engine, SMALL, ToolBox([Search()], retries=0), RolloutConfig(**shape | settings), TOOLS)
+    return in_order(search.roll_out(ASKED, PROMPTS, seed=0, on_progress=lambda *_: on_turns(search.counters.turns)))
 
 
 @pytest.fixture(scope="module")
 def expected() -> list[TurnTree]:
-    """The trees that the transformers engine gives."""
-    return roll_out(TransformersEngine(make_model(), SMALL, cache_tokens=4096))
+    """The trees that the paged engine gives."""
+    return roll_out(PagedEngine(make_model(), SMALL, cache_tokens=4096))
 
 
 def assert_same(trees: list[TurnTree], expected: list[TurnTree]) -> None:
@@ -133,7 +133,7 @@ def request(number: int = 0, tree: str = "t", tokens: int = 5, **sampling: Any) 
 # ---- the same trees
 
 
-def test_trees_are_those_of_the_transformers_engine(serve, connect, expected) -> None:
+def test_trees_are_those_of_the_paged_engine(serve, connect, expected) -> None:
     # Fails if seeds, stops, temperature, ids or log-probs are lost on the way, or a tree is spread over replicas, so
     # that its prefixes are filled again: no token of a tree enters a cache twice.
     first, second = serve(), serve()
@@ -150,7 +150,7 @@ def test_trees_are_those_of_the_transformers_engine(serve, connect, expected) ->
 
 def test_logprobs_after_temperature_are_asked_for(serve, connect) -> None:
     # Fails if a server that reports log-probs at temperature 1 is taken for one that reports the policy's.
-    reference = TransformersEngine(make_model(), SMALL, cache_tokens=4096)
+    reference = PagedEngine(make_model(), SMALL, cache_tokens=4096)
     assert_same(
         roll_out(connect(serve(), temperature=0.7), temperature=0.7),
         roll_out(reference, temperature=0.7),
@@ -243,10 +243,10 @@ def test_older_servers_give_ids_in_place_of_words() -> None:
         (answer([ONE], prompt_token_ids=PROMPTS[0][:-1]), ServerError, f"at token {len(PROMPTS[0]) - 1}"),
         (answer([ONE], "stop", 7), ServerError, "--generation-config vllm"),
         (answer([ONE], "stop", "</search>"), ServerError, "another tokenizer"),
-        (answer([ONE], "abort"), PassingError, "gave up"),
-        (answer([]), PassingError, "0 token ids"),
-        ({"choices": []}, PassingError, "not one completion"),
-        (["?"], PassingError, "not one completion"),
+        (answer([ONE], "abort"), TransientError, "gave up"),
+        (answer([]), TransientError, "0 token ids"),
+        ({"choices": []}, TransientError, "not one completion"),
+        (["?"], TransientError, "not one completion"),
     ],
 )
 def test_answers_that_cannot_be_used(answered: Any, error: type[Exception], words: str) -> None:
@@ -492,14 +492,14 @@ def test_servers_take_new_weights(serve, folder: Path, tmp_path: Path, tied: boo
                     server.cached.append([1])
                 engine.update_weights(iter(list(model.named_parameters())))
                 assert not any(server.cached for server in servers)
-            want = roll_out(TransformersEngine(make_model(1 if model is old else 2, tied), SMALL, cache_tokens=4096))
+            want = roll_out(PagedEngine(make_model(1 if model is old else 2, tied), SMALL, cache_tokens=4096))
             assert_same(roll_out(engine), want)
         assert len(list((tmp_path / "shared").iterdir())) == 2  # the newest and the one before
         servers[0].kill()
         servers[0].start()  # with the weights that it was started with
         servers[1].kill()
         engine.generate([request()])  # now only the first can answer
-        expected = TransformersEngine(make_model(1, tied), SMALL, cache_tokens=4096).generate([request(1, tree="x")])
+        expected = PagedEngine(make_model(1, tied), SMALL, cache_tokens=4096).generate([request(1, tree="x")])
         assert engine.generate([request(1, tree="x")])[0].token_ids == expected[0].token_ids
     finally:
         engine.close()

@@ -14,8 +14,8 @@ import pytest
 
 from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.environment import HTTPSearch, ToolBox, ToolCall
-from atpo_fast.rollout.turn_loop import TurnLoop
-from tests.helpers.scripted_engine import TOKENIZER, ScriptedEngine, prompts, questions, search_then_answer
+from atpo_fast.rollout import TreeSearch
+from tests.helpers.scripted_engine import TOKENIZER, ScriptedEngine, questions, roll_out, search_then_answer
 
 HIT = {"result": [[{"document": {"id": "1", "contents": "one two"}, "score": 1.0}]]}
 TEN_MB = {"result": [[{"document": {"contents": "two " * 2_500_000}, "score": 1.0}]]}
@@ -110,16 +110,16 @@ def test_the_rollout_goes_on(server: _Server, mode: str, schedule: str) -> None:
     config = RolloutConfig(initial_chains=2, expansion_rounds=1, expansions_per_round=1, schedule=schedule)
     tools = ToolsConfig(call_limit=2, max_result_tokens=64)
     with make_toolbox(url, timeout_seconds=patience(mode)) as toolbox:
-        loop = TurnLoop(ScriptedEngine(search_then_answer), TOKENIZER, toolbox, config, tools)
+        search = TreeSearch(ScriptedEngine(search_then_answer), TOKENIZER, toolbox, config, tools)
         asked = questions(3)
-        trees = loop.roll_out(asked, prompts(asked), seed=0)
+        trees = roll_out(search, asked)
     assert [tree.question_id for tree in trees] == [question.id for question in asked]
     for tree in trees:
         assert all(tree.turns[leaf].finish_reason == "eos" for leaf in tree.leaves)
         assert all(len(turn.observation_ids) <= 64 for turn in tree.turns[1:])
-    assert loop.counters.tool_calls > 0
+    assert search.counters.tool_calls > 0
     failed = mode in FAILING or mode == "down"
-    assert loop.counters.failed_tool_calls == (loop.counters.tool_calls if failed else 0)
+    assert search.counters.failed_tool_calls == (search.counters.tool_calls if failed else 0)
 
 
 @pytest.mark.parametrize("mode", [*FAILING, "down"])

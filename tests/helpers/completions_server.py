@@ -1,6 +1,6 @@
 """A completions server for tests: the part of vLLM's HTTP interface that the server engine uses, around a real model.
 
-It decodes with plain forwards of a Hugging Face model and draws as the transformers engine does, so that both engines
+It decodes with plain forwards of a Hugging Face model and draws as the paged engine does, so that both engines
 give the same trees. `CompletionsServer.fault` decides for each request how it fails.
 """
 
