@@ -31,9 +31,9 @@ class LaunchedVerb:
     detail: str
     example: str
     work: Callable[[Run, argparse.Namespace], int]
-    """What each process does; returns its exit code."""
+    """Function that each process runs; returns its exit code."""
     add_options: Callable[[argparse.ArgumentParser], None] = no_arguments
-    """Adds the verb's own options, each with the default None."""
+    """Function that adds the verb's own options, each with the default None."""
     keeps_config: bool = False
     """Whether the configuration is written into the run folder."""
     old_names: tuple[str, ...] = ()

@@ -67,11 +67,11 @@ class StopRequested(AtpoError):
 
 
 INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
-"""Built-in errors that stand in many places for wrong input."""
+"""Built-in errors that many modules raise for wrong input."""
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Exit code of an expected error, None for a fault of the code."""
+    """Return the exit code of an expected error, None for a fault of the code."""
     if isinstance(error, AtpoError):
         return error.exit_code
     if isinstance(error, INPUT_ERRORS):
@@ -80,7 +80,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def is_server_error(error: BaseException | None) -> bool:
-    """Whether the servers are at fault, and not the code: the error or one of its causes is a ServerError."""
+    """Tell whether the servers are at fault, and not the code: the error or one of its causes is a ServerError."""
     while error is not None and not isinstance(error, ServerError):
         error = error.__cause__
     return error is not None

@@ -136,7 +136,7 @@ class Progress:
         self._safely(lambda: display.show(self._status, self._phase_text(), self._done, self._total))
 
     def _safely(self, action: Callable[[], object]) -> None:
-        """Draw; output that cannot be written (closed pipe, odd encoding) ends the display, nothing else."""
+        """Draw. Output that cannot be written (closed pipe, odd encoding) ends the display, nothing else."""
         try:
             action()
         except (OSError, ValueError):
@@ -144,7 +144,7 @@ class Progress:
 
 
 class _Display(Bars):
-    """A line about the last step over the bar and the numbers of the phase."""
+    """Two lines that redraw: the last step's, and the bar and numbers of the phase."""
 
     def __init__(self, console: Console):
         self._status = ""

@@ -94,7 +94,7 @@ class RunLogger:
 
 
 class _JsonLines:
-    """metrics.jsonl."""
+    """Records as lines of metrics.jsonl."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -103,7 +103,7 @@ class _JsonLines:
         append_records(self._path, [{"phase": phase, "step": int(step), "time": time.time(), **metrics}])
 
     def close(self) -> None:
-        """Nothing is kept open between records."""
+        """Do nothing: the file is not kept open between records."""
 
 
 class _TensorBoard:
