@@ -80,7 +80,7 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def is_server_error(error: BaseException | None) -> bool:
-    """Tell whether the servers are at fault, and not the code: the error or one of its causes is a ServerError."""
+    """Whether the servers are at fault, and not the code: the error or one of its causes is a ServerError."""
     while error is not None and not isinstance(error, ServerError):
         error = error.__cause__
     return error is not None
