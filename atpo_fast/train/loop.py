@@ -65,7 +65,7 @@ class Trainer:
         self.run.progress.message(f"resumed from {checkpoint}")
 
     def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
-        """A frozen copy of the starting policy when the objective has a KL term."""
+        """Make a frozen copy of the starting policy when the objective has a KL term."""
         if not self.objective.loss_config.needs_reference:
             return None
         frozen = load_policy(self.config, self.config.model.reference_path or start)
@@ -133,7 +133,7 @@ class Trainer:
         self._log(scored, batch, metrics, pruned, waited, begun)
 
     def _questions(self, step: int) -> list[Question]:
-        """This rank's questions of a step."""
+        """Draw this rank's questions of a step."""
         return self.run.share(draw_questions(self.run.task.train, self.config, step))
 
     def _update(self, forest: Forest, staleness: int) -> tuple[dict[str, float], int]:
