@@ -16,7 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from atpo_fast.environment import python_sandbox
 from atpo_fast.environment.function_tool import ToolError
@@ -84,6 +84,7 @@ class PythonTool:
 
     name = "python"
     description = "Runs Python code in a fresh interpreter without network. Answers with what the code prints."
+    parameters: ClassVar = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
 
     def __init__(
         self,

@@ -14,6 +14,8 @@ from atpo_fast.retrieval import BM25Index, Index, document_contents, open_index
 
 NO_RESULTS = "No search results found."
 _MAX_HITS = 10
+_DESCRIPTION = "Finds passages about a query."
+_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 
 
 class IndexSearch:
@@ -27,6 +29,7 @@ class IndexSearch:
     """
 
     name = "search"
+    description, parameters = _DESCRIPTION, _PARAMETERS
 
     def __init__(
         self, index: Index, contents: Callable[[int], str], *, top_k: int = 3, passage_chars: int = 1000
@@ -98,6 +101,7 @@ class HTTPSearch:
     """
 
     name = "search"
+    description, parameters = _DESCRIPTION, _PARAMETERS
 
     def __init__(self, url: str, *, top_k: int = 3, passage_chars: int = 1000, timeout_seconds: float = 120.0) -> None:
         self.url = url

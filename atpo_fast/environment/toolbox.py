@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from atpo_fast.environment.answers import Failure, Outcome, answer_text, failure_of
+from atpo_fast.environment.descriptions import tool_schema
 from atpo_fast.environment.event_loop import EventLoopThread
 from atpo_fast.environment.function_tool import as_tool, is_async
 from atpo_fast.environment.tags import TAGS, ToolCall
@@ -144,8 +145,8 @@ class ToolBox:
         return tuple(self.tools)
 
     def schemas(self) -> list[dict[str, Any]]:
-        """The tools in OpenAI's form, for prompts: `{"type": "function", "function": {name, description, ...}}`."""
-        return [_schema(name, tool) for name, tool in self.tools.items()]
+        """Return the tools in OpenAI's form: `{"type": "function", "function": {name, description, parameters}}`."""
+        return [tool_schema(tool) for tool in self.tools.values()]
 
     def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Answer every call, in order; never raises for what a tool does. Identical calls run once."""
@@ -345,14 +346,3 @@ async def _await_one(lane: _Lane, argument: str, deliver: Callable[[list[Outcome
     except BaseException as error:
         outcome = failure_of(error)
     deliver([outcome])
-
-
-def _schema(name: str, tool: Callable[[str], Any]) -> dict[str, Any]:
-    """A tool in OpenAI's form; without a schema of its own it takes one text."""
-    description = getattr(tool, "description", None) or (inspect.getdoc(type(tool)) or "").partition("\n\n")[0]
-    text = {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
-    parameters = getattr(tool, "parameters", None) or text
-    return {
-        "type": "function",
-        "function": {"name": name, "description": " ".join(description.split()), "parameters": parameters},
-    }

@@ -62,7 +62,7 @@ class RolloutWorker:
         self._loop = TurnLoop(
             self.engine,
             run.task.tokenizer,
-            make_toolbox(config.tools, run.task.passages),
+            make_toolbox(config.tools, run.task.passages, run.task.tools),
             config.rollout,
             config.tools,
             max_positions=max_positions,
