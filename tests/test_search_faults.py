@@ -84,9 +84,10 @@ def server() -> Iterator[_Server]:
     found.server_close()
 
 
-def make_toolbox(url: str, retries: int = 1) -> ToolBox:
-    search = HTTPSearch(url, timeout_seconds=0.3)
-    return ToolBox([search], retries=retries, timeout_seconds=1.0, backoff_seconds=0.001, max_chars=2000)
+def make_toolbox(url: str, retries: int = 1, seconds: float = 60.0) -> ToolBox:
+    """A tool box with a search that waits `seconds`; only a server that never answers may be given little time."""
+    search = HTTPSearch(url, timeout_seconds=seconds)
+    return ToolBox([search], retries=retries, timeout_seconds=3 * seconds, backoff_seconds=0.001, max_chars=2000)
 
 
 @pytest.mark.parametrize("mode", [*ANSWERS, "500", "cut", "slow", "down"])
@@ -97,7 +98,7 @@ def test_the_rollout_goes_on(server: _Server, mode: str, schedule: str) -> None:
     url = "http://127.0.0.1:9/retrieve" if mode == "down" else server.url
     config = RolloutConfig(initial_chains=2, expansion_rounds=1, expansions_per_round=1, schedule=schedule)
     tools = ToolsConfig(call_limit=2, max_result_tokens=64)
-    with make_toolbox(url) as toolbox:
+    with make_toolbox(url, seconds=0.3 if mode == "slow" else 60.0) as toolbox:
         loop = TurnLoop(ScriptedEngine(search_then_answer), TOKENIZER, toolbox, config, tools)
         asked = questions(3)
         trees = loop.roll_out(asked, prompts(asked), seed=0)
@@ -114,7 +115,8 @@ def test_the_rollout_goes_on(server: _Server, mode: str, schedule: str) -> None:
 def test_the_answer_tells_what_went_wrong(server: _Server, mode: str) -> None:
     """Fails if a fault is taken for a result, or raises out of the tools."""
     server.mode = mode
-    with make_toolbox("http://127.0.0.1:9/retrieve" if mode == "down" else server.url) as toolbox:
+    url = "http://127.0.0.1:9/retrieve" if mode == "down" else server.url
+    with make_toolbox(url, seconds=0.3 if mode == "slow" else 60.0) as toolbox:
         (result,) = toolbox.run([ToolCall("search", "one")])
     assert not result.ok and result.text.startswith("Tool(search) failed: ") and len(result.text) < 400
 
@@ -127,12 +129,12 @@ def test_a_server_that_comes_back_is_used_again(server: _Server) -> None:
             assert toolbox.run([ToolCall("search", "one")])[0].ok == ok
 
 
-def test_a_retry_hides_a_passing_fault(server: _Server) -> None:
+def test_a_retry_hides_a_transient_error(server: _Server) -> None:
     """Fails if a call is answered by its first failure although tries are left."""
     server.mode = "500"
     threading.Timer(0.05, lambda: setattr(server, "mode", "fine")).start()
     search = HTTPSearch(server.url)
-    with ToolBox([search], retries=8, timeout_seconds=2.0, backoff_seconds=0.02) as toolbox:
+    with ToolBox([search], retries=8, timeout_seconds=60.0, backoff_seconds=0.02) as toolbox:
         (result,) = toolbox.run([ToolCall("search", "one")])
     assert result.ok and result.text == "Page 1: one two"
 
