@@ -67,7 +67,7 @@ def _text(schemas: Sequence[JsonSchema], with_search: bool, details: bool) -> st
     opening, closing = open_tag(TAGS.result), close_tag(TAGS.result)
     lines = [
         f"{others} the following tools. A call is written exactly as shown here, with values in the place of their "
-        f"types; its result will be between {opening} {closing}."
+        f"types (what is optional may be left out); its result will be between {opening} {closing}."
     ]
     for schema in schemas:
         function = schema["function"]
