@@ -34,7 +34,7 @@ class EventLoopThread:
 
 
 class LazyEventLoop:
-    """An event loop thread that is started when it is first needed."""
+    """Runs coroutines in an event loop thread that is started when it is first needed."""
 
     def __init__(self, name: str) -> None:
         self._name = name

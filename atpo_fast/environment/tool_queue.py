@@ -24,14 +24,14 @@ _BATCH = 64  # arguments given to one `run_many`
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What one try of a call gave; a failure in a batch may be that of another call."""
+    """The outcome of one try of a call; a failure in a batch may be that of another call."""
 
     outcome: Outcome
     batched: bool
 
     @property
     def is_final(self) -> bool:
-        """Whether no further try would give anything else."""
+        """Return whether no further try would give anything else."""
         return isinstance(self.outcome, str) or (self.outcome.final and not self.batched)
 
 
