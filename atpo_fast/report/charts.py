@@ -37,7 +37,7 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Policy entropy", "train", "nats per token", "line", {
         "policy/entropy": "trainer, all tokens", "rollout/entropy": "rollout, mean of turns"}),
     ("Clipped ratios", "train", "share of action tokens", "line", {
-        "policy/clip_low": "below the range", "policy/clip_high": "above the range"}),
+        "policy/clipped_low": "below the range", "policy/clipped_high": "above the range"}),
     ("KL divergence", "train", "nats per token", "log", {
         "policy/approx_kl": "old policy, approximate", "rollout/mismatch_kl": "rollout to trainer",
         "rollout/logprob_gap": "rollout to trainer, mean difference of log-probs",

@@ -200,7 +200,7 @@ def _use(progress: Progress) -> None:
         progress.advance(2, decoded_tokens=100, loss=0.5)
         progress.advance(4)
         progress.start_phase("update")
-        progress.step_done(1, 10, {"reward/mean": torch.tensor(0.5), "policy/clip_low": 0.1}, "train")
+        progress.step_done(1, 10, {"reward/mean": torch.tensor(0.5), "policy/clipped_low": 0.1}, "train")
         progress.message("a [message] with brackets")
 
 
