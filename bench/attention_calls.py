@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atpo_kernels import make_attention_blocks, tree_attention
+from bench.attention.flex import make_flex_mask
+from bench.attention.xformers import tree_attention_xformers
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
 """q (T, Hq, d), k and v (T, Hkv, d), subtree_end (T,), what was prepared -> (T, Hq, d)"""
@@ -100,7 +102,7 @@ def _flex(dynamic: bool) -> Attention:
     """With our block lists."""
     flex = _compiled_flex(dynamic)
     return Attention(
-        _tree_attention("flex").prepare,
+        lambda subtree_end, _, device: make_flex_mask(subtree_end.to(device)),
         lambda q, k, v, _, mask: _heads_first(flex, q, k, v, block_mask=mask),
     )
 
@@ -183,7 +185,7 @@ def _xformers() -> Attention:
         ends = torch.tensor([0, *sequence_ends(subtree_end)])
         return masks.from_seqlens(ends.diff().tolist(), device=device)
 
-    return Attention(prepare, _tree_attention("xformers").attend)
+    return Attention(prepare, lambda q, k, v, ends, mask: tree_attention_xformers(q, k, v, ends, blocks=mask))
 
 
 def _causal() -> Attention:

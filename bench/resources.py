@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import pkgutil
 import re
 import subprocess
 import sys
@@ -18,16 +17,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import package_path  # noqa: F401
 import triton
 from triton.backends.compiler import GPUTarget
 
-import atpo_kernels
-from atpo_kernels.compilation import Variant
-from atpo_kernels.dispatch import has_triton_kernel
+from bench.kernels import operators as tables
+from bench.kernels.operators import Variant
 
 TABLE = Path(__file__).with_name("RESOURCES.md")
 PROCESSES = 2
@@ -51,7 +49,7 @@ PARTS = {
 
 
 class Job(NamedTuple):
-    """An entry of `atpo_kernels.<operator>.triton.variants(part)`. (Kernels themselves cannot go between processes.)"""
+    """Entry of `bench.kernels.operators.variants(operator, part)`. (Kernels themselves cannot go between processes.)"""
 
     part: str
     operator: str
@@ -100,17 +98,16 @@ def main() -> None:
 
 def jobs() -> Iterator[Job]:
     """Every variant of every operator that has Triton kernels, on every part."""
-    operators = [m.name for m in pkgutil.iter_modules(atpo_kernels.__path__) if m.ispkg and has_triton_kernel(m.name)]
     for part in PARTS:
-        for operator in operators:
+        for operator in tables.OPERATORS:
             for index in range(len(variants(operator, part))):
                 yield Job(part, operator, index)
 
 
 @cache
 def variants(operator: str, part: str) -> list[Variant]:
-    """The operator's own list of its kernels."""
-    return import_module(f"atpo_kernels.{operator}.triton").variants(part)
+    """The list of an operator's kernels, made once."""
+    return tables.variants(operator, part)
 
 
 def kernel_name(variant: Variant) -> str:

@@ -137,7 +137,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToolsConfig:
         "def double(value: int) -> int:\n    'Gives twice as much.'\n    return 2 * value\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    server = MCPServerConfig(command=[sys.executable, str(Path(__file__).parent / "mcp_server.py")], tools=["add"])
+    server = MCPServerConfig(
+        command=[sys.executable, str(Path(__file__).parents[1] / "helpers/mcp_server.py")], tools=["add"]
+    )
     return ToolsConfig(builtin=["search", "python"], functions=["my_tools:double"], mcp=[server])
 
 
