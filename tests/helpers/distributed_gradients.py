@@ -21,14 +21,13 @@ from atpo_fast.packing import depth_first, spread_rows
 from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.deepspeed_setup import join_process_group
-from atpo_fast.train.optimizer import GradientWatch, GuardedAdamW
 from atpo_fast.train.step import accumulate
+from atpo_fast.train.zero import GradientWatch, GuardedAdamW, join_process_group
 from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
 
 VOCAB = 64
 ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
-"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees worked off depth-first."""
+"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
 depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
 
 
@@ -71,7 +70,7 @@ def gradients(stage: int, tied: bool, budget: str, choice: str, rank: int, world
     spread = spread_rows(rows, world)
     passes = plan_passes(spread)[rank]
     accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
-    assert (policy.dropped_tokens > 0) == (choice != "none")
+    assert (policy.skipped_tokens > 0) == (choice != "none")
     out = whole_gradients(policy.model, stage)
     engine.destroy()
     return out
