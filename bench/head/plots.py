@@ -81,7 +81,7 @@ def sweeps(records: list[Record]) -> Any:
     for axes, (key, text) in zip(panels, SWEEPS.items(), strict=True):
         line = sorted((r for r in same if all(r[k] == v for k, v in UNSWEPT.items() if k != key)), key=lambda r: r[key])
         for name, colour in COLOURS.items():
-            points = [(r[key](measured(r)[name])) for r in line if name in measured(r)]
+            points = [(r[key], p50(measured(r)[name])) for r in line if name in measured(r)]
             if len(points) > 1:
                 axes.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
         axes.set_xlabel(text)
