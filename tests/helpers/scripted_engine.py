@@ -125,7 +125,7 @@ def make_loop(
     **rollout: Any,
 ) -> TurnLoop:
     config = RolloutConfig(**({"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2} | rollout))
-    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=5.0)
+    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=240.0)
     tools = ToolsConfig(call_limit=limit, max_result_tokens=result_tokens)
     return TurnLoop(engine, TOKENIZER, toolbox, config, tools, cache_tokens=cache_tokens)
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_fast.engines.base import Completion, Request, TurnKey
-from atpo_fast.environment import ToolBox, ToolResult, format_result
+from atpo_fast.environment import ToolBox, ToolCall, ToolResult, format_result
+from atpo_fast.rollout import scheduler
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.rollout.turn_loop import TurnLoop
 from atpo_fast.tree import TurnTree
@@ -34,7 +35,7 @@ from tests.helpers.scripted_engine import (
     search_then_answer,
 )
 
-PATIENCE = 4.0  # seconds until a test that waits for what never happens fails; less than the tool box's time-out
+PATIENCE = 120.0  # seconds until a test that waits for what never happens fails; less than the tool box's time-out
 
 
 class RandomSearch(Search):
@@ -192,17 +193,28 @@ def test_the_engine_is_not_polled_while_all_wait_for_tools() -> None:
 
 
 class Slow:
-    """Answers some arguments after so many seconds, or when it is told to."""
+    """Answers one argument only when it is told to."""
 
     name = "search"
 
-    def __init__(self, **seconds: float) -> None:
-        self.seconds, self.enough = seconds, threading.Event()
+    def __init__(self, argument: str) -> None:
+        self.argument, self.enough = argument, threading.Event()
 
     def __call__(self, argument: str) -> str:
-        if argument in self.seconds:
-            self.enough.wait(self.seconds[argument])
+        if argument == self.argument:
+            self.enough.wait(PATIENCE)
         return "found it"
+
+
+class Clock:
+    """In place of the rollout's `time`: a second passes whenever it is looked at, while `running` says so."""
+
+    def __init__(self, running: Callable[[], bool]) -> None:
+        self.running, self.seconds = running, 0.0
+
+    def monotonic(self) -> float:
+        self.seconds += self.running()
+        return self.seconds
 
 
 def one_of_three(prompt: str, request: Request) -> str:
@@ -212,10 +224,13 @@ def one_of_three(prompt: str, request: Request) -> str:
     return "<search> one</search>" if request.turn_key[1] == 2 else "<search> two</search>"
 
 
-def test_the_straggler_cap_ends_the_last_branch(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_straggler_cap_ends_the_last_branch(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Fails if the cap is ignored (the tool never answers in time), takes other branches too, or is not told.
-    tool = Slow(one=PATIENCE)
+    tool = Slow("one")
     loop = make_loop(ScriptedEngine(one_of_three), tool, strategy="chain", straggler_seconds=0.05)
+    monkeypatch.setattr(scheduler, "time", Clock(lambda: not tool.enough.is_set()))
     with caplog.at_level(logging.WARNING):
         first, second = roll_out(loop, 2)
     tool.enough.set()
@@ -229,20 +244,19 @@ def test_the_straggler_cap_ends_the_last_branch(caplog: pytest.LogCaptureFixture
     assert len(roll_out(loop, 1)[0].turns) == 7 and loop.counters.straggling_turns == 2  # the next one is whole
 
 
-def test_the_late_answer_of_a_straggler_finds_nobody() -> None:
+def test_the_late_answer_of_a_straggler_finds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     # It comes while the other question goes on. Fails if it is taken for a branch that has ended.
-    given_up, answered = threading.Event(), threading.Event()
+    given_up = threading.Event()
 
     def search(argument: str) -> str:
         if argument == "one":
             given_up.wait(PATIENCE)
-            answered.set()
         elif argument == "three":
             while not loop.counters.straggling_turns:
                 time.sleep(0.001)
             given_up.set()
-            answered.wait(PATIENCE)
-            time.sleep(0.01)
+            while ToolCall("search", "one") in loop.toolbox._in_flight:  # answers come in order
+                time.sleep(0.001)
         return "found it"
 
     def script(prompt: str, request: Request) -> str:
@@ -251,17 +265,27 @@ def test_the_late_answer_of_a_straggler_finds_nobody() -> None:
         return one_of_three(prompt, request)
 
     loop = make_loop(ScriptedEngine(script), search, strategy="chain", straggler_seconds=0.05)
+    monkeypatch.setattr(scheduler, "time", Clock(lambda: not loop.counters.straggling_turns))
     first, second = roll_out(loop, 2)
     assert loop.counters.straggling_turns == 1 and loop.counters.failed_tool_calls == 0
     assert len(first.turns[2].observation_ids) == 0 and len(second.turns) == 7
 
 
-def test_the_straggler_cap_spares_what_is_no_straggler() -> None:
+def test_the_straggler_cap_spares_what_is_no_straggler(monkeypatch: pytest.MonkeyPatch) -> None:
     # All wait (nobody has ended), and a lone chain has no others to keep waiting: fails if they are cut too.
     for chains in (1, 3):
+        tool = Slow("two")
+
+        def running(tool: Slow = tool) -> bool:
+            if clock.seconds > 5:  # noqa: B023  (made below, called later) it has been looked at often enough
+                tool.enough.set()
+            return not tool.enough.is_set()
+
+        clock = Clock(running)
+        monkeypatch.setattr(scheduler, "time", clock)
         loop = make_loop(
             ScriptedEngine(search_then_answer),
-            Slow(two=0.2),
+            tool,
             strategy="chain",
             initial_chains=chains,
             straggler_seconds=0.01,
