@@ -14,7 +14,7 @@ CPU_ROW = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCase(Case):
-    """Forward, or forward and backward."""
+    """Attention over one row, forward or forward and backward."""
 
     measured_by: ClassVar[str] = "bench.attention.measure"
     mode: Literal["forward", "gradient"] = "gradient"
@@ -25,7 +25,7 @@ class AttentionCase(Case):
 
     @property
     def bench(self) -> str:
-        """The operator."""
+        """Kind of record: the operator."""
         return "tree_attention"
 
     @property
@@ -35,7 +35,7 @@ class AttentionCase(Case):
 
 
 def for_device(kind: str) -> list[AttentionCase]:
-    """Cases of "cuda" or "cpu"."""
+    """List the cases of "cuda" or "cpu"."""
     if kind == "cpu":
         heads = HEADS["qwen3-0.6b, 1.7b"]
         base = AttentionCase(row_tokens=CPU_ROW, heads=heads, dtype="float32", peers=("sdpa", "causal"))

@@ -19,7 +19,7 @@ def _each(values: list[float], digits: str = ".2f") -> str:
 
 
 def _flex(found: Records) -> Verdict:
-    """Against the faster way to compile it."""
+    """Compare with the faster of the two ways to compile FlexAttention."""
     ratios = []
     for record in _attention(found):
         timed = [name for name in ("flex", "flex_static") if "ms" in record["implementations"].get(name, {})]

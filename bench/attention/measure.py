@@ -49,7 +49,7 @@ class Problem:
         self.upstream = normal(query_heads)  # (T, Hq, d)
 
     def call(self, attention: Attention, prepared: Any) -> tuple[Tensor, ...]:
-        """The output, and with gradients those of q, k and v."""
+        """Compute the output, and with gradients those of q, k and v."""
         if self.mode == "forward":
             q, k, v = (x.detach() for x in self.operands)
             return (attention.attend(q, k, v, self.subtree_end, prepared),)
@@ -58,13 +58,13 @@ class Problem:
         return out.detach(), *torch.autograd.grad(out, self.operands, self.upstream)
 
     def flops(self, pairs: int) -> float:
-        """Of matrix products over visible pairs: two of 2 * pairs * heads * width forward and five backward, of which
+        """Count those of matrix products over visible pairs: two of 2 * pairs * heads * width forward and five backward, of which
         one computes the scores again (what FlashAttention's own benches count)."""
         return (4 if self.mode == "forward" else 14) * pairs * self.heads.heads * self.heads.head_dim
 
     @torch.no_grad()
     def errors(self, results: tuple[Tensor, ...], causal: bool) -> dict[str, dict[str, float]]:
-        """Of output and gradient of q for some queries, against float64 relative to the largest and mean true value."""
+        """Compare output and gradient of q, for some queries, with float64, relative to the largest and mean true value."""
         q, k, v = (x.detach() for x in self.operands)
         group = self.heads.heads // self.heads.key_heads
         at = torch.linspace(0, len(q) - 1, min(_CHECKED, len(q)), device=self.device).long()
@@ -94,7 +94,7 @@ class Call:
     host_ms: float
 
     def __call__(self) -> tuple[Tensor, ...]:
-        """The output, and with gradients those of q, k and v."""
+        """Compute the output, and with gradients those of q, k and v."""
         return self.problem.call(self.attention, self.prepared)
 
 
@@ -141,7 +141,7 @@ def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
 
 
 def _prepared(attention: Attention, problem: Problem) -> tuple[Any, float]:
-    """What the row needs before its first layer, and the median time in milliseconds that it takes."""
+    """Make what the row needs before its first layer; return it and the median milliseconds that it takes."""
     taken: list[float] = []
     while len(taken) < _PREPARATIONS and sum(taken) < _SLOW_MS:
         begun = time.perf_counter()
@@ -152,7 +152,7 @@ def _prepared(attention: Attention, problem: Problem) -> tuple[Any, float]:
 
 
 def _other_length(case: AttentionCase, device: str) -> float:
-    """Milliseconds of our first call on a row of another length: with a compilation it would be seconds."""
+    """Time our first call on a row of another length, in milliseconds: a compilation would take seconds."""
     problem = Problem(case, case.row_tokens - 37, device)
     attention = ATTENTION["ours"].make()
     prepared, _ = _prepared(attention, problem)

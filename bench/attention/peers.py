@@ -1,4 +1,4 @@
-"""Attention over a row, by us and by others: one adapter each, for the benches of attention and of whole models.
+"""Attention over a row by our operator and by its peers: one adapter each, for attention alone and for whole models.
 
 What a row needs before its first layer (lists, masks) is made by `prepare`, apart from the attention itself, because
 all layers share it. Imports are inside the adapters; a peer that is not installed is skipped by name.
@@ -19,6 +19,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atpo_kernels import make_attention_blocks, tree_attention
+from atpo_kernels.tree_attention.reference import tree_mask
+from bench.attention.flex import make_flex_mask
+from bench.attention.sdpa import tree_attention_sdpa
+from bench.attention.xformers import tree_attention_xformers
 from bench.packing.rows import sequence_ends
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
@@ -26,7 +30,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Any], Tensor]
 
 
 class Heads(NamedTuple):
-    """Of the tensors that will be attended over."""
+    """Sizes and dtype of the tensors that will be attended over."""
 
     heads: int
     key_heads: int
@@ -47,7 +51,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """How an implementation is made, and in what its work differs."""
+    """How an implementation is made, and how its work differs from ours."""
 
     make: Callable[[], Attention]
     flat: bool = False
@@ -70,54 +74,49 @@ def _tree_attention(impl: str) -> Attention:
 
 
 def _heads_first(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """A function of (1, H, T, d) on (T, H, d)."""
+    """Call a function of (1, H, T, d) on (T, H, d)."""
     grouped = q.shape[1] != k.shape[1]
     return function(*(x.transpose(0, 1)[None] for x in (q, k, v)), enable_gqa=grouped, **options)[0].transpose(0, 1)
 
 
-def _dense_mask(subtree_end: Tensor, device: torch.device) -> Tensor:  # (T,) -> (T, T) bool
-    end, index = subtree_end.to(device), torch.arange(len(subtree_end), device=device)
-    return (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
-
-
 def _sdpa() -> Attention:
     return Attention(
-        lambda subtree_end, _, device: _dense_mask(subtree_end, device),
-        lambda q, k, v, _, mask: _heads_first(F.scaled_dot_product_attention, q, k, v, attn_mask=mask),
+        lambda subtree_end, _, device: tree_mask(subtree_end.to(device)),
+        lambda q, k, v, ends, mask: tree_attention_sdpa(q, k, v, ends, blocks=mask),
     )
 
 
 @lru_cache
 def _compiled_flex(dynamic: bool) -> Callable[..., Tensor]:
-    """One compiled function for all cases of a run, as in a trainer."""
+    """Compile FlexAttention once for all cases of a run, as in a trainer."""
     if not torch.cuda.is_available():
         raise ModuleNotFoundError("FlexAttention is measured on CUDA only: it has no backward on CPUs")
     return torch.compile(import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=dynamic)
 
 
 def _flex(dynamic: bool) -> Attention:
-    """With our block lists."""
+    """Attend with a BlockMask made from our block lists."""
     flex = _compiled_flex(dynamic)
     return Attention(
-        _tree_attention("flex").prepare,
+        lambda subtree_end, _, device: make_flex_mask(subtree_end.to(device)),
         lambda q, k, v, _, mask: _heads_first(flex, q, k, v, block_mask=mask),
     )
 
 
 def _flex_dense() -> Attention:
-    """With a BlockMask that FlexAttention makes itself, from a dense mask."""
+    """Attend with a BlockMask that FlexAttention makes itself, from a dense mask."""
     flex = _compiled_flex(True)
     create = import_module("torch.nn.attention.flex_attention").create_block_mask
 
     def prepare(subtree_end: Tensor, _: Heads, device: torch.device) -> Any:
-        dense, tokens = _dense_mask(subtree_end, device), len(subtree_end)
+        dense, tokens = tree_mask(subtree_end.to(device)), len(subtree_end)
         return create(lambda b, h, query, key: dense[query, key], None, None, tokens, tokens, device=device)
 
     return Attention(prepare, lambda q, k, v, _, mask: _heads_first(flex, q, k, v, block_mask=mask))
 
 
 def _areal() -> Attention:
-    """AReaL's own steps: a trie from the written-out sequences, a dense mask of it, FlexAttention compiled its way.
+    """Take AReaL's own steps: a trie from the written-out sequences, a dense mask of it, FlexAttention compiled its way.
 
     Its order of the tokens is that of its trie; rows here have random numbers for tokens, so the sizes are the same.
     """
@@ -142,7 +141,7 @@ def _areal() -> Attention:
 
 
 def _sequences(subtree_end: Tensor) -> tuple[Tensor, Tensor]:  # (T,) -> (B, L), (B, L)
-    """Trajectories of a row, each token known by its place in the row."""
+    """Write out the trajectories of a row; each token is known by its place in the row."""
     end = subtree_end.long()
     index = torch.arange(len(end))
     leaf = torch.nonzero(end == index + 1).squeeze(1)
@@ -182,11 +181,11 @@ def _xformers() -> Attention:
         ends = torch.tensor([0, *sequence_ends(subtree_end)])
         return masks.from_seqlens(ends.diff().tolist(), device=device)
 
-    return Attention(prepare, _tree_attention("xformers").attend)
+    return Attention(prepare, lambda q, k, v, ends, mask: tree_attention_xformers(q, k, v, ends, blocks=mask))
 
 
 def _causal() -> Attention:
-    """FlashAttention through PyTorch over as many tokens, all of one sequence."""
+    """Run FlashAttention through PyTorch over as many tokens, all of one sequence."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: Any) -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):

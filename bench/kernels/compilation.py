@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-from atpo_kernels.compilation import Variant
+from bench.kernels.operators import Variant
 
 
 class Architecture(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any
 
 from triton.language import constexpr
 
-from atpo_kernels.compilation import Variant
+from bench.kernels.operators import Variant
 
 LENGTH = 12  # hexadecimal digits
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
 
-import atpo_kernels
-from atpo_kernels.compilation import Variant
-from atpo_kernels.dispatch import has_triton_kernel
+from bench.kernels import operators as tables
 from bench.kernels.compilation import ARCHITECTURES, kernel_name
 from bench.kernels.digest import digest
+from bench.kernels.operators import OPERATORS, Variant
 from bench.kernels.table import Rows, row_registers, row_source
 
 
@@ -41,8 +38,8 @@ class Job:
 
 @cache
 def variants(operator: str, arch: str) -> list[Variant]:
-    """List an operator's kernels on an architecture."""
-    return import_module(f"atpo_kernels.{operator}.triton").variants(arch)
+    """List an operator's kernels on an architecture, made once."""
+    return tables.variants(operator, arch)
 
 
 def variant_at(address: Address) -> Variant:
@@ -52,9 +49,8 @@ def variant_at(address: Address) -> Variant:
 
 def all_jobs() -> Iterator[Job]:
     """List every variant of every operator that has Triton kernels, on every architecture."""
-    operators = [m.name for m in pkgutil.iter_modules(atpo_kernels.__path__) if m.ispkg and has_triton_kernel(m.name)]
     for arch in ARCHITECTURES:
-        for operator in operators:
+        for operator in OPERATORS:
             for index, variant in enumerate(variants(operator, arch)):
                 name = (arch, kernel_name(variant), variant.label)
                 yield Job(Address(arch, operator, index), name, digest(variant))
