@@ -58,13 +58,15 @@ class Problem:
         return out.detach(), *torch.autograd.grad(out, self.operands, self.upstream)
 
     def flops(self, pairs: int) -> float:
-        """Count those of matrix products over visible pairs: two of 2 * pairs * heads * width forward and five backward, of which
-        one computes the scores again (what FlashAttention's own benches count)."""
+        """Count the FLOPs of matrix products over visible pairs, as FlashAttention's own benches do.
+
+        There are two of 2 * pairs * heads * width forward and five backward, of which one computes the scores again.
+        """
         return (4 if self.mode == "forward" else 14) * pairs * self.heads.heads * self.heads.head_dim
 
     @torch.no_grad()
     def errors(self, results: tuple[Tensor, ...], causal: bool) -> dict[str, dict[str, float]]:
-        """Compare output and gradient of q, for some queries, with float64, relative to the largest and mean true value."""
+        """Compare output and gradient of q with float64 for some queries, relative to the largest and mean value."""
         q, k, v = (x.detach() for x in self.operands)
         group = self.heads.heads // self.heads.key_heads
         at = torch.linspace(0, len(q) - 1, min(_CHECKED, len(q)), device=self.device).long()

@@ -81,7 +81,7 @@ def _heads_first(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tenso
 
 def _sdpa() -> Attention:
     return Attention(
-        lambda subtree_end, _, device: tree_mask(subtree_end.to(device)),
+        lambda subtree_end, _, device: tree_mask(subtree_end.to(device), 0),
         lambda q, k, v, ends, mask: tree_attention_sdpa(q, k, v, ends, blocks=mask),
     )
 
@@ -109,14 +109,14 @@ def _flex_dense() -> Attention:
     create = import_module("torch.nn.attention.flex_attention").create_block_mask
 
     def prepare(subtree_end: Tensor, _: Heads, device: torch.device) -> Any:
-        dense, tokens = tree_mask(subtree_end.to(device)), len(subtree_end)
+        dense, tokens = tree_mask(subtree_end.to(device), 0), len(subtree_end)
         return create(lambda b, h, query, key: dense[query, key], None, None, tokens, tokens, device=device)
 
     return Attention(prepare, lambda q, k, v, _, mask: _heads_first(flex, q, k, v, block_mask=mask))
 
 
 def _areal() -> Attention:
-    """Take AReaL's own steps: a trie from the written-out sequences, a dense mask of it, FlexAttention compiled its way.
+    """Take AReaL's own steps: a trie of the written-out sequences, its dense mask, FlexAttention compiled its way.
 
     Its order of the tokens is that of its trie; rows here have random numbers for tokens, so the sizes are the same.
     """

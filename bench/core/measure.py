@@ -23,7 +23,7 @@ Samples = dict[str, list[float]]  # milliseconds by name of the call
 
 
 def first_calls(makers: Makers, first: Callable[[str, Any], dict[str, Any]], device: str) -> tuple[Entries, Calls]:
-    """Make every call by name, and let `first` look at it: its results begin the entries.
+    """Make every call and let `first` look at it: what it returns begins the call's entry.
 
     What is not installed or fails says so in its entry and is not among the calls.
     """
@@ -91,7 +91,7 @@ def synchronize(device: str) -> None:
 
 
 def clock(device: str) -> str:
-    """What `interleaved` reads. A CPU may be shared: with one thread, the time that the process itself ran."""
+    """Name the clock of `interleaved`. A CPU may be shared: with one thread, it is the time that the process ran."""
     if device == "cuda":
         return "CUDA events, L2 flushed before every sample"
     return "process CPU time" if torch.get_num_threads() == 1 else "wall clock"
@@ -100,7 +100,7 @@ def clock(device: str) -> str:
 def interleaved(
     calls: Calls, device: str, seconds: float, least: int = 3, most: int = 50, warm: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds of every call, one sample each per round, so that all see the same clocks and neighbours.
+    """Time every call in milliseconds, one sample each per round, so that all see the same clocks and neighbours.
 
     The first `warm` rounds are not kept: they fill the allocator's cache. A call leaves the rounds once its samples
     took `seconds` and are at least `least`. The second result has the error of every call that raised.
@@ -123,7 +123,7 @@ def interleaved(
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
-    """p20, p50 and p80."""
+    """Return p20, p50 and p80 of samples."""
     if len(samples) == 1:
         return dict.fromkeys(("p20", "p50", "p80"), samples[0])
     fifths = statistics.quantiles(samples, n=5, method="inclusive")
@@ -131,7 +131,7 @@ def quantiles(samples: list[float]) -> dict[str, float]:
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
-    """The call's result and the most that torch's allocator held beyond what it held before.
+    """Return a call's result and the most that torch's allocator held beyond what it held before.
 
     On a CPU the allocations are read from torch's profiler: exact, and like on a GPU without what libraries keep.
     """
@@ -156,7 +156,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
 
 
 def device_ms(call: Callable[[], Any]) -> float:
-    """Milliseconds of one call on the device alone: replays of a CUDA graph, without launch latency.
+    """Time one call on the device alone, in milliseconds: replays of a CUDA graph, without launch latency.
 
     Raises RuntimeError where the call cannot be captured (it waits for the device).
     """
@@ -180,7 +180,7 @@ def device_ms(call: Callable[[], Any]) -> float:
 
 
 def one_line(error: Exception) -> str:
-    """An error as a record keeps it."""
+    """Write an error as a record keeps it."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
 
 

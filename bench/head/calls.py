@@ -16,7 +16,10 @@ Call = Callable[[], Outcome]
 
 
 def make_call(name: str, case: HeadCase, problem: Problem) -> Call:
-    """One implementation on one problem. Raises ImportError when it is not installed, ValueError when it cannot."""
+    """Make the call of one implementation on one problem.
+
+    Raises ImportError for a package that is not installed, ValueError for an implementation that cannot do the case.
+    """
     peer = PEERS[name]
     if case.operator == "linear_turn_policy_loss":
         if name == "ours":
@@ -88,7 +91,7 @@ def _ours_turn(problem: Problem) -> Outcome:
 
 
 def _turn_on_logprob(peer: Peer, logprob: LogProb, problem: Problem) -> Outcome:
-    """The loss of `vectorised_turn_loss` on a peer's log-probs."""
+    """Compute the loss of `vectorised_turn_loss` on a peer's log-probs."""
     hidden, weight = _leaves(problem)
     turns, targets, old = problem.turns, problem.head.targets, problem.turns.old_logprob
     advantages, share = turns.advantages, turns.acting / max(turns.rows.numel(), 1)

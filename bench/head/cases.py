@@ -46,12 +46,12 @@ class HeadCase(Case):
 
     @property
     def bench(self) -> str:
-        """The operator."""
+        """Kind of record: the operator."""
         return self.operator
 
     @property
     def name(self) -> str:
-        """Operator, mode, shape, and what is not as usual."""
+        """Operator, mode, shape, and what differs from the defaults."""
         parts = [self.operator, self.mode, "x".join(map(str, self.shape)), self.dtype]
         if self.operator == "turn_policy_loss":
             parts.append("packed" if len(self.shape) == 1 else "padded")
@@ -67,12 +67,12 @@ class HeadCase(Case):
         return "-".join(parts)
 
     def fields(self) -> dict[str, Any]:
-        """The bench says which operator it is."""
+        """Return what a record says of the case; `bench` already names the operator."""
         return {key: value for key, value in super().fields().items() if key != "operator"}
 
 
 def for_device(kind: str) -> list[HeadCase]:
-    """Cases of "cuda" or "cpu"."""
+    """List the cases of "cuda" or "cpu"."""
     return _cuda() if kind == "cuda" else _cpu()
 
 
@@ -131,7 +131,7 @@ def _cpu() -> list[HeadCase]:
 
 
 def _sweeps(base: HeadCase) -> list[HeadCase]:
-    """The base, and one thing changed at a time."""
+    """Make the base case, and cases with one thing changed at a time."""
     return [
         base,
         *(replace(base, clipped=x) for x in CLIPPED),

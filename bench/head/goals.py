@@ -24,7 +24,7 @@ TURN, LOGPROB, LOSS = "linear_turn_policy_loss", "linear_logprob", "turn_policy_
 
 
 def _find(found: Records, bench: str, mode: str = "gradient", shape: tuple[int, ...] = MAIN, **more: Any) -> Record:
-    """Unsaid: no sweep, and any kind of logits."""
+    """Find a record; unless the fields say otherwise, outside the sweeps and with any kind of logits."""
     unswept = {"loss_tokens": 1, "clipped": 0, "turn_length": 64}
     return found.find(bench, **{"mode": mode, "shape": list(shape)} | unswept | more)
 

@@ -1,4 +1,4 @@
-"""Other ways to do the work, one adapter each; a peer that is not installed is skipped by name.
+"""Other implementations of the head operators, one adapter each; a peer that is not installed is skipped by name.
 
 An adapter returns either a log-prob function (hidden, weight, targets, entropy_gradient) -> (logprob, entropy or None),
 on top of which `vectorised_turn_loss` makes the turn loss, or a whole turn loss (hidden, weight, problem) -> loss.
@@ -31,7 +31,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """How to call one implementation, and in what its work differs from ours."""
+    """How to call one implementation, and how its work differs from ours."""
 
     package: str | None = None
     """Distribution that gives its version."""
@@ -47,7 +47,7 @@ class Peer:
 
     @property
     def version(self) -> str:
-        """Of its package; torch's for plain PyTorch."""
+        """Version of its package; torch's for plain PyTorch."""
         try:
             return version(self.package or "torch")
         except PackageNotFoundError:
@@ -57,7 +57,7 @@ class Peer:
 def plain_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Plain PyTorch: logits in the dtype of the inputs, statistics in float32, everything materialised."""
+    """Compute by plain PyTorch: logits in the dtype of the inputs, statistics in float32, everything materialised."""
     logits = F.linear(hidden, weight).float()
     logprob = logits.log_softmax(-1)
     if entropy_gradient:
@@ -75,7 +75,7 @@ def vectorised_turn_loss(
     share: Tensor,  # (A / length,) weight of each of the turn's tokens
     length: int,
 ) -> Tensor:
-    """The turn-clipped loss of turns of equal length by autograd, in eight small operations."""
+    """Compute the turn-clipped loss of turns of equal length by autograd, in eight small operations."""
     delta = (logprob - old_logprob).view(-1, length)
     mean = delta.detach().mean(1, keepdim=True).clamp_max(10)
     ratio = (mean + delta - delta.detach()).exp()
@@ -128,7 +128,7 @@ def _cce() -> LogProb:
 
 
 def _verl() -> LogProb:
-    """Its kernel without its package, which imports Ray and more."""
+    """Load verl's kernel without its package, which imports Ray and more."""
     if "verl" not in sys.modules:
         spec = find_spec("verl")
         if spec is None or not spec.submodule_search_locations:
@@ -147,7 +147,10 @@ def _quack() -> LogProb:
 
 
 def _liger_grpo() -> TurnLoss:
-    """Every turn is one of its sequences. Its chunk of sequences is set to 1024 tokens: one turn each is slower."""
+    """Give Liger every turn as one of its sequences.
+
+    Its chunk of sequences is set to 1024 tokens: chunks of one turn are slower.
+    """
     cls = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
     losses: dict[int, torch.nn.Module] = {}
 

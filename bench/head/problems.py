@@ -17,7 +17,7 @@ _TRUTH_BYTES = 1 << 30  # of float64 logits at a time
 
 
 class Outcome(NamedTuple):
-    """What one call computes; None: it does not. Rows are all N, or those that carry loss."""
+    """Results of one call; None for what it does not compute. Rows are all N, or those that carry loss."""
 
     logprob: Tensor | None
     entropy: Tensor | None
@@ -63,7 +63,7 @@ class Problem:
 
 @lru_cache(maxsize=1)
 def make_head(shape: tuple[int, int, int], dtype: str, peaked: bool, device: str) -> Head:
-    """The same numbers in every run on one kind of device.
+    """Draw a head: the same numbers in every run on one kind of device.
 
     Random: logits of standard deviation 1. Peaked: background logits of standard deviation 2, and one token of every
     row (the target in 4 rows of 5) above them by 8 to 24, so that its probability goes from next to 0 to next to 1.
@@ -87,7 +87,7 @@ def make_head(shape: tuple[int, int, int], dtype: str, peaked: bool, device: str
 
 
 def make_problem(case: HeadCase, device: str) -> Problem:
-    """The inputs of a case."""
+    """Draw the inputs of a case."""
     head = make_head(case.shape, case.dtype, case.peaked, device)  # type: ignore[arg-type]
     rng = torch.Generator(device).manual_seed(1)
     upstream = torch.randn(2, case.shape[0], generator=rng, device=device)
@@ -95,7 +95,7 @@ def make_problem(case: HeadCase, device: str) -> Problem:
 
 
 def make_turns(case: HeadCase, logprob: Tensor) -> Turns:  # logprob (N,) float64
-    """Turns whose mean log-ratio lies well inside the clip range, or well outside on the side that clips."""
+    """Draw turns whose mean log-ratio lies well inside the clip range, or well outside on the side that clips."""
     tokens, device = logprob.numel(), logprob.device
     rng = torch.Generator(device).manual_seed(2)
     turns = tokens // case.turn_length
@@ -120,8 +120,11 @@ def make_turns(case: HeadCase, logprob: Tensor) -> Turns:  # logprob (N,) float6
 
 @torch.no_grad()
 def errors(case: HeadCase, problem: Problem, outcome: Outcome) -> dict[str, dict[str, float]]:
-    """Largest and mean error against float64: absolute (nats) of log-probs and entropies; of gradients, on 256 rows of
-    hidden and 64 of the vocabulary, relative to the largest and to the mean true value."""
+    """Return the largest and the mean error of each result against float64.
+
+    Errors of log-probs and entropies are absolute, in nats. Those of gradients are taken on 256 rows of hidden and 64
+    of the vocabulary, relative to the largest and to the mean true value.
+    """
     head, result = problem.head, {}
     for name, ours, truth in (
         ("logprob", outcome.logprob, head.logprob),
@@ -146,7 +149,7 @@ def errors(case: HeadCase, problem: Problem, outcome: Outcome) -> dict[str, dict
 
 
 def _upstream(case: HeadCase, problem: Problem) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """d loss / d log-prob and d loss / d entropy, in float64."""
+    """Compute d loss / d log-prob and d loss / d entropy, in float64."""
     none = torch.zeros_like(problem.head.logprob)
     if case.operator == "linear_turn_policy_loss":
         return turn_coefficients(problem.turns, problem.head.logprob), none
@@ -155,7 +158,7 @@ def _upstream(case: HeadCase, problem: Problem) -> tuple[Tensor, Tensor]:  # (N,
 
 
 def turn_coefficients(turns: Turns, logprob: Tensor) -> Tensor:  # (N,) -> (N,)
-    """d loss / d log-prob of the token mean of the turn-clipped loss."""
+    """Compute d loss / d log-prob of the token mean of the turn-clipped loss."""
     ratio = (logprob - turns.old_logprob).view(-1, turns.length).mean(1).exp()
     advantages = turns.advantages.to(logprob.dtype)
     clipped = torch.where(advantages > 0, ratio > 1 + CLIP_HIGH, ratio < 1 - CLIP_LOW)
@@ -165,7 +168,7 @@ def turn_coefficients(turns: Turns, logprob: Tensor) -> Tensor:  # (N,) -> (N,)
 
 @torch.no_grad()
 def _statistics(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (N,) each
-    """Log-prob, entropy and log of the sum of exponentials, in float64 chunks."""
+    """Compute log-prob, entropy and log of the sum of exponentials, in float64 chunks."""
     weight = weight.double()
     parts = []
     for rows in torch.arange(len(targets), device=targets.device).split(max(1, _TRUTH_BYTES // (8 * len(weight)))):
@@ -183,7 +186,7 @@ def _gradients(
     by_logprob: Tensor,  # (N,)
     by_entropy: Tensor,  # (N,)
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (R,), (R, D), (W,), (W, D)
-    """Some rows of hidden and their gradients, some rows of the vocabulary (half of them targets) and theirs."""
+    """Choose rows of hidden and of the vocabulary (half of them targets) and compute their gradients."""
     rng = torch.Generator().manual_seed(3)
     rows, vocab = len(head.targets), len(head.weight)
     at = torch.randperm(rows, generator=rng)[:_HIDDEN_ROWS].to(head.targets.device)

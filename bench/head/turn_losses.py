@@ -33,7 +33,10 @@ class LogProbs:
 
 
 def make_log_probs(case: HeadCase, device: str) -> LogProbs:
-    """Half of the turns are clipped. `case.shape` counts every token: padded batches have gaps beside the turns."""
+    """Draw log-probs by which half of the turns are clipped.
+
+    `case.shape` counts every token: padded batches have gaps beside the turns.
+    """
     padded = len(case.shape) == 2
     tokens = case.shape[0] * case.shape[1] // 2 if padded else case.shape[0]
     rng = torch.Generator(device).manual_seed(0)
@@ -53,7 +56,7 @@ def make_log_probs(case: HeadCase, device: str) -> LogProbs:
 
 
 def make_call(name: str, batch: LogProbs) -> Callable[[], Result]:
-    """Loss and gradient of one implementation."""
+    """Make the call that computes loss and gradient by one implementation."""
     function = {"ours": _ours, "plain": _vectorised, "published_loop": _published}[name]
 
     def call() -> Result:
@@ -99,7 +102,7 @@ def _published(batch: LogProbs) -> Tensor:
 
 
 def published_loop(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:  # (B, T) each
-    """AT2PO's published turn-level loss as it is described: a Python loop over rows and over the turns of a row.
+    """Compute AT2PO's published turn-level loss as it is described: a Python loop over rows and over their turns.
 
     Turns are the contiguous runs of ones of the mask, found token by token on the host; the ratio of a turn is
     exp(sg[mean log-ratio] + logprob - sg[logprob]) with the exponent capped at 10; every turn's mean is read back for

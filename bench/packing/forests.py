@@ -15,7 +15,7 @@ Range = tuple[int, int]  # least and most, drawn uniformly
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Of what a tree is made."""
+    """Numbers of tokens and turns of which a tree is made."""
 
     prompt: Range
     turns: Range  # of a trajectory, its answer included
@@ -23,7 +23,7 @@ class Lengths:
     observation: Range
 
     def scaled(self, by: float) -> Lengths:
-        """All numbers of tokens divided."""
+        """Divide all numbers of tokens."""
         prompt, turns, *others = astuple(self)
         prompt, action, observation = ((round(lo / by), round(hi / by)) for lo, hi in (prompt, *others))
         return Lengths(prompt, turns, action, observation)
@@ -34,7 +34,7 @@ SEARCH_3000 = Lengths(prompt=(900, 900), turns=(4, 4), action=(150, 150), observ
 
 
 def random_tree(seed: int, lengths: Lengths, vocab: int) -> TurnTree:
-    """One tree: chains, then siblings of random inner turns, each run to its end; random rewards of 0 or 1."""
+    """Draw a tree: chains, then siblings of random inner turns, each run to its end; random rewards of 0 or 1."""
     rng, tokens = np.random.default_rng(seed), np.random.default_rng(seed)  # of the shape, of what is in it
 
     def ids(length: Range) -> np.ndarray:
@@ -62,14 +62,14 @@ def random_tree(seed: int, lengths: Lengths, vocab: int) -> TurnTree:
 
 
 def random_forest(trees: int, lengths: Lengths, vocab: int, seed: int = 0) -> list[TurnTree]:
-    """Several trees, with credit."""
+    """Draw several trees, with credit."""
     forest = [random_tree(seed + i, lengths, vocab) for i in range(trees)]
     assign_credit(forest)
     return forest
 
 
 def forest_of_overlap(target: float, trees: int, scale: float, vocab: int) -> list[TurnTree]:
-    """A forest whose overlap is `target` to about 0.01, reached by the length of the prompt.
+    """Draw a forest whose overlap is `target` to about 0.01, reached by the length of the prompt.
 
     Otherwise as published, divided by `scale`. With a target of 0 trajectories share nothing: trees of one leaf.
     """
@@ -88,7 +88,7 @@ def forest_of_overlap(target: float, trees: int, scale: float, vocab: int) -> li
 
 
 def tree_of_tokens(tokens: int, vocab: int) -> TurnTree:
-    """A published tree whose lengths are scaled so that it has about, and not more than, so many unique tokens."""
+    """Draw a published tree, its lengths scaled so that it has about `tokens` unique tokens and not more."""
     scale = random_tree(0, PUBLISHED, vocab).unique_tokens / tokens
     while (tree := random_tree(0, PUBLISHED.scaled(scale), vocab)).unique_tokens > tokens:
         scale *= 1.002
@@ -97,7 +97,7 @@ def tree_of_tokens(tokens: int, vocab: int) -> TurnTree:
 
 
 def written_out(forest: list[TurnTree]) -> list[TurnTree]:
-    """The same trajectories as trees of one leaf each: what a trainer without prefix sharing sees."""
+    """Write out the trajectories as trees of one leaf each: what a trainer without prefix sharing sees."""
     flat = []
     for tree in forest:
         assert tree.advantages is not None

@@ -19,7 +19,7 @@ def _host(found: Records) -> Verdict:
 
 
 def _host_share(found: Records) -> Verdict:
-    """Of an update of the same 64 trees, at the time a token that the published forest takes."""
+    """Compare with an update of the same 64 trees, at the time for each token that the published forest takes."""
     host, update = found.find(_HOST), update_record(found, "qwen3-4b")
     a_token = p50(implementation(update, "ours")) / update["tokens"]["unique"]
     share = p50(implementation(host, "ours")) / (a_token * host["tokens"]["unique"])

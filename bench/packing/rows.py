@@ -29,28 +29,28 @@ class Padded:
 
 
 def tree_rows(forest: Sequence[TurnTree], max_tokens: int, max_prefix: int = 0) -> list[PackedTrees]:
-    """Nothing is pruned; log-probs when sampled are the current ones, as in a batch's first update."""
+    """Pack trees without pruning; sampled log-probs are the current ones, as in a batch's first update."""
     rows = pack_trees(forest, OBJECTIVE, max_tokens, prune=False, max_prefix=max_prefix)
     return [replace(row, old_logprob=None) for row in rows]
 
 
 def flat_rows(forest: list[TurnTree], max_tokens: int) -> list[PackedTrees]:
-    """Rows of the same trajectories written out, side by side without padding."""
+    """Pack the same trajectories written out, side by side without padding."""
     return tree_rows(written_out(forest), max_tokens)
 
 
 def sequence_ends(subtree_end: Tensor) -> list[int]:  # (T,) of a flat row
-    """Where each sequence ends."""
+    """List where each sequence ends."""
     return subtree_end.unique().tolist()
 
 
 def visible_pairs(subtree_end: Tensor) -> int:  # (T,)
-    """Pairs of a query and a key that it sees: a key is seen by its own token and the rest of its subtree."""
+    """Count the pairs of a query and a key that it sees: a key is seen by its own token and the rest of its subtree."""
     return int((subtree_end.long() - torch.arange(len(subtree_end))).sum())
 
 
 def every_position(row: PackedTrees) -> PackedTrees:
-    """A flat row whose head runs on all positions that have a next token, as in a trainer that masks the loss.
+    """Make a flat row whose head runs on all positions that have a next token, as in a trainer that masks the loss.
 
     The same loss: positions without action weigh next to nothing, in made-up turns of at most 64 tokens.
     """
@@ -92,7 +92,7 @@ def every_position(row: PackedTrees) -> PackedTrees:
 
 
 def pad(row: PackedTrees) -> Padded:
-    """A flat row as a padded batch."""
+    """Make a padded batch of a flat row."""
     ends = np.asarray(sequence_ends(row.subtree_end))
     starts = np.append(0, ends[:-1])
     lengths = ends - starts
@@ -106,9 +106,9 @@ def pad(row: PackedTrees) -> Padded:
 
 
 def with_clipped_turns(row: PackedTrees, logprob: Tensor, share: float, seed: int = 0) -> PackedTrees:  # logprob (A,)
-    """Old log-probs by which a random `share` of the turns lies far outside the clip range, on the side that clips.
+    """Give a row old log-probs by which a random `share` of the turns is clipped.
 
-    The log-ratio of the others is 0.
+    The mean log-ratio of those lies far outside the clip range, on the side that clips; that of the others is 0.
     """
     turns = row.num_turns
     clipped = torch.randperm(turns, generator=torch.Generator().manual_seed(seed)) < round(share * turns)

@@ -73,7 +73,7 @@ class SimulatedEngine(Engine):
         self._due = 0.0  # when the next step ends
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Begin requests; the last observation on each path is prefilled."""
+        """Begin requests: the last observation on each path is prefilled."""
         for request in requests:
             completion = write(request)
             self._left[request.turn_key] = len(completion.token_ids)

@@ -42,12 +42,12 @@ class ModelCase(Case):
 
     @property
     def bench(self) -> str:
-        """Layer or update."""
+        """Kind of record: a layer or an update."""
         return self.scope
 
     @property
     def name(self) -> str:
-        """Model, forest, rows, and what is not as usual."""
+        """Model, forest, rows, and what differs from the defaults."""
         forest = "published" if self.overlap is None else f"overlap{self.overlap:g}"
         parts = [self.scope, self.model, forest, f"rows{self.max_tokens}", self.dtype]
         parts += [f"checkpoint_{self.checkpointing}"] if self.checkpointing != "none" else []
@@ -57,7 +57,7 @@ class ModelCase(Case):
 
 
 def for_device(kind: str) -> list[ModelCase]:
-    """Cases of "cuda" or "cpu"."""
+    """List the cases of "cuda" or "cpu"."""
     return _cuda() if kind == "cuda" else _cpu()
 
 

@@ -94,7 +94,7 @@ class Model:
         self._running = TREE_ATTENTION
 
     def make_states(self) -> None:
-        """The optimizer's states, which otherwise the first step would make."""
+        """Make the optimizer's states, which otherwise the first step would make."""
         for parameter in self.policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -112,7 +112,7 @@ class Model:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def hidden_states(self, row: PackedTrees, attention: Attention) -> Tensor:  # (T, D)
-        """Through any attention; `row` is on the device."""
+        """Compute hidden states through any attention; `row` is on the device."""
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
@@ -122,7 +122,7 @@ class Model:
         return out.last_hidden_state[0]
 
     def attend(self, row: PackedTrees, attention: Attention) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """(q, k, v) -> output of a row."""
+        """Make the function (q, k, v) -> output of a row."""
         end = row.subtree_end.to(self.device)
         prepared = attention.prepare(row.subtree_end, self.heads, self.device)
         return lambda q, k, v: attention.attend(q, k, v, end, prepared)
@@ -143,7 +143,10 @@ def _any_attention(
 
 
 def make_update(name: str, model: Model, rows: Rows) -> Callable[[], Tensor]:
-    """An update of a contender over its rows: gradients and a step; the loss. Raises ImportError without a package."""
+    """Make the call of a contender's update over its rows: gradients and a step; it returns the loss.
+
+    Raises ImportError for a package that is not installed.
+    """
     contender = CONTENDERS[name]
     if contender.padded:
         backward: Callable[[], Tensor] = partial(_padded_backward, model, [(row, pad(row)) for row in rows])
@@ -164,7 +167,7 @@ def make_update(name: str, model: Model, rows: Rows) -> Callable[[], Tensor]:
 
 
 def padded_tokens(longest: int) -> int:
-    """Of the rows that become padded batches."""
+    """Return the most tokens of a row that becomes a padded batch."""
     return max(_PADDED_TOKENS, longest)
 
 
@@ -186,7 +189,7 @@ def _row_backward(model: Model, rows: Rows, attention: Attention) -> Tensor:
 
 
 def _padded_backward(model: Model, batches: Sequence[tuple[PackedTrees, Padded]]) -> Tensor:
-    """What a trainer does that knows of no packing: (B, L, V) logits, log-softmax, and the loss on them."""
+    """Do what a trainer without packing does: (B, L, V) logits, log-softmax, and the loss on them."""
     model.run_with("sdpa")
     total = torch.zeros((), device=model.device)
     for row, padded in batches:
@@ -202,7 +205,7 @@ def _padded_backward(model: Model, batches: Sequence[tuple[PackedTrees, Padded]]
 
 
 def make_layer(name: str, model: Model, rows: Rows) -> Callable[[], None]:
-    """Forward and backward of the first layer over a contender's rows; lists and masks are made before."""
+    """Make the call of the first layer's forward and backward over a contender's rows, its lists and masks made."""
     attention = ATTENTION[CONTENDERS[name].attention].make()
     layer = model.model.model.layers[0]
     problems = []

@@ -50,7 +50,7 @@ class Layouts:
         self.trees, self.unclipped = clipped, unclipped
 
     def rows(self, name: str) -> Rows:
-        """Of a contender."""
+        """Return the rows of a contender."""
         contender = CONTENDERS[name]
         if contender.padded:
             return self.padded
@@ -71,7 +71,7 @@ class Setting:
 
     @classmethod
     def of(cls, case: ModelCase, device: str) -> Setting:
-        """Makes them."""
+        """Make the model and the rows of a case."""
         shape, layouts = SHAPES[case.model], Layouts(case)
         is_layer = case.scope == "decoder_layer"
         layers = 1 if is_layer else case.layers or shape.layers
@@ -83,18 +83,18 @@ class Setting:
         return cls(case, layouts, model)
 
     def makers(self) -> Makers:
-        """What makes the call of every implementation."""
+        """Return what makes the call of each implementation."""
         make = make_layer if self.case.scope == "decoder_layer" else make_update
         return {name: partial(make, name, self.model, self.layouts.rows(name)) for name in self.case.implementations}
 
 
 def makers(case: ModelCase, device: str) -> Makers:
-    """What makes the call of every implementation."""
+    """Return what makes the call of each implementation."""
     return Setting.of(case, device).makers()
 
 
 def measure(case: ModelCase, device: str, seconds: float) -> dict[str, Any]:
-    """Fields of the record."""
+    """Run a case and return the fields of its record."""
     setting = Setting.of(case, device)
     model, layouts, is_layer = setting.model, setting.layouts, case.scope == "decoder_layer"
     shape, layers = SHAPES[case.model], model.layers
@@ -131,7 +131,7 @@ def _about(name: str) -> dict[str, Any]:
 
 def _first_update(model: Model, device: str) -> Callable[[str, Callable[[], Tensor]], dict[str, Any]]:
     def first(_: str, call: Callable[[], Tensor]) -> dict[str, Any]:
-        """Loss and gradient, by which layouts can be seen to do the same, and memory."""
+        """Read memory, and loss and gradient, by which layouts can be seen to do the same."""
         model.optimizer.zero_grad()
         dropped = model.policy.skipped_tokens
         loss, peak = peak_bytes(call, device)
@@ -163,7 +163,7 @@ def _first_layer(model: Model, device: str) -> Callable[[str, Callable[[], None]
 def _rates(
     seconds: float, work: dict[str, Work], flops: dict[str, dict[str, float]], peak: float | None
 ) -> dict[str, Any]:
-    """Tokens a second, and MFU where the GPU's peak is known, on unique and on flat tokens."""
+    """Return tokens a second, and MFU where the GPU's peak is known, on unique and on flat tokens."""
     found: dict[str, Any] = {"tokens_per_s": {layout: done.tokens / seconds for layout, done in work.items()}}
     if peak is not None:
         found["mfu"] = {layout: sum(parts.values()) / seconds / peak for layout, parts in flops.items()}
@@ -171,22 +171,27 @@ def _rates(
 
 
 def _bounds(work: dict[str, Work], flops: dict[str, dict[str, float]]) -> dict[str, float]:
-    """How many times faster trees can be than flat rows: T_flat / T_tree, which is that of the layers' matrix products,
-    and by all FLOPs, with the head on action rows in both."""
+    """Return how many times faster trees can be than flat rows.
+
+    `tokens` is T_flat / T_tree, the ratio of the layers' matrix products. `flops` is the ratio of all FLOPs, with the
+    head on action rows in both.
+    """
     unique, flat = (sum(flops[layout].values()) for layout in ("unique", "flat"))
     return {"tokens": work["flat"].tokens / work["unique"].tokens, "flops": flat / unique}
 
 
 def _full_head_bound(layouts: Layouts, flops: dict[str, dict[str, float]], shape: Shape) -> float:
-    """By all FLOPs, with the head on every position of flat rows but the last of each sequence."""
+    """Return the ratio of all FLOPs with the head on every position of flat rows but the last of each sequence."""
     rows = layouts.flattened.tokens - sum(row.num_trajectories for row in layouts.flat)
     flat = flops["flat"] | {"head": 6.0 * rows * shape.hidden * shape.vocab}
     return sum(flat.values()) / sum(flops["unique"].values())
 
 
 def _clipped_bounds(dropped: float) -> dict[str, float]:
-    """The share of the tokens that stay in the backward, and how many times faster than with all of them layers can be
-    with checkpointing: a forward costs 1, its repetition on those tokens 1, their backward 2."""
+    """Return the share of the tokens that stay in the backward, and how many times faster layers can be for it.
+
+    With checkpointing a forward costs 1, its repetition on those tokens 1 and their backward 2.
+    """
     kept = 1 - dropped
     return {"kept": kept, "clipped": 4 / (1 + 3 * kept)}
 

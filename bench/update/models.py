@@ -27,7 +27,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """Of all matrices."""
+        """Entries of all matrices."""
         return self.layers * self.layer_weights + self.vocab * self.hidden
 
 
@@ -44,14 +44,14 @@ _PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e1
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a layout of a forest gives a model to do."""
+    """Numbers of tokens, pairs and head rows that a layout of a forest gives a model to compute."""
 
     tokens: int
     pairs: int  # of a query and a key that it sees
     head_rows: int
 
     def flops(self, shape: Shape, layers: int, head: bool) -> dict[str, float]:
-        """Of a forward and a backward, nothing computed twice; MFU is their sum over time and the GPU's peak.
+        """Count a forward and a backward, nothing computed twice; MFU is their sum over time and the GPU's peak.
 
         layers     6 * tokens * weights: a product forward, two backward, of 2 FLOPs an entry
         attention  12 * pairs * heads * head_dim: scores and output forward, four products of that size backward
@@ -65,7 +65,7 @@ class Work:
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of this machine's GPU; None for others."""
+    """Return the dense bfloat16 FLOP/s of this machine's GPU; None for one that is not listed."""
     if device != "cuda":
         return None
     name = torch.cuda.get_device_name()
@@ -73,7 +73,7 @@ def peak_flops(device: str) -> float | None:
 
 
 def build(shape: Shape, layers: int, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """A `Qwen3ForCausalLM`, made where it will be, the same in every run on one kind of device."""
+    """Make a `Qwen3ForCausalLM` where it will be, the same in every run on one kind of device."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
