@@ -19,6 +19,7 @@ from tests.helpers.kernel_cases import LargestOutput, NoHostSync
 from tests.helpers.tree_cases import forward_backward, inputs, random_row, row_of, tree_mask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LONG_ROW = pytest.mark.slow(reason="a long row, interpreted")
 SMALL = (Tile(32, 16, 4, 1, 1), Tile(32, 16, 4, 1, 1), Tile(32, 64, 4, 1, 1))
 
 
@@ -81,7 +82,7 @@ def test_lengths(tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "prefix"),
-    [*product([1, 63, 65], [1, 63, 64, 65, 200]), pytest.param(300, 65, marks=pytest.mark.slow)],
+    [*product([1, 63, 65], [1, 63, 64, 65, 200]), pytest.param(300, 65, marks=LONG_ROW)],
 )
 def test_prefixes(tokens: int, prefix: int) -> None:
     """Fails if a query does not see all of the prefix, or gradients of the prefix or of the row lie elsewhere."""
@@ -94,7 +95,7 @@ def test_a_prefix_and_idle_rows() -> None:
     assert_precise(random_row(41, 12, 1), (7, 1), 16, torch.bfloat16, prefix=70)
 
 
-@pytest.mark.slow
+@LONG_ROW
 def test_a_long_row() -> None:
     """Fails on errors that need many blocks, as in the order of work or the sums of pieces."""
     assert_precise(random_row(1000, 90, 7), (2, 1), 16, torch.bfloat16)

@@ -48,7 +48,7 @@ class Tile:
 
 
 # By target: half precision, float32. On sm_90 two warpgroups of 64 x 256 each; three stages and the stored tile take
-# 209 of 227 KiB of shared memory. bench/RESOURCES.md has what every entry takes.
+# 209 of 227 KiB of shared memory. bench/kernels/RESOURCES.md has what every entry takes.
 _TILES: dict[str, tuple[Tile, Tile]] = {
     "sm_80": (
         Tile(128, 128, 32, num_warps=8, num_stages=4, descriptors=False),

@@ -82,8 +82,8 @@ class Tiles(NamedTuple):
 
 
 # By target: by padded head width: half precision, float32. Of shared memory, one block has 163 KiB on sm_80, 227 on
-# sm_90 and sm_100 and 64 on gfx942; bench/RESOURCES.md has what every entry takes. float32 products run on the ordinary
-# cores ("ieee"), where small tiles are enough: larger ones keep whole operands in registers.
+# sm_90 and sm_100 and 64 on gfx942; bench/kernels/RESOURCES.md has what every entry takes. float32 products run on the
+# ordinary cores ("ieee"), where small tiles are enough: larger ones keep whole operands in registers.
 _SINGLE = {
     64: Tiles(Tile(32, 32, 8, 1, 1), Tile(32, 32, 8, 1, 1), Tile(32, 32, 8, 1, 1)),
     128: Tiles(Tile(16, 16, 8, 1, 1), Tile(16, 16, 8, 1, 1), Tile(16, 32, 8, 1, 1)),
