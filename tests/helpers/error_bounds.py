@@ -305,9 +305,7 @@ def loss_bounds(
         for sign in (-1, 1):
             for result, value in run(case | {name: case[name] + sign * steps[name]}).items():
                 shifts[result] = torch.maximum(shifts[result], (value - exact[result]).abs())
-    if (
-        known is not None
-    ):  # what moves a sum: for a loss its coefficients, for means their slopes
+    if known is not None:  # what moves a sum: for a loss its coefficients, for means their slopes
         largest = max(float(x.worst.max()) if terms else 0.0 for x in known)
         for name, value in exact.items():
             if value.dim() == 0:
