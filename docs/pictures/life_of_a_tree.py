@@ -68,7 +68,8 @@ def draw() -> Drawing:
         picture.lines(x + 14, y + 50, lines, size=12.5, anchor="start")
         picture.text(x + 14, y + HEIGHT - 14, folder, size=12, mono=True, colour=MUTED, anchor="start")
         _hand_on(picture, number, handed_on)
-    words = "Every token is generated, prefilled, forwarded and back-propagated once; the head sees only what the policy wrote."
+    words = "Every token is generated, prefilled, forwarded and back-propagated once; "
+    words += "the head sees only what the policy wrote."
     picture.text(LEFT, 442, words, size=12.5, anchor="start")
     return picture
 

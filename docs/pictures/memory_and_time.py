@@ -44,8 +44,11 @@ def draw() -> Drawing:
         f"unique of {tokens['flat']:,} flat tokens (overlap {record['overlap_found']:.2f})."
     )
     picture.text(24, 332, words, size=12.5, anchor="start")
-    model = f"A Qwen3 of {record['parameters'] / 1e6:.0f} M parameters in {record['dtype']}, one CPU core, torch {record['torch']}; "
-    picture.text(24, 352, model + "forward, loss, backward and AdamW.", size=12.5, colour=MUTED, anchor="start")
+    words = (
+        f"A Qwen3 of {record['parameters'] / 1e6:.0f} M parameters in {record['dtype']}, one CPU core, torch "
+        f"{record['torch']}; forward, loss, backward and AdamW."
+    )
+    picture.text(24, 352, words, size=12.5, colour=MUTED, anchor="start")
     return picture
 
 
