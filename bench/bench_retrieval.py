@@ -29,7 +29,7 @@ import numpy as np
 import package_path  # noqa: F401
 from records import device_name, environment, package_version, write_record
 
-from atpo_fast.data.rows import read_rows
+from atpo_fast.data.records import read_rows
 from atpo_fast.environment import HTTPSearch
 from atpo_fast.retrieval import open_index
 

@@ -21,9 +21,10 @@ from records import device_name, write_record
 
 from atpo_fast.config.schema import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
+from atpo_fast.engines import Completion, Engine, EngineCounters, Request
+from atpo_fast.engines.base import TurnKey
 from atpo_fast.environment import ToolBox
-from atpo_fast.rollout import Completion, Engine, EngineCounters, Request, TurnLoop
-from atpo_fast.rollout.engine import TurnKey
+from atpo_fast.rollout import TurnLoop
 from atpo_fast.telemetry.phases import PhaseTimer
 from atpo_fast.tree import TurnTree
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer

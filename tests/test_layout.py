@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "atpo_fast"
-ORDER = ["jsonl", "config", "tree", "data", "retrieval", "environment", "world", "task", "rollout", "credit", "packing"]
-ORDER += ["objective", "policy", "telemetry", "report", "train", "launcher", "environment_report", "retriever", "cli"]
-ORDER += ["__main__"]
+ORDER = [
+    "common",
+    "config",
+    "tree",
+    "data",
+    "retrieval",
+    "environment",
+    "world",
+    "task",
+    "engines",
+    "rollout",
+    "credit",
+]
+ORDER += ["packing", "objective", "policy", "telemetry", "report", "train", "commands", "__main__"]
 
 
 def imported(node: ast.AST) -> Iterator[str]:

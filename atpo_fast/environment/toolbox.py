@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+from atpo_fast.common.event_loop import EventLoopThread
 from atpo_fast.environment.answers import Failure, Outcome, answer_text, failure_of
-from atpo_fast.environment.event_loop import EventLoopThread
 from atpo_fast.environment.function_tool import as_tool, is_async
 from atpo_fast.environment.tags import TAGS, ToolCall
 

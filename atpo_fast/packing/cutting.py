@@ -9,8 +9,8 @@ import numpy as np
 
 from atpo_fast.packing import depth_first
 from atpo_fast.packing.depth_first import Piece, work_off
-from atpo_fast.packing.forest import Bools, Forest, Ints, offsets, ranges
 from atpo_fast.packing.weights import ForestWeights
+from atpo_fast.tree.forest import Bools, Forest, Ints, offsets, ranges
 
 if TYPE_CHECKING:  # the objective imports the record of this package
     from atpo_fast.objective import Objective

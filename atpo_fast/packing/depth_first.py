@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atpo_fast.packing.forest import Bools, Forest, Ints
 from atpo_fast.packing.rows import fill_rows
+from atpo_fast.tree.forest import Bools, Forest, Ints
 
 ROW_TOKENS = 1024
 """A row that holds almost nothing costs about what this many tokens cost: launches, and under ZeRO gathered weights."""

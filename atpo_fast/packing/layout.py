@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from atpo_fast.packing.cutting import Cut
-from atpo_fast.packing.forest import Forest, Ints, offsets, ranges
 from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.packing.weights import ForestWeights
+from atpo_fast.tree.forest import Forest, Ints, offsets, ranges
 
 
 @dataclass(slots=True)

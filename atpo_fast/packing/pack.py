@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from atpo_fast.packing.cutting import cut_trees, turns_to_keep
-from atpo_fast.packing.forest import Forest, forest_of_trees
 from atpo_fast.packing.layout import write_rows
 from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.packing.rows import fill_rows
 from atpo_fast.packing.weights import Weigh, tree_weights
 from atpo_fast.tree import TurnTree
+from atpo_fast.tree.forest import Forest, forest_of_trees
 
 if TYPE_CHECKING:  # the objective imports the record of this package
     from atpo_fast.objective import Objective

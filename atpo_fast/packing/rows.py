@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atpo_fast.packing.forest import Bools, Ints
+from atpo_fast.tree.forest import Bools, Ints
 
 
 def fill_rows(piece_tokens: Ints, max_tokens: int, alone: Bools | None = None) -> Ints:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atpo_fast.packing.forest import Bools, Floats, Forest, Ints, group_sum
 from atpo_fast.tree import TurnTree
+from atpo_fast.tree.forest import Bools, Floats, Forest, Ints, group_sum
 
 if TYPE_CHECKING:  # the objective imports the record of this package
     from atpo_fast.objective import Objective

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
 
-from atpo_fast.policy.prefix import RowPrefix
+from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_kernels import make_attention_blocks, tree_attention
 
 TREE_ATTENTION = "atpo_tree"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from atpo_fast.policy.prefix import RowPrefix
+from atpo_fast.policy.opened_rows.prefix import RowPrefix
 
 if TYPE_CHECKING:
     from atpo_fast.config.schema import GradientCheckpointing

@@ -14,7 +14,7 @@ from atpo_fast.policy.attention import TREE_ATTENTION, attention_blocks, check_s
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
 from atpo_fast.policy.layers import use_liger
-from atpo_fast.policy.prefix import NO_PREFIX, RowPrefix
+from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
 
 if TYPE_CHECKING:
     from atpo_fast.config.schema import GradientCheckpointing, Liger

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.jsonl import plain
+from atpo_fast.common.jsonl import plain
 from atpo_fast.report.collect import collect_forest, collect_run, has_records
 from atpo_fast.tree.storage import is_parquet
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpo_fast.data.readers import read_passages
-from atpo_fast.data.rows import DataError, parse_line
+from atpo_fast.data.records import DataError, parse_line
 
 _BOM = b"\xef\xbb\xbf"
 _FLUSH_OFFSETS = 1 << 20

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from atpo_fast.rollout.search import Search
+from atpo_fast.rollout.branch import Search
 
 _USAGE_MARGIN = 1.25  # head room over what the largest tree used
 

@@ -19,12 +19,12 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from atpo_fast.config.schema import RolloutConfig
+from atpo_fast.engines.base import Completion, Engine, TurnKey
 from atpo_fast.environment import ToolBox, ToolCall, ToolResult
+from atpo_fast.rollout.branch import Branch, Search
 from atpo_fast.rollout.cache_budget import CacheBudget
-from atpo_fast.rollout.engine import Completion, Engine, TurnKey
+from atpo_fast.rollout.counters import REPORT_SECONDS, Progress, RolloutCounters, Timer, timed
 from atpo_fast.rollout.expansion import select_turns
-from atpo_fast.rollout.reporting import REPORT_SECONDS, Progress, RolloutCounters, Timer, timed
-from atpo_fast.rollout.search import Branch, Search
 from atpo_fast.rollout.turns import TurnWriter
 from atpo_fast.tree.turn_tree import TokenIds
 

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config.schema import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
+from atpo_fast.engines.base import Engine
 from atpo_fast.environment import ToolBox
+from atpo_fast.rollout.branch import Search, hashed
 from atpo_fast.rollout.cache_budget import CacheBudget
-from atpo_fast.rollout.engine import Engine
+from atpo_fast.rollout.counters import Progress, ProgressCallback, RolloutCounters, Timer
 from atpo_fast.rollout.expansion import keep_leaves
-from atpo_fast.rollout.reporting import Progress, ProgressCallback, RolloutCounters, Timer
 from atpo_fast.rollout.scheduler import Scheduler
-from atpo_fast.rollout.search import Search, hashed
 from atpo_fast.rollout.turns import TurnWriter
 from atpo_fast.tree.turn_tree import TurnTree
 

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.engines.base import Completion, Request, SamplingParams
 from atpo_fast.environment.tags import (
     CALL_LIMIT_NOTICE,
     ToolCall,
@@ -17,8 +18,7 @@ from atpo_fast.environment.tags import (
     result_closing,
     result_opening,
 )
-from atpo_fast.rollout.engine import Completion, Request, SamplingParams
-from atpo_fast.rollout.search import Branch
+from atpo_fast.rollout.branch import Branch
 from atpo_fast.tree.turn_tree import TokenIds
 
 

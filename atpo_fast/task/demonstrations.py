@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.data.questions import Question
-from atpo_fast.data.rows import DataError, Row, read_rows
+from atpo_fast.data.records import DataError, Row, read_rows
 from atpo_fast.environment.tags import format_result
 from atpo_fast.tree.turn_tree import TurnTree
 

@@ -15,7 +15,7 @@ from atpo_fast.config.schema import Config
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
-from atpo_fast.data.rows import DataError
+from atpo_fast.data.records import DataError
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment.search import BM25Search
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from atpo_fast.common.jsonl import append_records, keep_records, plain, read_records
 from atpo_fast.config.schema import Config, as_dict
-from atpo_fast.jsonl import append_records, keep_records, plain, read_records
 
 METRICS_FILE = "metrics.jsonl"
 TREES_FILE = "trees.jsonl"
@@ -155,7 +155,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, non-finite numbers as floats again; a half-written last line is skipped.
 
     Raises:
-        FileNotFoundError, ValueError: as `atpo_fast.jsonl.read_records`.
+        FileNotFoundError, ValueError: as `atpo_fast.common.jsonl.read_records`.
     """
     return [{name: _number(value) for name, value in record.items()} for record in read_records(path)]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from atpo_fast.data.questions import Question
-from atpo_fast.rollout.server_protocol import ServerError
+from atpo_fast.engines.server.protocol import ServerError
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run

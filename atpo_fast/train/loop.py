@@ -17,25 +17,18 @@ from typing import Any
 import deepspeed
 import torch
 
+from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.objective import Objective
-from atpo_fast.packing import (
-    PackedTrees,
-    Pass,
-    apply_entropy_advantage,
-    pack_trees,
-    plan_passes,
-    pruned_tokens,
-    spread_rows,
-)
+from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
 from atpo_fast.policy import Policy, load_model
+from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
 from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.ranks import reduce_over_ranks
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.rollouts import Batch, Rollouts
 from atpo_fast.train.row_budget import max_prefix

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.config.schema import OptimConfig
-from atpo_fast.train.ranks import reduce_over_ranks
 
 
 class Guard:

@@ -13,13 +13,15 @@ from transformers import AutoConfig
 
 from atpo_fast.config.schema import RolloutConfig
 from atpo_fast.data.questions import Question
+from atpo_fast.engines import Engine
+from atpo_fast.engines.paged import TransformersEngine
+from atpo_fast.engines.server.engine import ServerEngine
+from atpo_fast.engines.tensor_parallel import SharedEngine
+from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.environment import make_toolbox
 from atpo_fast.environment.reward import LeafScore, score_trees
 from atpo_fast.policy import Policy, load_model
-from atpo_fast.rollout import Engine, TransformersEngine, TurnLoop
-from atpo_fast.rollout.server_engine import ServerEngine
-from atpo_fast.rollout.shared_engine import SharedEngine
-from atpo_fast.rollout.vllm_engine import VLLMEngine
+from atpo_fast.rollout import TurnLoop
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.run import Run

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.config.schema import Config
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
 from atpo_fast.train.deepspeed_setup import join_process_group
 from atpo_fast.train.interrupt import StopRequested, StopSignal
-from atpo_fast.train.ranks import reduce_over_ranks
 
 T = TypeVar("T")
 

@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.objective import Objective
-from atpo_fast.packing import PackedTrees, Pass, plan_passes
-from atpo_fast.policy.prefix import RowPrefix, walk
+from atpo_fast.packing import PackedTrees
+from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
+from atpo_fast.policy.opened_rows.prefix import RowPrefix, walk
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
 from atpo_fast.train.optimizer import GradientWatch
-from atpo_fast.train.ranks import reduce_over_ranks
 
 MAX_METRICS = ("ratio_max",)
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from atpo_fast.config.load import load_config, save_config
+from atpo_fast.engines.vllm.start import check_vllm
 from atpo_fast.policy import build_model
-from atpo_fast.rollout.vllm_start import check_vllm
 from atpo_fast.train.checkpoints import CheckpointError, complete_checkpoints
+from atpo_fast.train.cold_start import cold_start
 from atpo_fast.train.evaluate import evaluate, evaluate_step
 from atpo_fast.train.forest_file import ForestError, is_server_error, write_forest
 from atpo_fast.train.interrupt import StopRequested
@@ -24,7 +25,6 @@ from atpo_fast.train.rollout_worker import RolloutWorker
 from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run, start_run
 from atpo_fast.train.step import MismatchError
-from atpo_fast.train.supervised import cold_start
 
 STOPPED = 143  # exit code of a run that was asked to stop and saved its state
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
+from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy
-from atpo_fast.rollout.weight_stream import in_buckets
 
 _BUCKET_BYTES = 256 << 20
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atpo_fast.jsonl import plain
+from atpo_fast.common.jsonl import plain
 from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree, stored_fields
 
 _TURN = {

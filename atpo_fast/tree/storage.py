@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atpo_fast.jsonl import append_records, iterate_records, plain, read_records
+from atpo_fast.common.jsonl import append_records, iterate_records, plain, read_records
 from atpo_fast.tree import parquet
 from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree, stored_fields
 
@@ -52,7 +52,7 @@ def read_trees(path: Path | str) -> list[dict[str, Any]]:
     """Records of a trees.jsonl; a half-written last line is skipped.
 
     Raises:
-        FileNotFoundError, ValueError: as `atpo_fast.jsonl.read_records`.
+        FileNotFoundError, ValueError: as `atpo_fast.common.jsonl.read_records`.
     """
     return read_records(path)
 
