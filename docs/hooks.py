@@ -88,7 +88,7 @@ def _section(cls: type, prefix: str, title: str) -> Iterator[str]:
             what = f"{name}, each" if listed else name if len(sections) == 1 else f"{name}, {_chosen_by(section)}"
             inner.append((section, "" if listed else f"{name}.", what))
         if not sections or listed:
-            values = _cell(_values(fact, definitions))
+            values = _text(_values(fact, definitions))
             rows.append(f"| `{name}` | {_cell(_default(field))} | {values} | {_text(fact.get('description', ''))} |")
     yield f"\n## {title}\n"
     yield f"{_text((cls.__doc__ or '').strip())}\n"
