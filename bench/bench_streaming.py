@@ -19,7 +19,7 @@ import package_path  # noqa: F401
 import torch
 from records import device_name, write_record
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import Completion, Engine, EngineCounters, Request
 from atpo_fast.engines.base import TurnKey
@@ -142,11 +142,10 @@ def roll_out(schedule: str, step: StepTime) -> tuple[list[TurnTree], dict[str, A
         expansion_rounds=ROUNDS,
         expansions_per_round=EXPANSIONS,
         schedule=schedule,  # type: ignore[arg-type]
-        cache_tokens=10**9,
     )
     engine, timer = SimulatedEngine(step), PhaseTimer()
     toolbox = ToolBox([SlowSearch()], workers=QUESTIONS * CHAINS)
-    loop = TurnLoop(engine, TOKENIZER, toolbox, rollout, ToolsConfig(call_limit=CALL_LIMIT))
+    loop = TurnLoop(engine, TOKENIZER, toolbox, rollout, ToolsConfig(call_limit=CALL_LIMIT), cache_tokens=10**9)
     questions = [Question(id=f"q{i}", text="one", answers=("nine",)) for i in range(QUESTIONS)]
     prompts = [WORD_IDS * 10] * QUESTIONS
     begun = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The verbs of the command line: one module a verb."""
+"""The command line: one module a verb, `cli.py` puts them together, `launcher.py` starts the processes of a run."""

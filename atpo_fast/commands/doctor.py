@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from atpo_fast.commands.launcher import usable_cores
+from atpo_fast.commands.verb import Verb
 
 PROJECT = "atpo-fast"
 # Beside what the project declares: packages that it uses when they are there, or that are known to break others.
@@ -73,11 +75,12 @@ class Problem:
     remedy: str
 
 
-def environment_report() -> tuple[str, list[Problem]]:
-    """The report as text, and its problems."""
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what is on this machine and what has to be mended; returns the exit code."""
     environment = inspect_environment()
     problems = list(find_problems(environment))
-    return render(environment, problems), problems
+    print(render(environment, problems))
+    return 1 if problems else 0
 
 
 # --- looking -----------------------------------------------------------------------------------------------------
@@ -261,3 +264,12 @@ def render(environment: Environment, problems: list[Problem]) -> str:
     for problem in problems:
         lines += [f"BAD  {problem.what}", f"     {problem.remedy}"]
     return "\n".join([*lines, f"{len(problems)} problems" if problems else "everything fits together"])
+
+
+DOCTOR = Verb(
+    name="env",
+    summary="versions, devices, and what does not fit together",
+    detail="Exit code 1 when something has to be mended.",
+    example="atpo-fast env",
+    run=doctor,
+)

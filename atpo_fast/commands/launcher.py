@@ -21,8 +21,7 @@ from types import FrameType
 
 import psutil
 
-from atpo_fast.config.load import ConfigError
-from atpo_fast.config.schema import Config
+from atpo_fast.config import Config, ConfigError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -32,13 +31,13 @@ class Placement:
     """Where the processes of a run go."""
 
     device: str
-    """cpu or cuda."""
+    """Kind of device: cpu or cuda."""
     accelerators: list[str]
-    """One per process: GPU ids as CUDA_VISIBLE_DEVICES writes them, or plain numbers on the CPU."""
+    """Accelerator of each process: GPU ids as CUDA_VISIBLE_DEVICES writes them, or plain numbers on the CPU."""
 
 
 def place(config: Config) -> Placement:
-    """Device and processes of a run. Raises ConfigError when there are fewer GPUs than ranks."""
+    """Choose device and processes of a run. Raises ConfigError when there are fewer GPUs than ranks."""
     gpus = [] if config.device == "cpu" else visible_gpus()
     if config.device == "cuda" and not gpus:
         raise ConfigError("device=cuda: PyTorch sees no GPU; use device=cpu or device=auto (`atpo-fast env` says more)")
@@ -50,7 +49,7 @@ def place(config: Config) -> Placement:
 
 
 def visible_gpus() -> list[str]:
-    """Ids of the GPUs that PyTorch may use."""
+    """List the ids of the GPUs that PyTorch may use."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -59,7 +58,7 @@ def visible_gpus() -> list[str]:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Count the CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -95,7 +94,7 @@ class _SignalRelay:
         self._child = child
 
     def wait(self) -> int:
-        """Wait for the launcher; its exit code."""
+        """Wait for the launcher; returns its exit code."""
         before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._child.wait()
@@ -118,7 +117,7 @@ class _SignalRelay:
 
 
 def _environment(placement: Placement) -> dict[str, str]:
-    """The environment of the processes."""
+    """Return the environment of the processes."""
     env = dict(os.environ)
     env["DS_ACCELERATOR"] = placement.device
     # DeepSpeed finds ninja on PATH; without an activated environment it lies beside the interpreter.
@@ -129,7 +128,7 @@ def _environment(placement: Placement) -> dict[str, str]:
 
 
 def _stop_with_parent(parent: int) -> Callable[[], None] | None:
-    """A function for the child: have the kernel send it SIGTERM when this process dies (Linux)."""
+    """Return a function for the child: it has the kernel send it SIGTERM when this process dies (Linux)."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
@@ -143,7 +142,7 @@ def _stop_with_parent(parent: int) -> Callable[[], None] | None:
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Find a port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""`atpo-fast retriever`: options and running. Builds an index if need be, with a progress bar, and serves it."""
+"""`atpo-fast retriever`: options and running. It builds an index if need be, with a progress bar, and serves it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from atpo_fast.config.load import ConfigError
+from atpo_fast.commands.verb import Verb
+from atpo_fast.common.errors import BAD_INPUT, INTERRUPTED, ConfigError
 from atpo_fast.config.retrieval import MAX_HITS, BM25Settings, DenseSettings, Faiss, VectorDtype
-from atpo_fast.data.records import DataError
-
-INTERRUPTED = 130
-BAD_INPUT = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the verb."""
+    """Add the corpus, the index and the server's settings."""
     settings = BM25Settings()
     parser.add_argument(
         "--corpus",
@@ -64,11 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument("--encoder-batch", type=_positive, default=vectors.batch_texts, help="texts of one forward")
 
 
-def run_retriever(options: argparse.Namespace) -> int:
+def retriever(options: argparse.Namespace) -> int:
     """Build or open the index, serve it; returns the exit code.
 
     Raises:
         ConfigError: options that do not go together.
+        DataError: a corpus file that cannot be used.
         FileNotFoundError, FileExistsError: a missing file; an index folder that holds something else.
     """
     _check(options)
@@ -79,9 +77,6 @@ def run_retriever(options: argparse.Namespace) -> int:
             print(f"index in {folder}")
             return 0
         return _serve(options, folder)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     except ImportError as error:  # before anything is built
         print(f"error: {error}: pip install 'atpo-fast[retrieval]'", file=sys.stderr)
         return BAD_INPUT
@@ -102,16 +97,16 @@ def _serve(options: argparse.Namespace, folder: Path) -> int:
     with bound:
         if options.corpus:
             _build(options, folder)
-        retriever = open_index(folder)
+        index = open_index(folder)
         host, port = bound.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
         def tell() -> None:
-            what = f"{retriever.kind}, {len(retriever.index):,} passages, top {options.topk}"
+            what = f"{index.kind}, {len(index.index):,} passages, top {options.topk}"
             print(f"retriever ready: {where}/retrieve ({what}); health: {where}/health; Ctrl-C ends it", flush=True)
 
         app = make_app(
-            retriever,
+            index,
             topk=options.topk,
             wait_seconds=options.batch_wait_ms / 1000,
             max_batch=options.max_batch,
@@ -176,8 +171,20 @@ def _occupied(options: argparse.Namespace, error: Exception) -> int:
 
 
 def _positive(text: str) -> int:
-    """A whole number above 0."""
+    """Read a whole number above 0."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
     return number
+
+
+RETRIEVER = Verb(
+    name="retriever",
+    summary="a search server over a corpus: POST /retrieve, as published with AT2PO and Search-R1",
+    detail="Builds the index first (BM25, or dense vectors in FAISS), or goes on with one that was interrupted; an "
+    "index that is there is used again. Point tools.search_url at the printed address, or tools.index_dir at the "
+    "index.",
+    example="atpo-fast retriever --corpus wiki-18.jsonl --index bm25 --index-dir indexes/wiki18 --port 8000",
+    run=retriever,
+    add_arguments=add_arguments,
+)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.common.files import replacing
+
 Record = dict[str, Any]
 
 
@@ -82,11 +84,9 @@ def iterate_records(path: Path | str) -> Iterator[Record]:
 
 def keep_records(path: Path | str, keep: Callable[[Record], bool]) -> None:
     """Rewrite a file with only the records for which `keep` is true; the file is replaced in one go."""
-    path = Path(path)
     kept = [_encode(record) for record in read_records(path) if keep(record)]
-    replacement = path.with_name(path.name + ".tmp")
-    replacement.write_bytes(b"".join(kept))
-    replacement.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(b"".join(kept))
 
 
 def _encode(record: Record) -> bytes:

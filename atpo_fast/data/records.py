@@ -11,9 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names the file, the line or row, and the field."""
+from atpo_fast.common.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

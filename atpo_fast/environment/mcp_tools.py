@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 from atpo_fast.common.event_loop import EventLoopThread
-from atpo_fast.config.schema import MCPServerConfig
+from atpo_fast.config import MCPServerConfig
 from atpo_fast.environment.arguments import ArgumentError, SchemaArguments
 from atpo_fast.environment.function_tool import ToolError
 

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment.function_tool import load_tool
 from atpo_fast.environment.python_tool import PythonTool
@@ -32,7 +32,7 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage]) -> ToolBox:
     """
     made: list[Any] = []
     try:
-        for name in tools.names:
+        for name in tools.builtin:
             made.append(_python(tools) if name == "python" else _search(tools, passages))
         made += [load_tool(path) for path in tools.functions]
         for server in tools.mcp:
@@ -43,7 +43,7 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage]) -> ToolBox:
             made,
             retries=tools.retries,
             timeout_seconds=tools.timeout_seconds,
-            workers=tools.workers,
+            workers=tools.calls_per_tool,
             max_chars=_CHARS_PER_TOKEN * tools.max_result_tokens,
             backoff_seconds=tools.backoff_seconds,
             concurrency=tools.concurrency,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from atpo_fast.config import ObjectiveConfig
 from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
 
@@ -43,6 +44,15 @@ class Objective:
         if name not in PRESETS:
             raise ValueError(f"unknown objective {name!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[name].with_(**overrides)
+
+    @classmethod
+    def configured(cls, config: ObjectiveConfig, max_length: int) -> Objective:
+        """Return the preset that the configuration names, with its departures.
+
+        Args:
+            max_length: L_max of seq-mean-token-sum-norm, in tokens.
+        """
+        return cls.preset(config.preset, max_length=max_length, **config.departures)
 
     def with_(self, **overrides: Any) -> Objective:
         """A copy with some fields of this class or of its `LossConfig` replaced."""

@@ -210,7 +210,7 @@ def _check_paths(forest: Forest, paths: _Paths, max_tokens: int) -> None:
     raise ValueError(
         f"tree {forest.names[forest.tree[turn]]}: the path to turn {forest.index[turn]} has {cost[worst]} tokens "
         f"({prompt} of the prompt + {cost[worst] - prompt} of the response) and does not fit in a row of {max_tokens}; "
-        f"raise train.max_tokens to at least {cost[worst]}, or train.prefix_memory_gb for the keys of its ancestors"
+        f"raise train.row_tokens to at least {cost[worst]}, or train.prefix_memory_gb for the keys of its ancestors"
     )
 
 

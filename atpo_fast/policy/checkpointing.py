@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
 
 if TYPE_CHECKING:
-    from atpo_fast.config.schema import GradientCheckpointing
+    from atpo_fast.config import GradientCheckpointing
 
 WORTH_CUTTING = 0.95  # tokens are left out when no more than this share is needed
 BY_TOKEN = ("position_ids", "position_embeddings")  # what decoder layers are given by token, as (1, T, ...)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
-    from atpo_fast.config.schema import ModelConfig
+    from atpo_fast.config import ModelConfig
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -17,7 +17,7 @@ from atpo_fast.policy.layers import use_liger
 from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
 
 if TYPE_CHECKING:
-    from atpo_fast.config.schema import GradientCheckpointing, Liger
+    from atpo_fast.config import GradientCheckpointing, Liger
 
 
 class Policy(nn.Module):

@@ -32,12 +32,12 @@ class Chart(TypedDict):
 _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Reward of sampled trajectories", "train", "mean over leaves", "line", {
         "reward/mean": "reward", "reward/em": "exact match", "reward/f1": "F1", "reward/format": "format"}),
-    ("Evaluation, greedy", "eval", "mean over test questions", "line", {
+    ("Evaluation, greedy", "eval", "mean over evaluation questions", "line", {
         "eval/em": "exact match", "eval/f1": "F1", "eval/format": "format"}),
     ("Policy entropy", "train", "nats per token", "line", {
         "policy/entropy": "trainer, all tokens", "rollout/entropy": "rollout, mean of turns"}),
     ("Clipped ratios", "train", "share of action tokens", "line", {
-        "policy/clip_low": "below the range", "policy/clip_high": "above the range"}),
+        "policy/clipped_low": "below the range", "policy/clipped_high": "above the range"}),
     ("KL divergence", "train", "nats per token", "log", {
         "policy/approx_kl": "old policy, approximate", "rollout/mismatch_kl": "rollout to trainer",
         "rollout/logprob_gap": "rollout to trainer, mean difference of log-probs",
@@ -48,9 +48,9 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Overlap of trajectories", "train", "1 − unique / flat tokens", "line", {"tokens/overlap": "overlap"}),
     ("Tokens per step", "train", "tokens", "line", {
         "tokens/flat": "flat", "tokens/unique": "unique", "tokens/decoded": "sampled", "tokens/pruned": "pruned"}),
-    ("Cold start loss", "sft", "nats per action token", "line", {"sft/loss": "loss"}),
+    ("Cold start loss", "cold_start", "nats per action token", "line", {"cold_start/loss": "loss"}),
 )  # fmt: skip
-_X_LABELS = {"train": "RL step", "eval": "RL step", "sft": "optimizer step"}
+_X_LABELS = {"train": "RL step", "eval": "RL step", "cold_start": "optimizer step"}
 _NOT_DRAWN = {"phase", "step", "time", "time/total"}
 
 

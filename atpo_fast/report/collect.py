@@ -78,7 +78,7 @@ def _now() -> str:
 
 def _missing_phases(records: list[dict[str, Any]]) -> list[str]:
     present = {record.get("phase") for record in records}
-    names = {"sft": "cold start (sft)", "train": "training", "eval": "evaluation"}
+    names = {"cold_start": "cold start", "train": "training", "eval": "evaluation"}
     return [f"no {text} records in metrics.jsonl" for phase, text in names.items() if records and phase not in present]
 
 

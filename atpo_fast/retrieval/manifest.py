@@ -12,13 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.common.errors import IndexMismatchError
+
 FORMAT = 1
 _NAME = "manifest.json"
 _SAMPLE = 1 << 16
-
-
-class IndexMismatchError(FileExistsError):
-    """The index folder holds an index of something else, or is in use; the message says what to do."""
 
 
 @dataclass(slots=True)

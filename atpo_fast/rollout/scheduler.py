@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from atpo_fast.config.schema import RolloutConfig
+from atpo_fast.config import RolloutConfig
 from atpo_fast.engines.base import Completion, Engine, TurnKey
 from atpo_fast.environment import ToolBox, ToolCall, ToolResult
 from atpo_fast.rollout.branch import Branch, Search

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Engine
 from atpo_fast.environment import ToolBox
@@ -34,9 +34,9 @@ class TurnLoop:
         engine: writes turns.
         tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.
         toolbox: answers calls.
-        rollout: shape of the search, sampling, limits and schedule. `cache_tokens` bounds how many questions are
-            searched at once (`CacheBudget`).
+        rollout: shape of the search, sampling, limits and schedule.
         tools: call limit and length of results.
+        cache_tokens: room in the engine's cache; it bounds how many questions are searched at once (`CacheBudget`).
         max_positions: longest path that the model can hold, prompt included.
 
     The log-probs stored in a tree are the engine's `policy_logprobs`: what the trainer recomputes, and what the
@@ -51,6 +51,7 @@ class TurnLoop:
         rollout: RolloutConfig,
         tools: ToolsConfig,
         *,
+        cache_tokens: int = 262144,
         max_positions: int | None = None,
     ) -> None:
         self.engine = engine
@@ -59,9 +60,7 @@ class TurnLoop:
         self.max_positions = max_positions
         self.counters = RolloutCounters()
         self._writer = TurnWriter(tokenizer, toolbox.names, rollout, tools)
-        self._budgets = {
-            greedy: CacheBudget(rollout.cache_tokens, self._branches_per_tree(greedy)) for greedy in (False, True)
-        }
+        self._budgets = {greedy: CacheBudget(cache_tokens, self._branches_per_tree(greedy)) for greedy in (False, True)}
 
     def roll_out(
         self,

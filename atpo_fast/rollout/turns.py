@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.engines.base import Completion, Request, SamplingParams
 from atpo_fast.environment.tags import (
     CALL_LIMIT_NOTICE,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import Config
+from atpo_fast.common.errors import DataError
+from atpo_fast.config import Config
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
-from atpo_fast.data.records import DataError
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment.search import BM25Search
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
@@ -29,13 +29,13 @@ Notes = dict[str, float | str]
 class Task:
     """What a run works on.
 
-    `demonstrations` are chains for the cold start (`sft.demonstrations`, the world's own, or none). `encode_prompt`
-    gives the token ids of a question's prompt. `notes` are facts a reader of the results needs: counts, what was
-    dropped, guess rates.
+    `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
+    `encode_prompt` gives the token ids of a question's prompt. `notes` are facts a reader of the results needs: counts,
+    what was dropped, guess rates.
     """
 
     train: list[Question]
-    test: list[Question]
+    eval: list[Question]
     passages: list[Passage]
     tokenizer: PreTrainedTokenizerBase
     encode_prompt: Callable[[Question], list[int]]
@@ -52,9 +52,9 @@ def load_task(config: Config) -> Task:
         ValueError: a prompt longer than `data.max_prompt_tokens`, or an impossible world.
     """
     task = _world_task(config) if config.data.source == "world" else _files_task(config)
-    if config.sft.demonstrations is not None:
-        task.demonstrations = read_demonstrations(config.sft.demonstrations, task.tokenizer, task.encode_prompt)
-    for question in task.train + task.test:
+    if config.cold_start.demonstrations is not None:
+        task.demonstrations = read_demonstrations(config.cold_start.demonstrations, task.tokenizer, task.encode_prompt)
+    for question in task.train + task.eval:
         task.encode_prompt(question)
     return task
 
@@ -64,10 +64,10 @@ def normalise_question(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
-def drop_overlap(train: list[Question], test: list[Question]) -> list[Question]:
-    """Training questions whose text (normalised) is not in the test set."""
-    held_out = {normalise_question(question.text) for question in test}
-    return [question for question in train if normalise_question(question.text) not in held_out]
+def drop_overlap(train: list[Question], held_out: list[Question]) -> list[Question]:
+    """Return the training questions whose text (normalised) is not among the evaluation questions."""
+    texts = {normalise_question(question.text) for question in held_out}
+    return [question for question in train if normalise_question(question.text) not in texts]
 
 
 def _world_task(config: Config) -> Task:
@@ -78,7 +78,7 @@ def _world_task(config: Config) -> Task:
     search = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
     return Task(
         train=world.train[: config.data.max_train_questions],
-        test=world.test[: config.data.max_eval_questions],
+        eval=world.eval[: config.data.max_eval_questions],
         passages=world.passages,
         tokenizer=tokenizer,
         encode_prompt=encode,
@@ -94,29 +94,32 @@ def _files_task(config: Config) -> Task:
     if not data.train_files and not data.eval_files:
         raise DataError("data.source=files needs data.train_files or data.eval_files; both are empty")
     everything = [question for name in data.train_files for question in read_questions(root / name)]
-    test = [question for name in data.eval_files for question in read_questions(root / name)][: data.max_eval_questions]
-    train = drop_overlap(everything, test)
+    held_out = [question for name in data.eval_files for question in read_questions(root / name)]
+    held_out = held_out[: data.max_eval_questions]
+    train = drop_overlap(everything, held_out)
     found = [passage for name in data.corpus_files for passage in read_passages(root / name)]
     passages = distinct_passages(found)
-    notes: Notes = {"dropped_train_test_overlap": float(len(everything) - len(train))}
+    notes: Notes = {"dropped_train_eval_overlap": float(len(everything) - len(train))}
     train = train[: data.max_train_questions]
-    notes |= {"train_questions": float(len(train)), "test_questions": float(len(test))}
+    notes |= {"train_questions": float(len(train)), "eval_questions": float(len(held_out))}
     notes |= {"passages": float(len(passages)), "dropped_duplicate_passages": float(len(found) - len(passages))}
     if config.model.path:
         tokenizer = load_tokenizer(config.model.path)
     else:
-        texts = [SYSTEM_PROMPT, *(q.text for q in train + test), *(p.contents for p in passages)]
+        texts = [SYSTEM_PROMPT, *(q.text for q in train + held_out), *(p.contents for p in passages)]
         tokenizer = train_bpe(texts, config.model.vocab_size)
     encode = _prompt_encoder(config, tokenizer)
     demonstrations: list[TurnTree] = []
-    if config.sft.from_evidence:
+    if config.cold_start.from_evidence:
         search = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
         demonstrations = evidence_demonstrations(train, search, tokenizer, encode)
         if not demonstrations:
-            raise DataError("sft.from_evidence: no training question names its evidence (supporting_facts, paragraphs)")
+            raise DataError(
+                "cold_start.from_evidence: no training question names its evidence (supporting_facts, paragraphs)"
+            )
     return Task(
         train=train,
-        test=test,
+        eval=held_out,
         passages=passages,
         tokenizer=tokenizer,
         encode_prompt=encode,

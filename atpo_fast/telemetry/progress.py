@@ -23,20 +23,20 @@ LINE_SECONDS = 10.0
 
 # metric name, short label, format: what a step's line shows of its metrics, in this order
 _SHOWN: tuple[tuple[str, str, str], ...] = (
-    ("sft/loss", "loss", "{:.4f}"),
+    ("cold_start/loss", "loss", "{:.4f}"),
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/em", "EM", "{:.3f}"),
     ("eval/em", "EM", "{:.3f}"),
     ("eval/f1", "F1", "{:.3f}"),
     ("eval/format", "format", "{:.3f}"),
     ("policy/entropy", "entropy", "{:.3f}"),
-    ("policy/clip_low", "clip-", "{:.2%}"),
-    ("policy/clip_high", "clip+", "{:.2%}"),
+    ("policy/clipped_low", "clip-", "{:.2%}"),
+    ("policy/clipped_high", "clip+", "{:.2%}"),
     ("policy/grad_norm", "grad", "{:.3g}"),
     ("tokens/overlap", "overlap", "{:.2f}"),
     ("rate/rollout_tokens_per_s", "rollout tok/s", "{:,.0f}"),
     ("rate/train_tokens_per_s", "train tok/s", "{:,.0f}"),
-    ("sft/tokens_per_s", "tok/s", "{:,.0f}"),
+    ("cold_start/tokens_per_s", "tok/s", "{:,.0f}"),
 )
 
 
@@ -96,7 +96,7 @@ class Progress:
         self._redraw()
 
     def step_done(self, step: int, total: int, metrics: Mapping[str, Any], label: str = "step") -> None:
-        """Report a finished step; `label` names what is counted (sft, train, eval)."""
+        """Report a finished step; `label` names what is counted (train, batch)."""
         if label != self._label:
             self._label = label
             self._step_times = deque([self._step_times[-1]] if self._step_times else [], maxlen=20)

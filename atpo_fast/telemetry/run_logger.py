@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from atpo_fast.common.jsonl import append_records, keep_records, plain, read_records
-from atpo_fast.config.schema import Config, as_dict
+from atpo_fast.config import Config, as_dict
 
 METRICS_FILE = "metrics.jsonl"
 TREES_FILE = "trees.jsonl"
@@ -28,8 +28,8 @@ class _Sink(Protocol):
 class RunLogger:
     """Writes the records of a run; every method does nothing on ranks that are not `is_main`.
 
-    A record is `{"phase": "sft" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the logger
-    exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.
+    A record is `{"phase": "cold_start" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the
+    logger exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.
 
     Args:
         run_dir: the run's folder, made if need be.
@@ -64,7 +64,7 @@ class RunLogger:
         """Forget what was written for later steps than `step`, the step of the checkpoint being resumed.
 
         Drops the records of `phases` from metrics.jsonl, and the later trees from trees.jsonl. A start from
-        nothing is `truncate_after(-1, ("sft", "train", "eval"))`. TensorBoard hides overtaken points by itself.
+        nothing is `truncate_after(-1, ("cold_start", "train", "eval"))`. TensorBoard hides overtaken points by itself.
         """
         if METRICS_FILE not in self._sinks:
             return

@@ -1,4 +1,4 @@
-"""Evaluation: greedy answers to the test questions."""
+"""Evaluation: greedy answers to the evaluation questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.train.interrupt import StopRequested
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
 
@@ -15,11 +15,11 @@ KEYS = ("em", "f1", "format", "turns", "tool_calls")
 
 
 def evaluate(run: Run, worker: RolloutWorker, name: str) -> dict[str, float]:
-    """EM, F1, format rate, turns and tool calls, means over the test questions; answers go to `eval/NAME.jsonl`.
+    """EM, F1, format rate, turns and tool calls, means over the evaluation questions; answers go to `eval/NAME.jsonl`.
 
     A question whose only chain failed counts as wrong. Raises StopRequested when asked to stop.
     """
-    questions = run.task.test
+    questions = run.task.eval
     with run.timer.phase("eval"):
         mine = run.share(questions)
         records: list[dict[str, Any]] = []

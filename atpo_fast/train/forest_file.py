@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from atpo_fast.common.errors import ForestError, StopRequested, is_server_error
 from atpo_fast.data.questions import Question
-from atpo_fast.engines.server.protocol import ServerError
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
 from atpo_fast.tree.storage import append_forest, forest_questions
-
-
-class ForestError(RuntimeError):
-    """The job cannot go on; the message says why, and what the file holds."""
 
 
 @dataclass(slots=True)
@@ -97,13 +92,6 @@ def _append(run: Run, path: Path, done: Sequence[ScoredTree]) -> None:
         raise ForestError(
             f"{path} cannot be written ({error}); what it held before is intact, and the same command continues"
         ) from error
-
-
-def is_server_error(error: BaseException | None) -> bool:
-    """Whether the servers are at fault, and not the code."""
-    while error is not None and not isinstance(error, ServerError):
-        error = error.__cause__
-    return error is not None
 
 
 def _means(done: Sequence[ScoredTree]) -> dict[str, float]:

@@ -9,62 +9,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import deepspeed
-import torch
 
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
-from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
-from atpo_fast.policy import Policy, load_model
+from atpo_fast.policy.opened_rows.budget import max_prefix
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
-from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
-from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
+from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from atpo_fast.train.evaluate import evaluate_step
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.rollouts import Batch, Rollouts
-from atpo_fast.train.row_budget import max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
 from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
+from atpo_fast.train.weights import load_policy
+from atpo_fast.train.zero import initialize, set_learning_rate
 from atpo_fast.tree import TurnTree
 from atpo_fast.tree.storage import append_trees
 
 
-@dataclass(slots=True)
-class TrainState:
-    """What a checkpoint remembers beside weights and optimizer."""
-
-    step: int = 0  # steps done
-    optimizer_steps: int = 0
-    seconds: float = 0.0  # spent so far, cold start included
-    cold_start_em: float | None = None
-    eval_em: float | None = None
-    eval_step: int = -1  # the step that `eval_em` is of
-    totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
-
-
 class Trainer:
-    """Owns the engine, the rollout worker and the progress of a run."""
+    """Owns the policy, the rollout worker and the progress of a run."""
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
-        self.objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
+        self.objective = Objective.configured(run.config.objective, run.config.rollout.max_response_tokens)
         self._begun = time.monotonic() - seconds
-        self.policy = make_policy(run.config, start)
+        self.policy = load_policy(run.config, start)
         self.max_prefix = max_prefix(run.config, self.objective)
-        self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
+        self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
-        self.worker = RolloutWorker(run, start, self.engine.device)
+        self.worker = RolloutWorker(run, start, self.zero.device)
         self.rollouts = Rollouts(self.worker, self._questions, lambda step: step_seed(run.config.seed, step))
         self.state = TrainState()
         if resume_from is None:
@@ -73,7 +57,7 @@ class Trainer:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.state = TrainState(**load_checkpoint(self.run, self.engine, checkpoint))
+        self.state = load_checkpoint(self.run, self.zero, checkpoint)
         self._begun = time.monotonic() - self.state.seconds
         self.worker.sync(self.policy)
         self.run.logger.truncate_after(self.state.step)
@@ -83,7 +67,7 @@ class Trainer:
         """A frozen copy of the starting policy when the objective has a KL term."""
         if not self.objective.loss_config.needs_reference:
             return None
-        frozen = make_policy(self.config, self.config.model.reference_path or start)
+        frozen = load_policy(self.config, self.config.model.reference_path or start)
         return initialize(frozen, self.config, self.config.optim)[0]
 
     def fit(self) -> bool:
@@ -117,7 +101,7 @@ class Trainer:
         """Write a checkpoint of the last finished step."""
         self.state.seconds = time.monotonic() - self._begun
         with self.run.timer.phase("checkpoint"):
-            save_checkpoint(self.run, self.engine, self.policy, asdict(self.state))
+            save_checkpoint(self.run, self.zero, self.policy, self.state)
 
     def _evaluate(self) -> None:
         means = evaluate_step(self.run, self.worker, self.state.step)
@@ -135,7 +119,7 @@ class Trainer:
         if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
             self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
-            assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
+            assign_credit([scored.tree for scored in forest], **self.config.credit.arguments)
         dropped = self.policy.dropped_tokens
         metrics, pruned = self._update(forest, batch.staleness)
         batch.counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
@@ -156,7 +140,7 @@ class Trainer:
         pruned = 0
         with run.timer.phase("pack"):
             for trees in _chunks([scored.tree for scored in forest], size):
-                rows = pack_trees(trees, self.objective, self.config.train.max_tokens, max_prefix=self.max_prefix)
+                rows = pack_trees(trees, self.objective, self.config.train.row_tokens, max_prefix=self.max_prefix)
                 pruned += pruned_tokens(trees, rows)
                 spread = spread_rows(rows, run.world) if rows else [[]] * run.world
                 batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
@@ -170,9 +154,9 @@ class Trainer:
         with run.timer.phase("update"):
             for i, (rows, passes) in enumerate(batches):
                 if rows:  # every question may have had equal rewards: no gradient anywhere, the same on every rank
-                    set_learning_rate(self.engine, self._learning_rate())
+                    set_learning_rate(self.zero, self._learning_rate())
                     fresh = mismatch if mismatch.kl is None else None
-                    optimizer_step(self.engine, self.watch, rows, passes, self.objective, metrics, run.timer, fresh)
+                    optimizer_step(self.zero, self.watch, rows, passes, self.objective, metrics, run.timer, fresh)
                     self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
@@ -190,7 +174,7 @@ class Trainer:
             return rows
         recompute = self.config.train.old_logprobs == "recompute"
         if self.objective.entropy_advantage or (recompute and not on_policy):
-            scores = score_rows(self.engine, rows)
+            scores = score_rows(self.zero, rows)
             rows = with_logprob(rows, "old_logprob", scores) if recompute else rows
             entropies = [entropy for _, entropy in scores]
             rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=reduce_over_ranks)
@@ -235,64 +219,6 @@ class Trainer:
         return time.monotonic() - self._begun
 
 
-def newest_checkpoint(run: Run) -> Path | None:
-    """The checkpoint to resume from, if the configuration wants one.
-
-    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train.
-    """
-    mode = run.config.train.resume
-    found = complete_checkpoints(run.folder) if mode != "never" else []
-    if not found:
-        if mode == "must":
-            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
-        return None
-    done = read_state(found[-1])["step"]
-    if done >= run.config.train.steps and (run.folder / "summary.json").is_file():
-        raise ValueError(
-            f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
-            "raise train.steps, choose another run_dir, or set train.resume=never"
-        )
-    return found[-1]
-
-
-def make_objective(config: ObjectiveConfig, max_length: int) -> Objective:
-    """The preset with the configured departures."""
-    changes = {k: v for k, v in as_dict(config).items() if k != "preset" and v is not None}
-    return Objective.preset(config.preset, max_length=max_length, **changes)
-
-
-def make_policy(config: Config, folder: Path | str) -> Policy:
-    """The policy from a Hugging Face folder."""
-    return Policy(
-        load_model(folder, getattr(torch, config.model.dtype)),
-        temperature=config.rollout.temperature,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        liger=config.model.liger,
-    )
-
-
 def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:
     for begin in range(0, len(items), size):
         yield list(items[begin : begin + size])
-
-
-def trainer_summary(trainer: Trainer) -> dict[str, Any]:
-    """What `summary.json` says."""
-    state, totals = trainer.state, trainer.state.totals
-    return {
-        "cold_start_em": state.cold_start_em,
-        "final_em": state.eval_em,
-        "train_seconds": trainer.seconds,
-        "steps": state.step,
-        "optimizer_steps": state.optimizer_steps,
-        "prefilled_tokens": int(totals.get("prefilled", 0)),
-        "decoded_tokens": int(totals.get("decoded", 0)),
-        "cache_hit_tokens": int(totals.get("cache_hit", 0)),
-        "unique_tokens": int(totals.get("unique", 0)),
-        "flat_tokens": int(totals.get("flat", 0)),
-        "pruned_tokens": int(totals.get("pruned", 0)),
-        "pruned_backward_tokens": int(totals.get("pruned_backward", 0)),
-        "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
-        "seed": trainer.config.seed,
-        **trainer.run.task.notes,
-    }

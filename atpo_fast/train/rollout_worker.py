@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from atpo_fast.config.schema import RolloutConfig
+from atpo_fast.common.errors import StopRequested
+from atpo_fast.config import EngineConfig, PagedConfig, ServerConfig, VLLMConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import Engine
 from atpo_fast.engines.paged import TransformersEngine
@@ -23,7 +24,6 @@ from atpo_fast.environment.reward import LeafScore, score_trees
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.rollout import TurnLoop
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.run import Run
 from atpo_fast.train.weights import whole_parameters
 from atpo_fast.tree import TurnTree
@@ -51,12 +51,12 @@ class RolloutWorker:
         self._policy: Policy | None = None  # whose weights the engine has
         max_positions: int = AutoConfig.from_pretrained(folder).max_position_embeddings
         engines = {
-            "transformers": self._transformers_engine,
+            "paged": self._transformers_engine,
             "vllm": self._vllm_engine,
             "server": self._server_engine,
         }
-        self.engine = engines[config.rollout.engine](folder, device, max_positions)
-        group = _sharing_ranks(config.rollout, run.world)
+        self.engine = engines[config.engine.name](folder, device, max_positions)
+        group = _sharing_ranks(config.engine, run.world)
         if group is not None:
             self.engine = SharedEngine(self.engine, group)
         if isinstance(self.engine, ServerEngine):
@@ -67,6 +67,7 @@ class RolloutWorker:
             make_toolbox(config.tools, run.task.passages),
             config.rollout,
             config.tools,
+            cache_tokens=config.engine.cache_tokens,
             max_positions=max_positions,
         )
 
@@ -74,18 +75,19 @@ class RolloutWorker:
         return TransformersEngine(
             load_model(folder, self._dtype),
             self._run.task.tokenizer,
-            cache_tokens=self._run.config.rollout.cache_tokens,
+            cache_tokens=self._run.config.engine.cache_tokens,
             device=device,
         )
 
     def _vllm_engine(self, folder: Path | str, device: torch.device, max_positions: int) -> Engine:
         config = self._run.config
+        assert isinstance(config.engine, VLLMConfig)
         longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
         return VLLMEngine(
             folder,
             self._run.task.tokenizer,
-            config.rollout.vllm,
-            cache_tokens=config.rollout.cache_tokens,
+            config.engine,
+            cache_tokens=config.engine.cache_tokens,
             max_positions=min(max_positions, longest),
             dtype=self._dtype,
             device=device,
@@ -95,13 +97,15 @@ class RolloutWorker:
         )
 
     def _server_engine(self, folder: Path | str, device: torch.device, max_positions: int) -> Engine:
-        rollout = self._run.config.rollout
-        return ServerEngine(folder, self._run.task.tokenizer, rollout.server, temperature=rollout.temperature)
+        config = self._run.config
+        assert isinstance(config.engine, ServerConfig)
+        return ServerEngine(folder, self._run.task.tokenizer, config.engine, temperature=config.rollout.temperature)
 
     @property
     def _dtype(self) -> torch.dtype:
-        config = self._run.config
-        return torch.float32 if config.rollout.cache_dtype == "float32" else getattr(torch, config.model.dtype)
+        engine = self._run.config.engine
+        assert not isinstance(engine, ServerConfig)  # whose dtype is the servers' own
+        return torch.float32 if engine.cache_dtype == "float32" else getattr(torch, self._run.config.model.dtype)
 
     def _current_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """The weights that the engine has, once more; a collective under ZeRO-3. None: those of its folder."""
@@ -111,8 +115,8 @@ class RolloutWorker:
 
     @property
     def _bucket_bytes(self) -> int:
-        rollout = self._run.config.rollout
-        return (rollout.server if rollout.engine == "server" else rollout.vllm).bucket_mb << 20
+        engine = self._run.config.engine
+        return 256 << 20 if isinstance(engine, PagedConfig) else engine.bucket_mb << 20
 
     def sync(self, policy: Policy) -> None:
         """Take the policy's weights; a collective under ZeRO-3."""
@@ -191,11 +195,11 @@ class RolloutWorker:
         self._run.progress.advance(done, decoded_tokens=decoded_tokens)
 
 
-def _sharing_ranks(rollout: RolloutConfig, world: int) -> dist.ProcessGroup | None:
+def _sharing_ranks(engine: EngineConfig, world: int) -> dist.ProcessGroup | None:
     """The ranks that share this rank's engine, which are neighbours; None where each has its own."""
-    size = rollout.vllm.tensor_parallel
-    if rollout.engine != "vllm" or rollout.vllm.placement != "colocated" or size == 1:
+    if not isinstance(engine, VLLMConfig) or engine.placement != "colocated" or engine.tensor_parallel == 1:
         return None
+    size = engine.tensor_parallel
     groups = [list(range(first, first + size)) for first in range(0, world, size)]
     mine: dist.ProcessGroup = dist.new_subgroups_by_enumeration(groups, backend="gloo")[0]
     return mine

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from threading import Thread
 
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.data.questions import Question
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.interrupt import StopRequested
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 
 

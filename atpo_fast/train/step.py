@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from atpo_fast.common.errors import MismatchError
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.policy.opened_rows.prefix import RowPrefix, walk
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.deepspeed_setup import device_of, gradient_norm
-from atpo_fast.train.optimizer import GradientWatch
+from atpo_fast.train.zero import GradientWatch, device_of, gradient_norm
 
 MAX_METRICS = ("ratio_max",)
 
@@ -65,10 +65,6 @@ class MetricMean:
         for name, value in zip(names, sums[:-1].tolist(), strict=True):
             out[name] = value / max(self._steps, 1) if name == "loss" else value / tokens
         return out | dict(zip(peaks, maxima.tolist(), strict=True))
-
-
-class MismatchError(RuntimeError):
-    """The inference engine and the trainer do not compute the same log-probs; the message says what to check."""
 
 
 class Mismatch:

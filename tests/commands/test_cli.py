@@ -16,8 +16,7 @@ import pytest
 
 from atpo_fast.commands import launcher
 from atpo_fast.commands.doctor import Environment, Requirement, find_problems, inspect_environment, render
-from atpo_fast.config.load import ConfigError, load_config
-from atpo_fast.config.schema import Config
+from atpo_fast.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "configs/quickstart.yaml"
@@ -42,14 +41,14 @@ def test_help_lists_every_verb_and_each_has_an_example():
     # Fails if a verb has no help of its own or an example that does not start with it.
     listed = run_cli("--help")
     assert listed.returncode == 0
-    for verb in ("sft", "train", "eval", "rollout", "report", "retriever", "export", "env"):
+    for verb in ("cold-start", "train", "eval", "rollout", "report", "retriever", "export", "env"):
         assert re.search(rf"\n    {verb}\s", listed.stdout)
         alone = run_cli(verb, "--help")
         assert alone.returncode == 0
         assert f"example: atpo-fast {verb}" in alone.stdout
 
 
-@pytest.mark.parametrize("verb", ["train", "sft"])
+@pytest.mark.parametrize("verb", ["train", "cold-start", "sft"])  # the last is an old spelling
 def test_dry_run_prints_what_would_run_and_starts_nothing(verb, tmp_path):
     # Fails if overrides behind an option are lost, or if the run folder is touched.
     overrides = [f"run_dir={tmp_path / 'run'}", "train.questions_per_step=64", "train.questions_per_minibatch=8"]
@@ -82,7 +81,7 @@ def test_dry_run_and_help_do_not_import_torch():
     [
         (["train", "--config", QUICKSTART, "rollout.temprature=1"], "did you mean rollout.temperature?"),
         (["eval", "--config", QUICKSTART, "train.steps=0"], "train.steps=0"),
-        (["sft", "--config", "configs/none.yaml"], "configs/none.yaml"),
+        (["cold-start", "--config", "configs/none.yaml"], "configs/none.yaml"),
         (["train", "--config", QUICKSTART, "deepspeed=none.json"], "deepspeed=none.json"),
         (["train"], "--config"),
         (["train", "--config", QUICKSTART, "--steps", "3"], "--steps"),

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from atpo_fast.commands.cli import main
-from atpo_fast.config.load import load_config
+from atpo_fast.config import load_config
 from atpo_fast.policy import build_model, load_model
 from atpo_fast.report import build_report
 from atpo_fast.task import load_task
@@ -207,7 +207,7 @@ def test_servers_write_the_same_trees_and_their_faults_stop_the_job(
     path = tmp_path / "trees.jsonl"
     with CompletionsServer(lambda: load_model(tiny["model"], torch.float32), tiny["tokenizer"]) as server:
         server.fault = lambda number: "500" if number > 30 else None
-        options = ["rollout.engine=server", f"rollout.server.urls=[{server.url}]", "rollout.server.retries=1"]
+        options = ["engine.name=server", f"engine.urls=[{server.url}]", "engine.retries=1"]
         output = run(tiny, "--questions", "10", "--out", str(path), *options, code=1)
         held = len(read_forest(path))
         assert 0 < held < 10 and f"{held} of 10 questions are in {path}; the same command continues" in output
@@ -225,7 +225,8 @@ def test_servers_write_the_same_trees_and_their_faults_stop_the_job(
         (["--out", "trees.csv"], "must end in .jsonl or .parquet"),
         (["--questions", "none"], "must be a number of questions or all"),
         (["--split", "dev"], "invalid choice"),
-        (["rollout.engine=server"], "needs rollout.server.urls"),
+        (["--split", "test"], "the split test is now called eval"),
+        (["engine.name=server"], "needs engine.urls"),
     ],
 )
 def test_bad_input(tiny: dict[str, Any], arguments: list[str], words: str) -> None:

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from atpo_fast.config import (
+    Config,
+    ConfigError,
+    PagedConfig,
+    RolloutConfig,
+    ServerConfig,
+    VLLMConfig,
+    dump_config,
+    load_config,
+    read_deepspeed,
+    save_config,
+)
 from atpo_fast.config.arithmetic import batch_arithmetic, longest_path, minibatches_per_step
-from atpo_fast.config.load import ConfigError, dump_config, load_config, read_deepspeed, save_config
-from atpo_fast.config.schema import Config, RolloutConfig
-from atpo_fast.train.deepspeed_setup import OWNED_KEYS
+from atpo_fast.config.names import KEYS
+from atpo_fast.config.renamed import OLD_SECTIONS, RENAMED
+from atpo_fast.train.zero import OWNED_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -90,7 +103,7 @@ def test_an_empty_section_keeps_its_defaults(write):
     [
         ("rollout.temprature=1", "unknown key rollout.temprature: did you mean rollout.temperature?"),
         ("temperature=1", "unknown key temperature: did you mean rollout.temperature?"),  # the section forgotten
-        ("lr=1", "unknown key lr: did you mean optim.lr or sft.lr?"),  # two candidates: both named
+        ("lr=1", "unknown key lr: did you mean optim.lr or cold_start.lr?"),  # two candidates: both named
         ("trian.steps=1", "unknown key trian.steps: did you mean train.steps"),  # the section misspelt
         ("seed.x=1", "unknown key seed.x: seed is a value, not a section"),
         ("train=5", "train is a section"),
@@ -210,7 +223,7 @@ def test_the_published_hyper_parameters(monkeypatch):
     assert (train.questions_per_step, train.questions_per_minibatch) == (64, 8)
     assert (train.eval_every, train.save_every, config.ranks) == (20, 50, 8)
     assert (optim.lr, optim.weight_decay, optim.grad_clip, optim.warmup_steps) == (1e-6, 0.01, 1.0, 0)
-    assert (tools.names, tools.call_limit, tools.retries, tools.workers) == (["search", "python"], 6, 3, 32)
+    assert (tools.builtin, tools.call_limit, tools.retries, tools.calls_per_tool) == (["search", "python"], 6, 3, 32)
     assert (tools.timeout_seconds, tools.top_k, tools.passage_chars) == (120, 3, 1000)
     objective = config.objective
     assert (objective.clip_low, objective.clip_high, objective.aggregation) == (3e-3, 4e-3, "seq-mean-token-mean")
@@ -262,8 +275,8 @@ def test_warns_of_a_path_that_fits_no_model(monkeypatch):
 
 def test_a_row_that_cannot_hold_a_path_is_refused():
     # Fails if such a run starts and dies in packing, after its first rollout.
-    with pytest.raises(ConfigError, match=r"train.max_tokens=8191.* 8192"):
-        load_config(None, ["train.max_tokens=8191", "train.prefix_memory_gb=0"])
+    with pytest.raises(ConfigError, match=r"train.row_tokens=8191.* 8192"):
+        load_config(None, ["train.row_tokens=8191", "train.prefix_memory_gb=0"])
 
 
 @pytest.mark.parametrize(
@@ -271,7 +284,7 @@ def test_a_row_that_cannot_hold_a_path_is_refused():
     [
         (["objective.importance_cap=2", "train.old_logprobs=rollout"], "train.old_logprobs=recompute"),
         (["train.max_staleness=1"], "objective.importance_cap"),
-        (["train.max_staleness=1", "train.old_logprobs=rollout", "rollout.engine=vllm"], "rollout.vllm.sleep=off"),
+        (["train.max_staleness=1", "train.old_logprobs=rollout", "engine.name=vllm"], "engine.sleep=off"),
     ],
 )
 def test_importance_weights_go_with_recomputed_log_probs(overrides, named):
@@ -299,14 +312,112 @@ def test_a_missing_or_broken_deepspeed_file_is_named(tmp_path):
 
 def test_every_field_is_documented():
     # Fails if a field is added without its docstring, which `--help` readers and the README rely on.
-    for section in fields(Config):
-        inner = type(getattr(Config(), section.name))
-        if hasattr(inner, "__dataclass_fields__"):
-            for name, info in inner.__pydantic_fields__.items():
-                assert info.description, f"{section.name}.{name}"
+    sections = {type(getattr(Config(), section.name)) for section in fields(Config)}
+    for inner in (*sections, PagedConfig, VLLMConfig, ServerConfig):
+        for name, info in getattr(inner, "__pydantic_fields__", {}).items():
+            assert info.description, f"{inner.__name__}.{name}"
 
 
 def test_dump_is_whole():
     # Fails if the resolved configuration leaves out defaults.
     text = dump_config(Config())
     assert "betas:" in text and "branch_penalty: 0.05" in text
+
+
+# --- the engine --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", list(permutations(["engine.name=vllm", "engine.sleep=off", "engine.gpus=[]"])))
+def test_options_of_an_engine_in_any_order(overrides):
+    # Fails if the kind has to be chosen before its options are given.
+    engine = load_config(None, overrides).engine
+    assert isinstance(engine, VLLMConfig) and engine.sleep == "off"
+
+
+def test_a_file_without_a_name_is_for_the_engine_that_is_chosen(write):
+    # Fails if options of the default engine need its name, or a file cannot leave the choice to the command line.
+    assert load_config(write("engine: {cache_tokens: 100}\n")).engine == PagedConfig(cache_tokens=100)
+    config = load_config(write("engine: {sleep: drop}\n"), ["engine.name=vllm"])
+    assert isinstance(config.engine, VLLMConfig) and config.engine.sleep == "drop"
+
+
+def test_another_engine_takes_the_place_of_the_files(write):
+    # Fails if the resolved configuration of one run cannot be used with another engine: it names every option.
+    path = write(dump_config(Config(engine={"name": "vllm", "sleep": "drop"})))
+    config = load_config(path, ["engine.urls=[http://a]", "engine.name=server"])
+    assert isinstance(config.engine, ServerConfig) and config.engine.urls == ["http://a"]
+    assert load_config(path, ["engine.name=vllm"]).engine.sleep == "drop"  # the same engine keeps the file's options
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "parts"),
+    [
+        (
+            "seed: 1\n",
+            ["engine.gpus=[0]"],
+            ["override engine.gpus", "belongs to engine.name=vllm", "is paged"],
+        ),
+        (
+            "engine: {name: vllm, urls: [a]}\n",
+            [],
+            ["run.yaml:1", "belongs to engine.name=server", "is vllm"],
+        ),
+        ("engine:\n  name: paged\n  retries: 3\n", [], ["run.yaml:3", "engine.retries", "engine.name=server"]),
+        ("seed: 1\n", ["engine.bucket_mb=3"], ["engine.name=vllm or engine.name=server", "engine.name is paged"]),
+        ("engine: {name: fast}\n", [], ["run.yaml:1", "engine.name='fast'", "must be one of paged, vllm, server"]),
+        ("engine: {name: [vllm]}\n", [], ["run.yaml:1", "must be one of paged, vllm, server"]),
+        ("engine: {name: transformers}\n", [], ["transformers is now called paged"]),
+        ("engine:\n  name: vllm\n  sleep: never\n", [], ["run.yaml:3", "engine.sleep='never'", "'host'"]),
+        ("engine: {name: vllm, gpus: [0]}\n", [], ["run.yaml:1", "engine.gpus=[0]", "valid string"]),
+        ("engine: {name: vllm, gpus: ['0']}\n", [], ["engine.placement=own_gpus"]),
+        ("engine: {name: server}\n", [], ["needs engine.urls"]),
+        ("engine: {name: vllm, gpu: 1}\n", [], ["unknown key engine.gpu: did you mean engine.gpus?"]),
+        ("engine: paged\n", [], ["engine is a section"]),
+    ],
+)
+def test_options_of_an_engine_that_is_not_chosen_are_refused(write, text, overrides, parts):
+    # Fails if they pass in silence, or the message says neither where they are given nor to which engine they belong.
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(text), overrides)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", [{"name": "paged"}, {"name": "vllm"}, {"name": "server", "urls": ["http://a"]}])
+def test_the_dump_has_the_chosen_engine_only(engine, write):
+    # Fails if options that do nothing are written into a run's configuration, or are read back as an error.
+    config = Config(engine=engine)
+    text = dump_config(config)
+    assert ("gpus" in text, "urls" in text) == (engine["name"] == "vllm", engine["name"] == "server")
+    assert load_config(write(text)) == config
+
+
+# --- renamed keys ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", sorted(RENAMED))
+def test_an_old_key_names_the_new_one(old, write):
+    # Fails if an old file gets a guess in place of the new name, or a name that does not exist.
+    key = f"{old}.steps" if old == "sft" else f"{old}.sleep" if old in OLD_SECTIONS else old
+    new = RENAMED[old] + key.removeprefix(old)
+    assert new in KEYS
+    *sections, last = key.split(".")
+    text = "".join(f"{'  ' * depth}{section}:\n" for depth, section in enumerate(sections))
+    for where, load in (
+        (f"run.yaml:{len(sections) + 1}", lambda: load_config(write(f"{text}{'  ' * len(sections)}{last}: 5\n"))),
+        (f"override {key}=5", lambda: load_config(None, [f"{key}=5"])),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load()
+        assert f"{where}: {key} is now {new}" in str(caught.value)
+
+
+def test_old_engines_and_whole_old_sections(write):
+    # Fails if the user of an old file finds out in three steps what one line could say.
+    with pytest.raises(ConfigError, match=r"engine\.name, and its value transformers is now paged"):
+        load_config(None, ["rollout.engine=transformers"])
+    with pytest.raises(ConfigError, match=r"is now engine\.gpus, together with engine\.name=vllm"):
+        load_config(None, ["rollout.vllm={gpus: [a]}"])
+    for text in ("sft:\n", "sft: 3\n", "sft: {}\n"):  # no key of it to name
+        with pytest.raises(ConfigError, match=r"run\.yaml:1: sft is now cold_start"):
+            load_config(write(text))

@@ -13,11 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from atpo_fast.config.schema import Config, DataConfig, ModelConfig
+from atpo_fast.common.errors import DataError
+from atpo_fast.config import Config, DataConfig, ModelConfig
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt, prompt_text
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import read_passages, read_questions
-from atpo_fast.data.records import DataError
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.task.task import load_task, normalise_question
@@ -220,7 +220,7 @@ def _config(root: Path, **data: Any) -> Config:
 
 
 def test_task_of_files(write: Callable[[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fails when test questions stay in training, paragraphs repeat, or limits cut before the overlap is dropped.
+    # Fails when evaluation questions stay in training, paragraphs repeat, or limits cut before the overlap is dropped.
     monkeypatch.delenv("ATPO_DATA", raising=False)
     leaked = {"question": "WHEN", "answer": "1901"}
     write("train.jsonl", [leaked, HOTPOT, MUSIQUE])
@@ -231,14 +231,14 @@ def test_task_of_files(write: Callable[[str, Any], Path], tmp_path: Path, monkey
         "corpus_files": ["train.jsonl", "train.jsonl"],
     }
     task = load_task(_config(tmp_path, **files, max_train_questions=1))
-    assert [q.id for q in task.train] == ["h1"] and [q.id for q in task.test] == ["test_0"]
+    assert [q.id for q in task.train] == ["h1"] and [q.id for q in task.eval] == ["test_0"]
     assert [(p.title, p.text) for p in task.passages] == [("A", "One. Two."), ("B", "Three."), ("C", "Four.")]
-    assert task.notes["dropped_train_test_overlap"] == 1.0
+    assert task.notes["dropped_train_eval_overlap"] == 1.0
     assert (
         task.notes["dropped_duplicate_passages"] == 3.0
     )  # the second reading; A of MuSiQue is dropped in its own file
     assert task.demonstrations == []
-    assert task.tokenizer.decode(task.encode_prompt(task.test[0])).endswith("\nuser\nWhen?\n")
+    assert task.tokenizer.decode(task.encode_prompt(task.eval[0])).endswith("\nuser\nWhen?\n")
     with pytest.raises(ValueError, match=r"'h1'.*data\.max_prompt_tokens=5"):
         load_task(_config(tmp_path, **files, max_prompt_tokens=5))
     with pytest.raises(DataError, match=r"train_files or data\.eval_files"):
@@ -301,7 +301,7 @@ def test_documented_overlap_is_found() -> None:
     task = load_task(Config(data=DataConfig(**files, prompt="short"), model=ModelConfig(vocab_size=512)))
     documented = json.loads((Path(str(REAL)) / "train/OVERLAP_WITH_TESTS.json").read_text())
     rows = documented["files"]["train/arpo_hard_search_1k.parquet"]["overlap"]["hotpotqa_dev7405"]
-    assert task.notes["dropped_train_test_overlap"] == len(rows)
+    assert task.notes["dropped_train_eval_overlap"] == len(rows)
 
 
 # Fails when the prompt or an observation becomes an action (trained on), or the end of sequence is not taught.

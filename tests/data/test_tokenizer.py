@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from atpo_fast.config.schema import WorldConfig
+from atpo_fast.config import WorldConfig
 from atpo_fast.data.tokenizers import TAGS, load_tokenizer, train_bpe
 from atpo_fast.environment.search import BM25Search
 from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result

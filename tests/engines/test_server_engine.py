@@ -19,8 +19,7 @@ from fastapi.responses import JSONResponse
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from atpo_fast.config.load import load_config
-from atpo_fast.config.schema import RolloutConfig, ServerConfig, ToolsConfig
+from atpo_fast.config import Config, RolloutConfig, ServerConfig, ToolsConfig, load_config
 from atpo_fast.engines.base import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged.engine import TransformersEngine
 from atpo_fast.engines.server.engine import ServerEngine
@@ -376,7 +375,7 @@ def _wait(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("500", r"failed 3 times \(rollout.server.retries\); last, http://127.0.0.1:\d+: HTTP 500 .*out of order"),
+        ("500", r"failed 3 times \(engine.retries\); last, http://127.0.0.1:\d+: HTTP 500 .*out of order"),
         ("garbage", "an answer that is not JSON: '<html>bad gateway</html>'"),
         ("cut", "failed 3 times"),
         ("slow", r"no answer within 0.2 s"),
@@ -402,9 +401,9 @@ def test_nobody_there(folder: Path, serve, connect) -> None:
     # Fails if a mistyped address hangs for ever, or the message does not name it.
     server = serve()
     server.kill()
-    with pytest.raises(ServerError, match=rf"no server was up for 0.2 s .*{server.url}.*Check rollout.server.urls"):
+    with pytest.raises(ServerError, match=rf"no server was up for 0.2 s .*{server.url}.*Check engine.urls"):
         connect(server.url, patience_seconds=0.2)
-    with pytest.raises(ServerError, match=r"does not serve rollout\.server\.model='big', but"):
+    with pytest.raises(ServerError, match=r"does not serve engine\.model='big', but"):
         connect(serve(), model="big")
 
 
@@ -480,7 +479,7 @@ def test_servers_take_new_weights(serve, folder: Path, tmp_path: Path, tied: boo
 def test_weights_that_cannot_be_given(serve, connect, folder: Path, tmp_path: Path) -> None:
     # Fails if training goes on with servers that have kept old weights.
     model = make_model(1)
-    with pytest.raises(ValueError, match=r"without rollout\.server\.weights_dir"):
+    with pytest.raises(ValueError, match=r"without engine\.weights_dir"):
         connect(serve()).update_weights(model.named_parameters())
     with pytest.raises(ServerError, match="VLLM_SERVER_DEV_MODE=1"):
         connect(serve(dev_mode=False), weights_dir=str(tmp_path / "a"))
@@ -536,16 +535,17 @@ def test_sleep_and_cache(serve, connect, caplog: pytest.LogCaptureFixture) -> No
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "needs rollout.server.urls"),
-        ({"server": {"urls": ["node7:8000"]}}, "does not begin with http"),
-        ({"server": {"urls": ["http://a", "http://a"]}}, "twice"),
-        ({"server": {"urls": ["http://a"]}, "top_p": 0.9}, "top_p=1 and top_k=0"),
+        ({}, "needs engine.urls"),
+        ({"urls": ["node7:8000"]}, "does not begin with http"),
+        ({"urls": ["http://a", "http://a"]}, "twice"),
+        ({"urls": ["http://a"], "top_p": 0.9}, "top_p=1 and rollout.top_k=0"),
     ],
 )
 def test_configurations_that_cannot_work(settings: dict[str, Any], words: str) -> None:
     # Fails if they are found out only after the cold start.
+    rollout = {"top_p": settings.pop("top_p", 1.0)}
     with pytest.raises(ValueError, match=words):
-        RolloutConfig(engine="server", **settings)
+        Config(engine={"name": "server", **settings}, rollout=rollout)
 
 
 def test_the_key_comes_from_the_environment(serve, connect, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -575,8 +575,8 @@ def test_two_ranks_train_with_servers(tmp_path: Path) -> None:
         return load_model(tmp_path / "other", torch.float32)  # the trainer's weights are given to it
 
     with CompletionsServer(served, tokenizer) as one, CompletionsServer(served, tokenizer) as two:
-        options = ["rollout.engine=server", f"rollout.server.urls=[{one.url}, {two.url}]"]
-        options += [f"rollout.server.weights_dir={tmp_path / 'shared'}", f"model.path={tmp_path / 'model'}"]
+        options = ["engine.name=server", f"engine.urls=[{one.url}, {two.url}]"]
+        options += [f"engine.weights_dir={tmp_path / 'shared'}", f"model.path={tmp_path / 'model'}"]
         run(tmp_path / "tiny.yaml", "train.steps=2", "rollout.initial_chains=4", *options)
         assert one.bodies and two.bodies
     steps = records(tmp_path / "run", "train")

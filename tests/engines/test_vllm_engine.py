@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from atpo_fast.config.schema import VLLMConfig
+from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.base import Completion, EngineCounters, SamplingParams
 from atpo_fast.engines.paged.engine import TransformersEngine
 from atpo_fast.engines.sampling import SamplingTable, truncate

@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from atpo_fast.config.schema import VLLMConfig
+from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.vllm import engine as vllm_engine
 from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.engines.vllm.start import llm_options, start_llm

@@ -14,7 +14,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import Qwen3Config
 
-from atpo_fast.config.schema import VLLMConfig
+from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.vllm import start as vllm_start
 from atpo_fast.engines.vllm import transfer as vllm_transfer
 from atpo_fast.engines.vllm.transfer import NCCLTransfer

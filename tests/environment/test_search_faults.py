@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.environment import HTTPSearch, ToolBox, ToolCall
 from atpo_fast.rollout.turn_loop import TurnLoop
 from tests.helpers.scripted_engine import TOKENIZER, ScriptedEngine, prompts, questions, search_then_answer

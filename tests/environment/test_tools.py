@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment import (
     CALL_LIMIT_NOTICE,
@@ -326,7 +326,7 @@ def test_http_server_that_is_not_there() -> None:
 
 
 def test_make_toolbox() -> None:
-    config = ToolsConfig(names=["search", "python"], top_k=1)
+    config = ToolsConfig(builtin=["search", "python"], top_k=1)
     toolbox = make_toolbox(config, PASSAGES)
     assert toolbox.names == ("search", "python")
     results = toolbox.run([ToolCall("search", "r1 e5"), ToolCall("python", "6 * 7")])

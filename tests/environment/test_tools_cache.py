@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment import BM25Search, CachedTool, ResultCache, ToolBox, ToolCall, make_toolbox
 from atpo_fast.environment.result_cache import read_published_cache

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from atpo_fast.config.schema import RewardConfig, RolloutConfig, ToolsConfig
+from atpo_fast.config import RewardConfig, RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment import escape_tags, format_result, parse_call, unescape_tags

@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, Field
 
-from atpo_fast.config.load import load_config
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.config import ToolsConfig, load_config
 from atpo_fast.environment import FunctionTool, ToolBox, ToolCall, make_toolbox
 from atpo_fast.environment.function_tool import load_tool
 
@@ -267,7 +266,7 @@ def test_functions_from_yaml(module: str, tmp_path: Path) -> None:
 )
 def test_bad_paths(module: str, path: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_toolbox(ToolsConfig(names=[], functions=[path]), [])
+        make_toolbox(ToolsConfig(builtin=[], functions=[path]), [])
 
 
 def test_attributes_of_classes(module: str) -> None:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from atpo_fast.config.load import ConfigError, load_config
-from atpo_fast.config.schema import MCPServerConfig, ToolsConfig
+from atpo_fast.config import ConfigError, MCPServerConfig, ToolsConfig, load_config
 from atpo_fast.environment import ToolBox, ToolCall, make_toolbox
 from atpo_fast.environment.mcp_tools import MCPServer
 
@@ -137,7 +136,7 @@ def test_over_http() -> None:
 
 def test_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(f"tools:\n  names: []\n  mcp:\n    - command: {COMMAND}\n      tools: [shout, process.id]\n")
+    path.write_text(f"tools:\n  builtin: []\n  mcp:\n    - command: {COMMAND}\n      tools: [shout, process.id]\n")
     config = load_config(path).tools
     assert config.mcp == [MCPServerConfig(command=COMMAND, tools=["shout", "process.id"])]
     with make_toolbox(config, []) as toolbox:
@@ -153,7 +152,7 @@ def test_a_server_is_closed_when_another_tool_cannot_be_made() -> None:
     before = set(os.listdir("/proc"))
     twice = MCPServerConfig(command=COMMAND, tools=["add"])
     with pytest.raises(ValueError, match="two tools are called 'add'"):
-        make_toolbox(ToolsConfig(names=[], mcp=[twice, twice]), [])
+        make_toolbox(ToolsConfig(builtin=[], mcp=[twice, twice]), [])
     started = [p for p in set(os.listdir("/proc")) - before if p.isdigit() and alive(int(p))]
     servers = []
     for process in started:

@@ -21,9 +21,8 @@ from atpo_fast.packing import depth_first, spread_rows
 from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.deepspeed_setup import join_process_group
-from atpo_fast.train.optimizer import GradientWatch, GuardedAdamW
 from atpo_fast.train.step import accumulate
+from atpo_fast.train.zero import GradientWatch, GuardedAdamW, join_process_group
 from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
 
 VOCAB = 64

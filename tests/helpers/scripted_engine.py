@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Completion, Engine, EngineCounters, Request, TurnKey
 from atpo_fast.environment import CALL_LIMIT_NOTICE, ToolBox
@@ -116,11 +116,18 @@ def prompts(asked: Sequence[Question]) -> list[list[int]]:
 
 
 def make_loop(
-    engine: Any, tool: Callable[[str], str] | None = None, *, limit: int = 6, result_tokens: int = 64, **rollout: Any
+    engine: Any,
+    tool: Callable[[str], str] | None = None,
+    *,
+    limit: int = 6,
+    result_tokens: int = 64,
+    cache_tokens: int = 262144,
+    **rollout: Any,
 ) -> TurnLoop:
     config = RolloutConfig(**({"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2} | rollout))
     toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=5.0)
-    return TurnLoop(engine, TOKENIZER, toolbox, config, ToolsConfig(call_limit=limit, max_result_tokens=result_tokens))
+    tools = ToolsConfig(call_limit=limit, max_result_tokens=result_tokens)
+    return TurnLoop(engine, TOKENIZER, toolbox, config, tools, cache_tokens=cache_tokens)
 
 
 def search_then_answer(prompt: str, request: Request) -> str:

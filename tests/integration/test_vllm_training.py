@@ -22,15 +22,15 @@ BLOCK = 32
 SHORT = (
     "device=cpu",
     "ranks=2",
-    "rollout.engine=vllm",
-    "rollout.cache_tokens=32768",
-    "sft.steps=40",
+    "engine.name=vllm",
+    "engine.cache_tokens=32768",
+    "cold_start.steps=40",
     "train.steps=2",
     "train.questions_per_step=8",
     "train.questions_per_minibatch=4",
     "train.save_every=1",
     "train.save_trees=8",
-    "world.test_questions=12",
+    "world.eval_questions=12",
     "logging.progress=plain",
 )
 
@@ -83,7 +83,7 @@ def test_the_quickstart_world_trains_with_vllm(run: Path) -> None:
 # One engine over both ranks samples what one engine for each samples. Fails if the leader's trees go to the wrong rank,
 # their tokens are counted twice, or a part of the engine gets another part's weights.
 def test_an_engine_spread_over_two_ranks(run: Path, tmp_path: Path) -> None:
-    train(tmp_path, "rollout.vllm.tensor_parallel=2", f"model.path={run / 'cold_start'}")
+    train(tmp_path, "engine.tensor_parallel=2", f"model.path={run / 'cold_start'}")
     assert sorted(steps(tmp_path)) == [1, 2]
     for step, metrics in steps(tmp_path).items():
         assert metrics["rollout/logprob_gap"] <= 1e-4, step

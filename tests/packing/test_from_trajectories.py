@@ -224,7 +224,7 @@ def test_rollout_logprobs() -> None:
                 "loss_mask": [[0, 1, 1], [0] + [1] * 29],
                 "old_logprobs": [[0.0] * 2, [0.0] * 29],
             },
-            r"30 tokens \(1 of the prompt \+ 29 of the response\).*train.max_tokens",
+            r"30 tokens \(1 of the prompt \+ 29 of the response\).*train.row_tokens",
         ),
     ],
 )

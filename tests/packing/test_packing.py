@@ -201,7 +201,7 @@ def test_local_denominator(aggregation: str, level: str) -> None:
 
 
 def test_path_longer_than_a_row() -> None:
-    with pytest.raises(ValueError, match=r"0 \('q'\).*turn 3 has 6 tokens \(2 of the prompt \+ 4.*train.max_tokens"):
+    with pytest.raises(ValueError, match=r"0 \('q'\).*turn 3 has 6 tokens \(2 of the prompt \+ 4.*train.row_tokens"):
         pack_trees([forked()], TURN, 5)
 
 

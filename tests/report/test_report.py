@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atpo_fast.config.load import save_config
-from atpo_fast.config.schema import Config
+from atpo_fast.config import Config, save_config
 from atpo_fast.report import build_report
 from atpo_fast.report.build import embeddable_json
 from atpo_fast.telemetry import RunLogger
@@ -59,7 +58,7 @@ def make_tree(name: str) -> TurnTree:
 def write_run(folder: Path) -> None:
     """A complete run of ten steps."""
     logger = RunLogger(folder, Config())
-    logger.log("sft", 1, {"sft/loss": 2.5})
+    logger.log("cold_start", 1, {"cold_start/loss": 2.5})
     logger.log("eval", 0, {"eval/em": 0.25, "eval/questions": 200})
     for step in range(1, 11):
         times = {"time/rollout": 3.0, "time/rollout/generate": 2.0, "time/eval": 1.0, "time/eval/rollout": 0.5}
@@ -141,7 +140,7 @@ def test_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
         file.write('{"phase": "tr')
     data = data_of(build_report(tmp_path))
     told = " ".join(data["missing"])
-    for gap in ("sft", "evaluation", "summary.json", "config.yaml", "trees.jsonl"):
+    for gap in ("cold start", "evaluation", "summary.json", "config.yaml", "trees.jsonl"):
         assert gap in told
     assert data["headline"]["final_em"] is None and data["trees"] == []
     assert chart_of(data, "Reward of sampled trajectories") == {"reward": [[1, 0.5]]}

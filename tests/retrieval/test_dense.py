@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.config import ToolsConfig
 from atpo_fast.environment import ToolCall, make_toolbox
 from atpo_fast.retrieval import DenseSettings, IndexMismatchError, build_index, dense, open_index
 from atpo_fast.retrieval.encoder import Encoder

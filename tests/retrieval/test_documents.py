@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.common.errors import DataError
+from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.data.readers import read_passages
-from atpo_fast.data.records import DataError
 from atpo_fast.environment import BM25Search, ToolCall, make_toolbox
 from atpo_fast.retrieval import BM25Settings, IndexMismatchError, Retriever, build_index, manifest, open_index
 from tests.helpers.retrieval_cases import random_queries, random_rows, write_corpus

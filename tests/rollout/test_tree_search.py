@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.engines.base import Completion, Request, TurnKey
 from atpo_fast.engines.paged.engine import TransformersEngine
 from atpo_fast.environment import CALL_LIMIT_NOTICE, ToolBox, format_result
@@ -373,11 +373,12 @@ def real_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).double().eval()  # float64: a batch's size cannot flip a sample
 
 
-def real_loop(**rollout: Any) -> TurnLoop:
+def real_loop(*, cache_tokens: int = 262144, **rollout: Any) -> TurnLoop:
     settings = {"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2, "max_response_tokens": 120}
     config = RolloutConfig(**(settings | rollout))
-    engine = RecordingEngine(real_model(), SMALL, cache_tokens=config.cache_tokens)
-    return TurnLoop(engine, SMALL, ToolBox([Search()], retries=0), config, ToolsConfig(call_limit=3))
+    engine = RecordingEngine(real_model(), SMALL, cache_tokens=cache_tokens)
+    tools = ToolsConfig(call_limit=3)
+    return TurnLoop(engine, SMALL, ToolBox([Search()], retries=0), config, tools, cache_tokens=cache_tokens)
 
 
 def real_prompts(count: int) -> list[list[int]]:

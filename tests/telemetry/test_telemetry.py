@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from atpo_fast.common.jsonl import append_records, read_records
-from atpo_fast.config.schema import Config, LoggingConfig
+from atpo_fast.config import Config, LoggingConfig
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger, read_metrics
 
 
@@ -60,7 +60,7 @@ def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     # fails if lines wait in a buffer: a killed run would lose them
     logger = RunLogger(tmp_path, Config())
     for step in range(3):
-        logger.log("sft", step, {"sft/loss": 1.0})
+        logger.log("cold_start", step, {"cold_start/loss": 1.0})
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step + 1
 
 
@@ -108,16 +108,16 @@ def test_truncation_drops_later_steps_of_the_resumed_phases(tmp_path: Path) -> N
     # fails if a resumed step appears twice, or if cold start records (their own steps) are dropped with it
     logger = RunLogger(tmp_path, Config())
     logger.truncate_after(0)  # nothing written yet: no file, no error
-    logger.log("sft", 300, {})
+    logger.log("cold_start", 300, {})
     for step in range(1, 6):
         logger.log("train", step, {})
         logger.log("eval", step, {})
         append_records(tmp_path / "trees.jsonl", [{"step": step, "turns": []}])
     logger.truncate_after(3)
     kept = [(r["phase"], r["step"]) for r in read_metrics(tmp_path / "metrics.jsonl")]
-    assert kept == [("sft", 300)] + [(phase, step) for step in (1, 2, 3) for phase in ("train", "eval")]
+    assert kept == [("cold_start", 300)] + [(phase, step) for step in (1, 2, 3) for phase in ("train", "eval")]
     assert [r["step"] for r in read_records(tmp_path / "trees.jsonl")] == [1, 2, 3]
-    logger.truncate_after(-1, ("sft", "train", "eval"))
+    logger.truncate_after(-1, ("cold_start", "train", "eval"))
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
@@ -136,10 +136,10 @@ def test_full_disk_warns_once_and_leaves_whole_lines(tmp_path: Path, capsys: pyt
 
 
 def test_tensorboard_events_hold_the_scalars(tmp_path: Path) -> None:
-    # fails if phases share one event stream: step 1 of sft and of train would overwrite each other
+    # fails if phases share one event stream: step 1 of the cold start and of train would overwrite each other
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = RunLogger(tmp_path, Config(logging=LoggingConfig(tensorboard=True)))
-    logger.log("sft", 1, {"sft/loss": 2.0})
+    logger.log("cold_start", 1, {"cold_start/loss": 2.0})
     logger.log("train", 1, {"reward/mean": torch.tensor(0.5), "note": "text is left out"})
     logger.close()
     events = reader.EventAccumulator(str(tmp_path / "tensorboard" / "train"))
@@ -200,7 +200,7 @@ def _use(progress: Progress) -> None:
         progress.advance(2, decoded_tokens=100, loss=0.5)
         progress.advance(4)
         progress.start_phase("update")
-        progress.step_done(1, 10, {"reward/mean": torch.tensor(0.5), "policy/clip_low": 0.1}, "train")
+        progress.step_done(1, 10, {"reward/mean": torch.tensor(0.5), "policy/clipped_low": 0.1}, "train")
         progress.message("a [message] with brackets")
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.commands.launcher import free_port
-from atpo_fast.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from atpo_fast.config import Config, ModelConfig, OptimConfig, TrainConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged import TransformersEngine
@@ -23,10 +23,10 @@ from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.deepspeed_setup import initialize, join_process_group
 from atpo_fast.train.schedule import draw_questions
 from atpo_fast.train.step import MetricMean, Mismatch, MismatchError, optimizer_step
 from atpo_fast.train.weights import whole_parameters
+from atpo_fast.train.zero import initialize, join_process_group
 
 DEEPSPEED = Path(__file__).resolve().parents[2] / "configs/deepspeed"
 VOCAB, WANTED = 12, 7

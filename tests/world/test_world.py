@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from atpo_fast.config.schema import Config, DataConfig, RewardConfig, ToolsConfig, WorldConfig
+from atpo_fast.config import Config, DataConfig, RewardConfig, ToolsConfig, WorldConfig
 from atpo_fast.environment.reward import score_trees
 from atpo_fast.environment.search import BM25Search
 from atpo_fast.task import Task, load_task
@@ -33,7 +33,7 @@ def test_answers_follow_the_facts_and_no_prefix_gives_them_away(world_config: Wo
     # Fails when relations are applied in the wrong order, or when an early stop could be right.
     world = make_world(world_config)
     texts = {passage.text for passage in world.passages}
-    for question in world.train + world.test:
+    for question in world.train + world.eval:
         asked = composition(question)
         for relation, subject, target in zip(asked.relations, asked.entities[:-1], asked.entities[1:], strict=True):
             assert f"The {relation} of {subject} is {target}." in texts
@@ -57,19 +57,19 @@ def test_train_and_test_share_no_composition_and_hops_are_balanced(task: Task) -
     def key(question):  # type: ignore[no-untyped-def]
         return tuple(question.meta["relations"]), question.meta["entities"][0]
 
-    assert not {key(q) for q in task.train} & {key(q) for q in task.test}
+    assert not {key(q) for q in task.train} & {key(q) for q in task.eval}
     assert len({key(q) for q in task.train}) == len(task.train) == 2000
-    assert len({key(q) for q in task.test}) == len(task.test) == 200
-    assert max(float(task.notes[f"test_share_{h}_hop"]) for h in (1, 2, 3)) < 0.34
+    assert len({key(q) for q in task.eval}) == len(task.eval) == 200
+    assert max(float(task.notes[f"eval_share_{h}_hop"]) for h in (1, 2, 3)) < 0.34
     assert task.notes["random_guess_rate"] == pytest.approx(1 / 60)
     assert task.notes["shared_compositions"] == 0.0
 
 
 def test_same_seed_same_world_other_seed_other_world() -> None:
     # Fails when anything is drawn from global random state.
-    small = {"entities": 12, "relations": 3, "train_questions": 60, "test_questions": 12, "demonstrations": 20}
+    small = {"entities": 12, "relations": 3, "train_questions": 60, "eval_questions": 12, "demonstrations": 20}
     first, again, other = (make_world(WorldConfig(**small, seed=seed)) for seed in (5, 5, 6))
-    assert first.train == again.train and first.test == again.test and first.passages == again.passages
+    assert first.train == again.train and first.eval == again.eval and first.passages == again.passages
     assert first.passages != other.passages
 
 
@@ -78,7 +78,7 @@ def test_same_seed_same_world_other_seed_other_world() -> None:
     [
         ({"relations": 2, "max_hops": 3}, "world.relations=2"),  # distinct relations are impossible
         ({"train_questions": 10**6}, "world.train_questions=1000000"),  # more than there are
-        ({"entities": 10, "test_questions": 10**5}, "world.test_questions=100000"),
+        ({"entities": 10, "eval_questions": 10**5}, "world.eval_questions=100000"),
     ],
 )
 def test_impossible_worlds_are_refused_in_words(changes: dict[str, int], named: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from atpo_fast.common.event_loop import EventLoopThread
-from atpo_fast.config.schema import ServerConfig
+from atpo_fast.config import ServerConfig
 from atpo_fast.engines.base import Completion, Engine, EngineCounters, Request, TurnKey
 from atpo_fast.engines.prefix_check import LiveTurns
 from atpo_fast.engines.server.pool import ReplicaPool
@@ -62,7 +62,7 @@ class ServerEngine(Engine):
     ):
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         if config.sleep and ranks > 1:
-            raise ValueError("rollout.server.sleep needs ranks=1: another rank may still be rolling out")
+            raise ValueError("engine.sleep needs ranks=1: another rank may still be rolling out")
         self.counters = EngineCounters()
         self.config = config
         self._model_config = AutoConfig.from_pretrained(folder)
@@ -190,7 +190,7 @@ class ServerEngine(Engine):
         self._require_idle()
         if self.config.weights_dir is None:
             raise ValueError(
-                "rollout.engine=server cannot take new weights without rollout.server.weights_dir: a folder that this "
+                "engine.name=server cannot take new weights without engine.weights_dir: a folder that this "
                 "machine and the servers see under the same path"
             )
         if not self._weights_awake:
@@ -268,7 +268,5 @@ def _headers(config: ServerConfig) -> dict[str, str]:
         return {}
     key = os.environ.get(config.api_key_variable)
     if not key:
-        raise ServerError(
-            f"the environment variable {config.api_key_variable} (rollout.server.api_key_variable) is empty"
-        )
+        raise ServerError(f"the environment variable {config.api_key_variable} (engine.api_key_variable) is empty")
     return {"Authorization": f"Bearer {key}"}

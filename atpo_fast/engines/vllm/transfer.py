@@ -38,7 +38,7 @@ class NCCLTransfer:
 
     def __init__(self, llm: Any, version: Version, workers: int, bucket_bytes: int):
         if version < OLDEST:
-            raise ValueError(f"rollout.vllm.placement=own_gpus needs vLLM >={OLDEST}, not {version}")
+            raise ValueError(f"engine.placement=own_gpus needs vLLM >={OLDEST}, not {version}")
         self._llm, self._bucket_bytes = llm, bucket_bytes
         self._pool = ThreadPoolExecutor(max_workers=1)  # for calls that wait for us to do our part
         group = {"master_address": "127.0.0.1", "master_port": _free_port(), "world_size": workers + 1}
