@@ -72,7 +72,7 @@ def test_commands_in_sentences_are_right(page: Path) -> None:
     if page.name == "CHANGELOG.md":
         return
     for span in spans(page):
-        words = span.split()
+        words = span.split() or [""]
         if words[0] == "make" and len(words) > 1:
             check(words)
         elif words[0] == "atpo-fast" and len(words) > 1 and words[1].isalpha() and words[1].islower():
