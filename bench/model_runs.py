@@ -132,7 +132,7 @@ def _first_update(model: Model, device: str) -> Callable[[str, Callable[[], Tens
     def first(_: str, call: Callable[[], Tensor]) -> dict[str, Any]:
         """Loss and gradient, by which layouts can be seen to do the same, and memory."""
         model.optimizer.zero_grad()
-        dropped = model.policy.dropped_tokens
+        dropped = model.policy.skipped_tokens
         loss, peak = peak_bytes(call, device)
         gradients = [p.grad for p in model.policy.parameters() if p.grad is not None]
         found = {
@@ -140,7 +140,7 @@ def _first_update(model: Model, device: str) -> Callable[[str, Callable[[], Tens
             "gradient_norm": float(torch.stack([g.double().norm() for g in gradients]).norm()),
             "peak_bytes": peak,
             "gradient_bytes": sum(g.numel() * g.element_size() for g in gradients),
-            "dropped_tokens": model.policy.dropped_tokens - dropped,
+            "dropped_tokens": model.policy.skipped_tokens - dropped,
         }
         model.optimizer.zero_grad()
         return found

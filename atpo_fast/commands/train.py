@@ -37,11 +37,10 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
 def _check(run: Run) -> None:
     """Raise ValueError, before the cold start, for what would be found out after it."""
     from atpo_fast.engines.vllm.start import check_vllm
-    from atpo_fast.objective import Objective
-    from atpo_fast.policy.opened_rows.budget import max_prefix
+    from atpo_fast.train.from_config import make_objective, max_prefix
 
     engine = run.config.engine
-    max_prefix(run.config, Objective.configured(run.config.objective, run.config.rollout.max_response_tokens))
+    max_prefix(run.config, make_objective(run.config))
     if isinstance(engine, VLLMConfig):
         check_vllm()
     if isinstance(engine, ServerConfig) and engine.weights_dir is None:

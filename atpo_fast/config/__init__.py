@@ -10,7 +10,7 @@ from atpo_fast.config.engines import EngineConfig, PagedConfig, ServerConfig, VL
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
 from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
-from atpo_fast.config.model import GradientCheckpointing, Liger, ModelConfig
+from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.schema import Config
 from atpo_fast.config.section import as_dict
@@ -25,8 +25,6 @@ __all__ = [
     "DataConfig",
     "EngineConfig",
     "EvalConfig",
-    "GradientCheckpointing",
-    "Liger",
     "LoggingConfig",
     "MCPServerConfig",
     "ModelConfig",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from atpo_fast.common.choices import CreditMethod, TurnAdvantage, TurnValue
 from atpo_fast.config.section import STRICT, as_dict
 
 
@@ -28,13 +29,13 @@ class RewardConfig:
 class CreditConfig:
     """From leaf rewards to advantages."""
 
-    method: Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"] = "at2po"
+    method: CreditMethod = "at2po"
     """Method of credit. at2po: per turn. The others: per trajectory."""
     leaf_norm: bool = True
     """Whether leaf rewards are standardised within the tree first (at2po)."""
-    value: Literal["child_softmax", "child_mean", "leaf_mean"] = "child_softmax"
+    value: TurnValue = "child_softmax"
     """Value of an inner turn (at2po)."""
-    advantage: Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"] = "node_value"
+    advantage: TurnAdvantage = "node_value"
     """Advantage of a turn (at2po)."""
     pass_at_k: int = Field(default=4, ge=1)
     """Number k of the tries of which one has to succeed (passk)."""

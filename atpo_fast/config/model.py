@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from atpo_fast.common.choices import GradientCheckpointing, Liger
 from atpo_fast.config.section import STRICT
-
-GradientCheckpointing = Literal["none", "layer", "mlp"]
-Liger = Literal["auto", "off"]
 
 
 def _checkpointing_name(value: Any) -> Any:

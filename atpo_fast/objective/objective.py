@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from atpo_fast.config import ObjectiveConfig
-from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
 
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
@@ -35,9 +34,20 @@ class Objective:
         """Whether rows have to hold trajectories whole: for ratios over trajectories, and means over rows."""
         return self.loss_config.level == "sequence" or self.denominator == "local"
 
+    @property
+    def every_token_counts(self) -> bool:
+        """Whether tokens without advantage matter too.
+
+        They do for KL and entropy terms, for `local` denominators, and for entropy-aware advantages, whose statistics
+        run over all tokens.
+        """
+        config = self.loss_config
+        terms = config.needs_reference or config.needs_entropy or self.entropy_advantage != 0
+        return terms or self.denominator == "local"
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
-        """The objective of a published method; `overrides` are fields of this class or of `LossConfig`.
+        """Make the objective of a published method; `overrides` are fields of this class or of `LossConfig`.
 
         Raises ValueError for an unknown name, naming the known ones.
         """
@@ -45,28 +55,19 @@ class Objective:
             raise ValueError(f"unknown objective {name!r}: must be one of {', '.join(PRESETS)}")
         return PRESETS[name].with_(**overrides)
 
-    @classmethod
-    def configured(cls, config: ObjectiveConfig, max_length: int) -> Objective:
-        """Return the preset that the configuration names, with its departures.
-
-        Args:
-            max_length: L_max of seq-mean-token-sum-norm, in tokens.
-        """
-        return cls.preset(config.preset, max_length=max_length, **config.departures)
-
     def with_(self, **overrides: Any) -> Objective:
-        """A copy with some fields of this class or of its `LossConfig` replaced."""
+        """Copy with some fields of this class or of its `LossConfig` replaced."""
         own = {k: v for k, v in overrides.items() if k in self.__dataclass_fields__}
         inner = {k: v for k, v in overrides.items() if k not in own}
         config = own.pop("loss_config", self.loss_config)
         return replace(self, loss_config=replace(config, **inner), **own)
 
     def loss(self, logprob: Tensor, row: PackedTrees, entropy: Tensor | None = None) -> Tensor:
-        """() loss of a row from its (A,) log-probs; losses of all rows of a batch sum to the batch loss."""
+        """Compute the () loss of a row from its (A,) log-probs; losses of all rows of a batch sum to the batch loss."""
         return self.evaluate(logprob, row, entropy).loss
 
     def evaluate(self, logprob: Tensor, row: PackedTrees, entropy: Tensor | None = None) -> TurnLoss:
-        """Loss, metrics and coefficients of a row from its (A,) log-probs and, where needed, (A,) entropies."""
+        """Compute loss, metrics and coefficients of a row from its (A,) log-probs and, where needed, (A,) entropies."""
         return turn_policy_loss(
             logprob,
             row.old_logprob,
@@ -82,12 +83,12 @@ class Objective:
 
 
 def token_weights(row: PackedTrees) -> TokenWeights:
-    """(W+, W-, W0) of a row."""
+    """Collect the (A,) weights W+, W-, W0 of a row."""
     return TokenWeights(row.weight_pos, row.weight_neg, row.weight_all)
 
 
 def leaf_paths(row: PackedTrees) -> LeafPaths:
-    """The path tables of a row."""
+    """Collect the path tables of a row."""
     return LeafPaths(row.path_offsets, row.path_turns, row.path_weight_pos, row.path_weight_neg)
 
 

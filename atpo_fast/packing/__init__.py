@@ -4,8 +4,8 @@ from atpo_fast.packing.entropy_advantage import apply_entropy_advantage
 from atpo_fast.packing.flat.batch import Trajectories
 from atpo_fast.packing.flat.trajectories import from_trajectories
 from atpo_fast.packing.pack import pack_trees, pruned_tokens
-from atpo_fast.packing.packed_trees import PackedTrees
-from atpo_fast.packing.spread import empty_row, row_cost, spread_rows
+from atpo_fast.packing.spread import row_cost, spread_rows
+from atpo_fast.tree.packed_rows import PackedTrees, empty_row
 
 __all__ = [
     "PackedTrees",

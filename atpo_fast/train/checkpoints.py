@@ -53,7 +53,7 @@ class TrainState:
             "unique_tokens": int(totals.get("unique", 0)),
             "flat_tokens": int(totals.get("flat", 0)),
             "pruned_tokens": int(totals.get("pruned", 0)),
-            "pruned_backward_tokens": int(totals.get("pruned_backward", 0)),
+            "skipped_backward_tokens": int(totals.get("skipped_backward", 0)),
             "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
         }
 

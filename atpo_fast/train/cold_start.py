@@ -20,10 +20,10 @@ from atpo_fast.common.files import replacing
 from atpo_fast.config import ColdStartConfig, OptimConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
-from atpo_fast.policy import Policy, build_model
-from atpo_fast.policy.opened_rows.budget import max_prefix
+from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
+from atpo_fast.train.from_config import build_model, max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model

@@ -8,7 +8,7 @@ the same everywhere and the denominators are global without further communicatio
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -19,21 +19,22 @@ from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
-from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
-from atpo_fast.policy.opened_rows.budget import max_prefix
+from atpo_fast.policy import score_rows
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from atpo_fast.train.evaluate import evaluate_step
+from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.rollouts import Batch, Rollouts
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions, step_seed
-from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_logprob
+from atpo_fast.train.step import optimizer_step, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
+from atpo_fast.train.update_metrics import MetricMean, Mismatch
 from atpo_fast.train.weights import load_policy
-from atpo_fast.train.zero import initialize, set_learning_rate
-from atpo_fast.tree import TurnTree
+from atpo_fast.train.zero import device_of, initialize, set_learning_rate
+from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
 
 
@@ -42,7 +43,7 @@ class Trainer:
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
-        self.objective = Objective.configured(run.config.objective, run.config.rollout.max_response_tokens)
+        self.objective = make_objective(run.config)
         self._begun = time.monotonic() - seconds
         self.policy = load_policy(run.config, start)
         self.max_prefix = max_prefix(run.config, self.objective)
@@ -119,10 +120,11 @@ class Trainer:
         if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
             self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
-            assign_credit([scored.tree for scored in forest], **self.config.credit.arguments)
-        dropped = self.policy.dropped_tokens
-        metrics, pruned = self._update(forest, batch.staleness)
-        batch.counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
+            table = as_forest([scored.tree for scored in forest])
+            assign_credit(table, **self.config.credit.arguments)
+        skipped = self.policy.skipped_tokens
+        metrics, pruned = self._update(table, batch.staleness)
+        batch.counts |= {"pruned": pruned, "skipped_backward": self.policy.skipped_tokens - skipped}
         with run.timer.phase("rollout_wait"):
             self.rollouts.join()
         self.worker.sync(self.policy)
@@ -133,17 +135,11 @@ class Trainer:
         """This rank's questions of a step."""
         return self.run.share(draw_questions(self.run.task.train, self.config, step))
 
-    def _update(self, forest: Sequence[ScoredTree], staleness: int) -> tuple[dict[str, float], int]:
-        """Optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
-        run, size = self.run, self.config.train.questions_per_minibatch
-        batches: list[tuple[list[PackedTrees], list[Pass]]] = []
-        pruned = 0
+    def _update(self, forest: Forest, staleness: int) -> tuple[dict[str, float], int]:
+        """Take the optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
+        run = self.run
         with run.timer.phase("pack"):
-            for trees in _chunks([scored.tree for scored in forest], size):
-                rows = pack_trees(trees, self.objective, self.config.train.row_tokens, max_prefix=self.max_prefix)
-                pruned += pruned_tokens(trees, rows)
-                spread = spread_rows(rows, run.world) if rows else [[]] * run.world
-                batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
+            batches, pruned = self._pack(forest)
         with run.timer.phase("logprob"):
             batches = [
                 (self._prepare(rows, on_policy=i == staleness == 0), passes) for i, (rows, passes) in enumerate(batches)
@@ -164,8 +160,20 @@ class Trainer:
             policy |= {"rollout/mismatch_kl": mismatch.kl, "rollout/logprob_gap": mismatch.gap}
         return policy, pruned
 
+    def _pack(self, forest: Forest) -> tuple[list[tuple[list[PackedTrees], list[Pass]]], int]:
+        """Pack every mini-batch; returns this rank's rows and passes of each, and how many tokens were pruned."""
+        run, size, pruned = self.run, self.config.train.questions_per_minibatch, 0
+        batches: list[tuple[list[PackedTrees], list[Pass]]] = []
+        for first in range(0, len(forest.trees), size):
+            part = forest.part(first, min(first + size, len(forest.trees)))
+            rows = pack_trees(part, self.objective, self.config.train.row_tokens, max_prefix=self.max_prefix)
+            pruned += pruned_tokens(part.trees, rows)
+            spread = spread_rows(rows, run.world) if rows else [[]] * run.world
+            batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
+        return batches, pruned
+
     def _prepare(self, rows: list[PackedTrees], on_policy: bool) -> list[PackedTrees]:
-        """Old and reference log-probs, and the entropy-aware advantage where the objective has one.
+        """Fill old and reference log-probs, and apply the entropy-aware advantage where the objective has one.
 
         A mini-batch is on-policy when the policy that sampled it learns from it: its old log-probs are those of its
         own forward, so no pass is needed for them.
@@ -174,14 +182,14 @@ class Trainer:
             return rows
         recompute = self.config.train.old_logprobs == "recompute"
         if self.objective.entropy_advantage or (recompute and not on_policy):
-            scores = score_rows(self.zero, rows)
+            scores = score_rows(self.zero, rows, device_of(self.zero))
             rows = with_logprob(rows, "old_logprob", scores) if recompute else rows
             entropies = [entropy for _, entropy in scores]
             rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=reduce_over_ranks)
         elif recompute:
             rows = [replace(row, old_logprob=None) for row in rows]
         if self.reference is not None:
-            rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows))
+            rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows, device_of(self.reference)))
         return rows
 
     def _learning_rate(self) -> float:
@@ -205,7 +213,7 @@ class Trainer:
         metrics |= policy
         metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
         metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
-        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned", "pruned_backward"):
+        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned", "skipped_backward"):
             self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
         run.logger.log("train", self.state.step, metrics)
         run.progress.step_done(self.state.step, self.config.train.steps, metrics)
@@ -217,8 +225,3 @@ class Trainer:
     def seconds(self) -> float:
         """Wall time of the run so far, earlier sessions included."""
         return time.monotonic() - self._begun
-
-
-def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:
-    for begin in range(0, len(items), size):
-        yield list(items[begin : begin + size])

@@ -46,7 +46,7 @@ def rollout_metrics(
         "tokens/cache_hit": counts["cache_hit_tokens"],
         "tokens/evicted": counts["evicted_tokens"],
         "tokens/pruned": counts["pruned"],
-        "tokens/pruned_backward": counts["pruned_backward"],
+        "tokens/skipped_backward": counts["skipped_backward"],
         "tokens/overlap": 1 - unique / flat if flat else 0.0,
         "rate/rollout_tokens_per_s": counts["decoded_tokens"] / max(rollout_seconds, 1e-9),
         "rate/train_tokens_per_s": (unique - counts["pruned"]) / update_seconds,

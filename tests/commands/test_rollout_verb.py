@@ -21,9 +21,10 @@ import yaml
 
 from atpo_fast.commands.cli import main
 from atpo_fast.config import load_config
-from atpo_fast.policy import build_model, load_model
+from atpo_fast.policy import load_model
 from atpo_fast.report import build_report
 from atpo_fast.task import load_task
+from atpo_fast.train.from_config import build_model
 from atpo_fast.tree.storage import append_forest, forest_questions, iterate_forest, read_forest, read_forest_texts
 from atpo_fast.tree.turn_tree import TurnTree
 from tests.helpers.completions_server import CompletionsServer

@@ -28,9 +28,10 @@ from atpo_fast.engines.server.routing import Replica, Router
 from atpo_fast.engines.server.weights import folder_weights, write_weights
 from atpo_fast.engines.stops import StopTable, vocabulary_bytes
 from atpo_fast.environment import ToolBox
-from atpo_fast.policy import build_model, load_model
+from atpo_fast.policy import load_model
 from atpo_fast.rollout.turn_loop import TurnLoop
 from atpo_fast.task import load_task
+from atpo_fast.train.from_config import build_model
 from atpo_fast.tree import TurnTree
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
 from tests.helpers.completions_server import CompletionsServer, Fault

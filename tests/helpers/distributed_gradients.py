@@ -27,7 +27,7 @@ from tests.helpers.other_trainer import module_gradients, start_engine, whole_gr
 
 VOCAB = 64
 ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
-"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees worked off depth-first."""
+"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
 depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
 
 
@@ -70,7 +70,7 @@ def gradients(stage: int, tied: bool, budget: str, choice: str, rank: int, world
     spread = spread_rows(rows, world)
     passes = plan_passes(spread)[rank]
     accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
-    assert (policy.dropped_tokens > 0) == (choice != "none")
+    assert (policy.skipped_tokens > 0) == (choice != "none")
     out = whole_gradients(policy.model, stage)
     engine.destroy()
     return out

@@ -53,7 +53,7 @@ def test_equal_to_the_full_backward(name: str, alive: str, choice: str) -> None:
     expected, found = (gradients(policy, row, coef * keep) for policy in (full, pruned))
     for parameter, gradient in expected.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-12, msg=f"{name} {parameter}")
-    assert pruned.dropped_tokens >= (row.num_tokens // 2 if alive in ("one turn", "one token", "none") else 0)
+    assert pruned.skipped_tokens >= (row.num_tokens // 2 if alive in ("one turn", "one token", "none") else 0)
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
@@ -76,11 +76,11 @@ def test_evaluation_is_not_checkpointed(choice: str) -> None:
     coefs = [torch.zeros(row.num_actions, dtype=torch.float64) for _ in range(2)]
     coefs[0][0], coefs[1][-1] = 1, 1
     gradients(policy, row, coefs[0])
-    dropped = policy.dropped_tokens
+    skipped = policy.skipped_tokens
     found, expected = (gradients(p.eval(), row, coefs[1]) for p in (policy, Policy(make("qwen3"))))
     for parameter, gradient in expected.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-12)
-    assert policy.dropped_tokens == dropped
+    assert policy.skipped_tokens == skipped
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
@@ -92,7 +92,7 @@ def test_rows_keep_their_own_tokens(choice: str) -> None:
     for each in (full, policy):
         logprobs = [each(row)[0] for row in rows]
         sum(logprob[-1] for logprob in logprobs).backward()
-    assert policy.dropped_tokens
+    assert policy.skipped_tokens
     for (name, found), expected in zip(policy.named_parameters(), full.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-9, atol=1e-12, msg=name)
 
@@ -109,7 +109,7 @@ def test_left_out_tokens_are_not_computed_again(choice: str) -> None:
     coef = torch.zeros(row.num_actions, dtype=torch.float64)
     coef[-1] = 1
     gradients(policy, row, coef)
-    layers, whole, kept = 2, row.num_tokens, row.num_tokens - policy.dropped_tokens
+    layers, whole, kept = 2, row.num_tokens, row.num_tokens - policy.skipped_tokens
     again = {"self_attn.q_proj": [kept] * layers if choice == "layer" else [], "mlp.up_proj": [kept] * layers}
     assert 0 < kept < whole / 2
     assert sizes == {part: [whole] * layers + seen for part, seen in again.items()}

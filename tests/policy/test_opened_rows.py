@@ -1,4 +1,4 @@
-"""Trees over the row budget, worked off depth-first with their ancestors' keys and values (design, section 5)."""
+"""Trees over the row budget, computed depth-first with their ancestors' keys and values (design, section 5)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.packing import PackedTrees, depth_first, empty_row, spread_rows
-from atpo_fast.policy import Policy, accumulate_gradients
+from atpo_fast.policy import Policy, accumulate_gradients, score_rows
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
-from atpo_fast.policy.opened_rows.prefix import OpenedRow, walk
+from atpo_fast.policy.opened_rows.prefix import OpenedRow
 from tests.helpers.flat_reference import exact_norms, visible_keys
 from tests.helpers.strategies import forests
 from tests.policy.test_policy import MODELS, VOCAB, make
@@ -185,7 +185,7 @@ def test_how_often_tokens_are_forwarded_and_what_is_held(choice: str) -> None:
     opened = {p.row for p in plan_passes([rows])[0] if p.kind == "open"}
     once = sum(row.num_tokens for row in rows)
     again = sum(rows[i].num_tokens for i in opened)
-    least = once + again if choice == "none" else 2 * once - policy.dropped_tokens
+    least = once + again if choice == "none" else 2 * once - policy.skipped_tokens
     assert sum(forwarded) == least
     assert max(held) <= 1 + max(row.depth for row in rows)
     gc.collect()
@@ -199,12 +199,9 @@ def test_scores_are_those_of_one_row() -> None:
     for budget in (4096, 30):
         rows = pack_trees(deep_forest(), TURN, budget, dtype=torch.float64, max_prefix=500)
         by_turn = {}
-        with torch.no_grad():
-            for kind, row, prefix in walk(rows, plan_passes([rows])[0]):
-                if kind != "close":
-                    logprob, _ = policy(row, None, prefix)
-                    names = zip(row.turn_tree.tolist(), row.turn_index.tolist(), strict=True)
-                    by_turn |= dict(zip(names, logprob.split(row.turn_offsets.diff().tolist()), strict=True))
+        for row, (logprob, _) in zip(rows, score_rows(policy, rows, policy.device), strict=True):
+            names = zip(row.turn_tree.tolist(), row.turn_index.tolist(), strict=True)
+            by_turn |= dict(zip(names, logprob.split(row.turn_offsets.diff().tolist()), strict=True))
         found.append(by_turn)
     assert found[0].keys() == found[1].keys()
     for turn, logprob in found[0].items():
@@ -220,7 +217,7 @@ def row_of_depth(depth: int) -> PackedTrees:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_ranks_pass_alike(data: st.DataObject) -> None:
-    """Fails if ranks make passes of different kinds at a time, lose a row, or close a row before those below it."""
+    """Fails if ranks pass rows in different ways at a time, lose a row, or close a row before those below it."""
     plan_rows = []
     for _ in range(data.draw(st.integers(1, 3))):
         depths: list[int] = []
@@ -235,19 +232,19 @@ def test_ranks_pass_alike(data: st.DataObject) -> None:
         assert sorted(differentiated) == list(range(len(rows)))
         opened: list[int] = []
         balance = 0
-        for made in passes:
-            balance += (made.kind == "open") - (made.kind == "close") if made.row is None else 0
-            assert balance >= 0  # an empty row is closed after it was opened; some are left open, and let go
-            if made.row is None:
+        for step in passes:
+            balance += (step.kind == "open") - (step.kind == "close") if step.row is None else 0
+            assert balance >= 0  # an empty row is closed after it was opened; some are left open and forgotten
+            if step.row is None:
                 continue
-            if made.kind == "close":
-                assert opened.pop() == made.row
-            assert len(opened) == rows[made.row].depth
-            opened += [made.row] if made.kind == "open" else []
+            if step.kind == "close":
+                assert opened.pop() == step.row
+            assert len(opened) == rows[step.row].depth
+            opened += [step.row] if step.kind == "open" else []
         assert not opened
 
 
-def test_one_rank_makes_no_empty_pass() -> None:
+def test_one_rank_has_no_empty_pass() -> None:
     """Fails if rows that need no opening are passed more than once."""
     assert plan_passes([[row_of_depth(d) for d in (0, 1, 0)]])[0] == [
         Pass("open", 0),

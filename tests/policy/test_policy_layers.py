@@ -66,7 +66,7 @@ def results(model: PreTrainedModel, row: PackedTrees, choice: str = "none", part
     logprob, _ = policy(row)
     weight = torch.linspace(-1, 1, row.num_actions, device=DEVICE, dtype=logprob.dtype)
     (logprob * weight)[part].sum().backward()
-    assert (policy.dropped_tokens > 0) == (choice != "none" and part != slice(None))
+    assert (policy.skipped_tokens > 0) == (choice != "none" and part != slice(None))
     return [x.detach().double().cpu() for x in (logprob, *(p.grad for p in policy.parameters()))]
 
 

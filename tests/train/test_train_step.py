@@ -24,7 +24,8 @@ from atpo_fast.policy import Policy, load_model
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.schedule import draw_questions
-from atpo_fast.train.step import MetricMean, Mismatch, MismatchError, optimizer_step
+from atpo_fast.train.step import optimizer_step
+from atpo_fast.train.update_metrics import MetricMean, Mismatch, MismatchError
 from atpo_fast.train.weights import whole_parameters
 from atpo_fast.train.zero import initialize, join_process_group
 

@@ -48,12 +48,15 @@ class FlatBatch:
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def count(self, flags: Bools) -> Floats:
-        """(B,) how many tokens of each trajectory are flagged."""
+        """Count the flagged tokens of each trajectory: (X,) to (B,)."""
         return np.diff(offsets(flags)[self.offsets]).astype(np.float64)
 
 
 def flat_batch(given: Trajectories) -> FlatBatch:
-    """Check and concatenate. Raises ValueError, naming the trajectory, for entries that do not fit together."""
+    """Check the entries and join them.
+
+    Raises ValueError, naming the trajectory, for entries that do not fit together.
+    """
     size = len(given.input_ids)
     for name in ("loss_mask", "advantages", "old_logprobs", "rollout_logprobs", "attention_mask", "group_ids"):
         values = getattr(given, name)
@@ -108,7 +111,7 @@ def _with_turns(
 
 
 def _turn_starts(action: Bools, trajectory_starts: Ints) -> Bools:
-    """Action tokens after a token that is none; no trajectory starts with one."""
+    """Flag the first action token of each turn, (X,): the token before it is none; no trajectory starts with one."""
     starts = action.copy()
     starts[1:] &= ~action[:-1]
     starts[trajectory_starts] = False
@@ -116,7 +119,7 @@ def _turn_starts(action: Bools, trajectory_starts: Ints) -> Bools:
 
 
 def _on_tokens(name: str, i: int, values: NDArray, mask: Bools) -> Floats:
-    """(tokens,) values of one trajectory given per trajectory, turn, action token or token; 0 off the actions."""
+    """Spread values per trajectory, turn, action token or token over one trajectory: (tokens,), 0 off the actions."""
     actions = int(mask.sum())
     turn_lengths = np.diff(np.append(np.flatnonzero(_turn_starts(mask, np.zeros(1, dtype=np.int64))[mask]), actions))
     if values.size == mask.size and values.ndim:
@@ -140,7 +143,7 @@ def _on_tokens(name: str, i: int, values: NDArray, mask: Bools) -> Floats:
 
 
 def _real(values: Any, real: Bools | None) -> NDArray:
-    """Values without padding; those that are not per token are left alone."""
+    """Remove the padding from values per token; other values stay as they are."""
     array = _array(values)
     return array[real] if real is not None and array.shape == real.shape else array
 

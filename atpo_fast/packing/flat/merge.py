@@ -26,7 +26,7 @@ class Merged:
 
 
 def merge_prefixes(batch: FlatBatch, *, whole_turns: bool, constant_turns: bool) -> Merged:
-    """One tree per group.
+    """Merge common prefixes into one tree per group.
 
     Tokens merge when all before them do and their id, mask and, on action tokens, old and rollout log-probs are equal.
     With `whole_turns` action tokens merge only if their whole turns are equal. With `constant_turns` a turn of the
@@ -78,7 +78,7 @@ def _merge_group(
 
 
 def _token_keys(batch: FlatBatch, members: Ints) -> NDArray:
-    """(B, T, 3) big-endian keys that compare like the tokens, padding before observations before actions."""
+    """Make big-endian keys, (B, T, 3), that sort padding before observations before actions, each by its tokens."""
     length = np.diff(batch.offsets)[members]
     keys = np.zeros((len(members), int(length.max()), 3), dtype=">u8")
     at, place = ranges(batch.offsets[members], length), ranges(np.zeros(len(members), dtype=np.int64), length)
@@ -92,7 +92,7 @@ def _token_keys(batch: FlatBatch, members: Ints) -> NDArray:
 
 
 def _common_prefixes(keys: NDArray, length: Ints) -> Ints:
-    """(B,) tokens that each trajectory shares with the one before it."""
+    """Count the tokens that each trajectory shares with the one before it: (B,)."""
     common = np.zeros(len(keys), dtype=np.int64)
     for i in range(1, len(keys)):
         limit = int(min(length[i - 1], length[i]))
@@ -116,7 +116,7 @@ def _down_to_turn_starts(batch: FlatBatch, common: Ints, start: Ints, length: In
 
 
 def _as_forest(batch: FlatBatch, token: Ints, source: Ints, before: Ints, starts_turn: Bools) -> Merged:
-    """Turns of the forest are the runs of unique tokens from one start to the next, under one empty root per group."""
+    """Make the runs of unique tokens from one start to the next turns of a forest, under one empty root per group."""
     first = np.flatnonzero(starts_turn)
     length = np.diff(np.append(first, len(source)))
     groups = int(batch.group.max()) + 1

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from atpo_fast.objective import Objective
 from atpo_fast.packing.flat.batch import FlatBatch, Trajectories, flat_batch
 from atpo_fast.packing.flat.merge import Merged, merge_prefixes
 from atpo_fast.packing.pack import pack_forest
-from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.packing.weights import ForestWeights, Weigh, trajectory_scale
 from atpo_fast.tree.forest import Floats, Ints, group_sum, ranges
-
-if TYPE_CHECKING:  # the objective imports the record of this package
-    from atpo_fast.objective import Objective
+from atpo_fast.tree.packed_rows import PackedTrees
 
 
 def from_trajectories(
@@ -53,7 +51,7 @@ def from_trajectories(
 
 
 def _trajectory_weights(batch: FlatBatch, merged: Merged, objective: Objective) -> Weigh:
-    """Weights summed over the trajectories of the batch through each unique action token."""
+    """Sum weights over the trajectories of the batch through each unique action token."""
     tokens, turns = batch.count(batch.action), batch.count(batch.turn_start)
     at = np.flatnonzero(batch.action)
     owner, advantage = batch.owner[at], batch.advantage[at]
@@ -82,6 +80,6 @@ def _trajectory_weights(batch: FlatBatch, merged: Merged, objective: Objective) 
 
 
 def _path_entries(merged: Merged, owner: Ints) -> Ints:
-    """Entry of the path table for each first action token of a forest turn, in the order of the batch's tokens."""
+    """Find the entry of the path table for each first action token of a forest turn, in the order of the tokens."""
     counts = np.bincount(owner, minlength=len(merged.trajectory))
     return ranges(merged.forest.path_offsets[merged.trajectory], counts)

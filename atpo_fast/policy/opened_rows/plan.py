@@ -1,4 +1,4 @@
-"""In which order the rows of a mini-batch are forwarded and back-propagated, alike on all ranks (design, 5 and 8)."""
+"""The order in which rows are forwarded and back-propagated, alike on all ranks (design, sections 5 and 8)."""
 
 from __future__ import annotations
 
@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.tree.packed_rows import PackedTrees
 
 Kind = Literal["open", "whole", "close"]
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass of a rank's model over one row.
-
-    open: forward without gradient; keys and values are kept for the rows below. whole: forward and backward.
-    close: forward and backward of an opened row, once those below it have left their gradients.
-    """
+    """One pass of a rank's model over one row."""
 
     kind: Kind
+    """open: forward without gradient; keys and values are kept for the rows below. whole: forward and backward.
+    close: forward and backward of an opened row, once those below it have left their gradients."""
     row: int | None
-    """Index into the rank's rows; None: an empty row, because another rank has such a pass to make."""
+    """Index into the rank's rows; None: an empty row, because another rank has such a pass."""
 
 
 def plan_passes(spread: Sequence[Sequence[PackedTrees]]) -> list[list[Pass]]:
-    """The passes of every rank over its rows, as `spread_rows` gave them: of one kind at a time on all ranks.
+    """Plan the passes of every rank over its rows, as `spread_rows` dealt them: of one kind at a time on all ranks.
 
-    Collectives of sharded weights happen in the same order everywhere. Where ranks differ, the first of open, whole,
-    close is made: a rank that wants to close waits for the others, so that each has a row open then, if an empty one.
+    Collectives of sharded weights then happen in the same order everywhere. Where ranks differ, the first of open,
+    whole and close comes first: a rank that is to close waits for the others, so that each has a row open by then, if
+    only an empty one.
     """
     wanted = [_passes([row.depth for row in rows]) for rows in spread]
     plan: list[list[Pass]] = [[] for _ in spread]
@@ -41,7 +40,7 @@ def plan_passes(spread: Sequence[Sequence[PackedTrees]]) -> list[list[Pass]]:
 
 
 def _passes(depths: Sequence[int]) -> list[Pass]:
-    """The passes over rows of these depths, in depth-first order."""
+    """List the passes over rows of these depths, in depth-first order."""
     passes: list[Pass] = []
     opened: list[int] = []
     for row, depth in enumerate(depths):

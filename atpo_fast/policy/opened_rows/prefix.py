@@ -1,9 +1,9 @@
 """What an opened row leaves for the rows below it, and what they send back (design, section 5).
 
-A tree over the row budget is worked off depth-first (`plan.py`). An opened row is forwarded without
-gradient and leaves the keys and values of every layer and its last final hidden state. The rows below read them, and
-their backward adds gradients to them, in float32. When these rows are done, the opened row is closed: forwarded once
-more with gradient, where what they sent back enters its own backward.
+A tree over the row budget is computed depth-first (`plan.py`). An opened row is forwarded without gradient and leaves
+the keys and values of every layer and its last final hidden state. The rows below read them, and their backward adds
+gradients to them, in float32. When these rows are done, the opened row is closed: forwarded once more with gradient,
+where what they sent back enters its own backward.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atpo_fast.packing import PackedTrees, empty_row
 from atpo_fast.policy.opened_rows.plan import Kind, Pass
+from atpo_fast.tree.packed_rows import PackedTrees, empty_row
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Kept:
 
 @dataclass(slots=True)
 class OpenedRow:
-    """What one row left."""
+    """The tensors that one row left."""
 
     keys: list[Kept] = field(default_factory=list)  # a layer each: (T, Hkv, d)
     values: list[Kept] = field(default_factory=list)  # a layer each: (T, Hkv, d)
@@ -53,7 +53,7 @@ class RowPrefix:
     closing: bool = False
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # (T, Hkv, d) -> (P+T, Hkv, d)
-        """The row's keys and values in a layer behind those of the rows above."""
+        """Put the row's keys and values of a layer behind those of the rows above."""
         if self.own is not None and not self.closing:
             self.own.keys.append(Kept(key.detach()))
             self.own.values.append(Kept(value.detach()))
@@ -65,7 +65,7 @@ class RowPrefix:
         return key, value
 
     def predicting(self, hidden: Tensor, predictor: Tensor) -> Tensor:  # (T, D), (A,) -> (A, D)
-        """The final hidden states that predict the action tokens; -1 is the prefix's last."""
+        """Select the final hidden states that predict the action tokens; -1 is the prefix's last."""
         if self.own is not None and not self.closing:
             self.own.last_hidden = Kept(hidden[-1:].detach().clone())
         elif self.own is not None:
@@ -79,7 +79,7 @@ NO_PREFIX = RowPrefix()
 
 
 class _Continue(torch.autograd.Function):
-    """Rows behind those that were kept, whose gradients go there."""
+    """Puts a row's tensor behind those that were kept, to which their gradients go."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, *kept: Kept) -> Tensor:  # type: ignore[override]
@@ -96,7 +96,7 @@ class _Continue(torch.autograd.Function):
 
 
 class _Close(torch.autograd.Function):
-    """Identity whose last rows, those that were kept, get the gradients that came back."""
+    """Identity that adds to the gradient of its last rows, those that were kept, what came back."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, kept: Kept) -> Tensor:  # type: ignore[override]
@@ -113,17 +113,20 @@ class _Close(torch.autograd.Function):
 
 
 def walk(rows: Sequence[PackedTrees], passes: Sequence[Pass]) -> Iterator[tuple[Kind, PackedTrees, RowPrefix]]:
-    """What every pass of a rank is made over, in order; rows that nothing reads any more are let go."""
+    """Yield kind, row and prefix of every pass of a rank, in order.
+
+    Nothing here refers to what a row left once it is closed, so its memory is free when the caller forgets it too.
+    """
     opened: list[OpenedRow] = []
     empty: list[OpenedRow] = []  # opened because another rank opened a row
-    for made in passes:
-        row = empty_row(rows[0].weight_pos.dtype) if made.row is None else rows[made.row]
-        stack = empty if made.row is None else opened
-        if made.kind == "whole":
-            yield made.kind, row, RowPrefix(above=tuple(opened[: row.depth]))
+    for step in passes:
+        row = empty_row(rows[0].weight_pos.dtype) if step.row is None else rows[step.row]
+        stack = empty if step.row is None else opened
+        if step.kind == "whole":
+            yield step.kind, row, RowPrefix(above=tuple(opened[: row.depth]))
             continue
-        own = stack.pop() if made.kind == "close" else OpenedRow()
-        above = tuple(opened) if made.row is not None else ()
-        yield made.kind, row, RowPrefix(above=above, own=own, closing=made.kind == "close")
-        if made.kind == "open":
+        own = stack.pop() if step.kind == "close" else OpenedRow()
+        above = tuple(opened) if step.row is not None else ()
+        yield step.kind, row, RowPrefix(above=above, own=own, closing=step.kind == "close")
+        if step.kind == "open":
             stack.append(own)

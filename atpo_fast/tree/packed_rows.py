@@ -56,29 +56,61 @@ class PackedTrees:
 
     @property
     def num_tokens(self) -> int:
-        """T"""
+        """T, tokens of the row."""
         return self.input_ids.numel()
 
     @property
     def num_actions(self) -> int:
-        """A"""
+        """A, action tokens of the row."""
         return self.targets.numel()
 
     @property
     def num_turns(self) -> int:
-        """N"""
+        """N, turns with at least one action token."""
         return self.turn_offsets.numel() - 1
 
     @property
     def num_trajectories(self) -> int:
-        """S"""
+        """S, distinct trajectories."""
         return self.path_offsets.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedTrees:
-        """A copy with every tensor on `device` but those by which the host plans: `subtree_end` and `turn_offsets`."""
+        """Copy with every tensor on `device` but those by which the host plans: `subtree_end` and `turn_offsets`."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor) and f.name not in ("subtree_end", "turn_offsets")
         }
         return replace(self, **moved)
+
+
+def empty_row(dtype: torch.dtype = torch.float32) -> PackedTrees:
+    """Make a row that runs a real forward and backward and adds exactly 0: two tokens, one action token of weight 0."""
+    zero = torch.zeros(1, dtype=dtype)
+    index = torch.zeros(1, dtype=torch.int32)
+    return PackedTrees(
+        input_ids=torch.zeros(2, dtype=torch.int64),
+        position_ids=torch.arange(2),
+        subtree_end=torch.full((2,), 2, dtype=torch.int32),
+        predictor=torch.zeros(1, dtype=torch.int64),
+        targets=torch.zeros(1, dtype=torch.int64),
+        old_logprob=zero.clone(),
+        rollout_logprob=zero.clone(),
+        ref_logprob=zero.clone(),
+        turn_offsets=torch.tensor([0, 1], dtype=torch.int32),
+        weight_pos=zero.clone(),
+        weight_neg=zero.clone(),
+        weight_all=zero.clone(),
+        trajectory_count=zero.clone(),
+        path_offsets=torch.tensor([0, 1], dtype=torch.int32),
+        path_turns=index.clone(),
+        path_weight_pos=zero.clone(),
+        path_weight_neg=zero.clone(),
+        leaf_multiplicity=zero.clone(),
+        turn_tree=index - 1,
+        turn_index=index - 1,
+        leaf_turn=index - 1,
+        leaf_tree=index - 1,
+        unique_tokens=0,
+        flat_tokens=0,
+    )
