@@ -45,18 +45,10 @@ class NoHostSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def assert_as_precise_as(plain: Tensor, ours: Tensor, exact: Tensor) -> None:
-    """The gate of every kernel: our error against float64 is no larger than plain PyTorch's in the same dtype.
-
-    In the mean square, and for the largest error beside the one rounding of the result that both have.
-    """
-    if exact.numel() == 0:
-        return
-    largest = float(exact.abs().max())
-    ulp = torch.finfo(ours.dtype).eps * largest
-    for size, slack in ((lambda x: float(x.square().mean().sqrt()), 0.0), (lambda x: float(x.abs().max()), ulp / 2)):
-        error, allowed = size(ours.double() - exact), size(plain.double() - exact)
-        assert error <= allowed + slack + 1e-6 * largest, (error, allowed)
+def upstream(rows: int) -> tuple[Tensor, Tensor]:  # (A,), (A,)
+    """Upstream gradients of log-prob and entropy, the same numbers in float32 and float64."""
+    up = torch.randn(2, rows, generator=torch.Generator().manual_seed(1)).double()
+    return up[0], up[1]
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from atpo_kernels import LeafPaths, TokenWeights, turn_policy_loss
-from tests.helpers.kernel_cases import assert_as_precise_as, turn_offsets
+from tests.helpers.error_bounds import Bound, assert_no_less_precise, head_bounds, loss_bounds
+from tests.helpers.kernel_cases import TEMPERATURE, Head, turn_offsets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run
 # wide enough that tokens fall on both sides of both bounds and beyond the dual cap
@@ -79,13 +80,39 @@ def assert_precise(case: dict[str, Any], dtype: torch.dtype = torch.float32, **k
     """The gate of the Triton kernels, for every result: from inputs of a dtype, against float64 of the same inputs."""
     keywords = {**BOUNDS, **keywords}
     rounded = converted(case, dtype, DEVICE)
-    exact = run(converted(rounded, torch.float64), impl="reference", **keywords)
+    inputs = converted(rounded, torch.float64)
+    exact = run(inputs, impl="reference", **keywords)
     plain, ours = (run(rounded, impl=impl, **keywords) for impl in ("torch", "triton"))
     assert ours.keys() == exact.keys()
+    dtypes = {name: value.dtype for name, value in ours.items()}
+    bounds = loss_bounds(lambda shifted, **more: run(shifted, impl="reference", **{**keywords, **more}), inputs, dtypes)
     for name, value in exact.items():
         assert ours[name].dtype == plain[name].dtype and ours[name].shape == plain[name].shape, name
-        results = [plain[name], ours[name], value]
-        if name == "loss" and value.dim() == 0:
-            # its terms may cancel, so the error is judged beside their size
-            results = [torch.stack([x.double(), exact["coef"].abs().sum()]) for x in results]
-        assert_as_precise_as(*results)
+        assert_no_less_precise(plain[name], ours[name], value, bounds[name])
+
+
+def linear_loss_bounds(
+    head: Head,  # in float64, as it is in the dtype
+    keywords: dict[str, Any],  # of run_linear_loss
+    exact: list[Tensor],  # its results
+    dtype: torch.dtype,
+    **more: Any,
+) -> list[Bound]:
+    """Bounds of every result of run_linear_loss: the head's, the loss's, and what one does to the other."""
+    rows = torch.zeros_like(exact[2])
+    gradients = 2 + (len(exact[-1].shape) == 1)  # with or without the bias's
+    seen = [*exact[2:4], *exact[-gradients:]]
+    values = head_bounds(head, seen, (rows, rows), dtype, temperature=TEMPERATURE)[:2]
+    case = keywords | {"logprob": exact[2], "entropy": exact[3]}
+    if keywords["old_logprob"] is None:
+        case["old_logprob"] = exact[2]
+    loss = lambda shifted, **options: run(shifted, impl="reference", **{**more, **options})  # noqa: E731
+    by_name, found = loss_bounds(loss, case, {}, (values[0], values[1])), loss(case)
+    names = ("gradient of logprob", "gradient of entropy")
+    # the upstream gradient of the case is -2, that of run_linear_loss -4; by powers of 2 nothing rounds
+    up = (2 * found[names[0]], 2 * found[names[1]])
+    by_up = (by_name[names[0]].scaled(2), by_name[names[1]].scaled(2))
+    half = torch.float16 if dtype != torch.float32 else dtype
+    by_head = head_bounds(head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up)
+    metrics = [by_name[name] for name in found if name not in ("loss", "coef", *names)]
+    return [by_name["loss"], by_name["coef"], *values, *metrics, *by_head[2:]]

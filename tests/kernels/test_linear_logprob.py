@@ -10,7 +10,8 @@ from torch import Tensor
 
 from atpo_kernels import linear_logprob
 from atpo_kernels.linear_logprob import chunked
-from tests.helpers.kernel_cases import Head, LargestOutput, random_head
+from tests.helpers.error_bounds import assert_no_less_precise, head_bounds
+from tests.helpers.kernel_cases import Head, LargestOutput, random_head, upstream
 
 # rows / vocabulary: less than, exactly and more than a chunk of 128 rows
 SIZES = [(1, 1), (5, 7), (128, 40), (300, 33)]
@@ -31,9 +32,9 @@ def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7) -> 
     logprob, entropy = linear_logprob(
         leaves[0], leaves[1], head.targets, bias=leaves[2], temperature=temperature, impl=impl
     )
-    rng = torch.Generator().manual_seed(1)
-    up = torch.randn(2, len(head.targets), generator=rng, dtype=torch.float64).to(logprob.dtype)
-    return [logprob, entropy, *torch.autograd.grad((up[0] * logprob + up[1] * entropy).sum(), leaves)]
+    up = [x.to(logprob.dtype) for x in upstream(len(head.targets))]
+    grads = torch.autograd.grad((up[0] * logprob + up[1] * entropy).sum(), leaves)
+    return [logprob.detach(), entropy.detach(), *grads]
 
 
 @pytest.mark.parametrize(("rows", "vocab"), SIZES)
@@ -49,15 +50,13 @@ def test_float64_equals_the_definition(rows: int, vocab: int) -> None:
 @pytest.mark.parametrize("peak", [1.0, 8.0, 60.0])
 def test_no_less_precise_than_plain_pytorch(dtype: torch.dtype, peak: float) -> None:
     """Fails if logits or sums are rounded to half precision, or if a sum cancels where plain PyTorch does not."""
-    rounded = random_head(300, 32, 120, peak=peak)
-    head = Head(rounded.hidden.to(dtype), rounded.weight.to(dtype), rounded.bias.to(dtype), rounded.targets)
+    head = random_head(300, 32, 120, peak=peak).rounded(dtype)
     exact, ours, plain = (
         run(head, d, i) for d, i in ((torch.float64, "reference"), (dtype, "torch"), (dtype, "reference"))
     )
-    for e, o, p in zip(exact, ours, plain, strict=True):
-        scale = e.abs().max()
-        error, allowed = (o.double() - e).norm() / e.norm(), (p.double() - e).norm() / e.norm()
-        assert error <= allowed * 1.05 + 1e-6, (error, allowed, scale)
+    bounds = head_bounds(head, exact, upstream(300), dtype, temperature=0.7)
+    for e, o, p, bound in zip(exact, ours, plain, bounds, strict=True):
+        assert_no_less_precise(p, o, e, bound)
 
 
 def test_output_dtypes() -> None:

@@ -13,23 +13,25 @@ from atpo_kernels import TokenWeights, linear_turn_policy_loss
 from atpo_kernels.linear_logprob import triton, triton_head
 from atpo_kernels.linear_logprob.tiles import Tile
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
+from tests.helpers.error_bounds import assert_no_less_precise, assert_within
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.kernel_cases import (
     Head,
     LargestOutput,
     NoHostSync,
-    assert_as_precise_as,
     loss_case,
     on_device,
     random_head,
     run_linear_loss,
     turn_offsets,
 )
+from tests.helpers.turn_loss_cases import linear_loss_bounds
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 16
 # A turn that fits a chunk with others, one longer than two chunks, an empty one, one that fills a chunk, single tokens.
 LENGTHS = [5, 40, 3, 0, 16, 1, 9, 1]
+BOUNDS = {"clip_low": 0.1, "clip_high": 0.1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "turn": {},
     "token": {"level": "token"},
@@ -51,14 +53,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(head: Head, keywords: dict[str, Any], dtype: torch.dtype, impl: str, **more: Any) -> list[Tensor]:
     """Every output, and the gradients under an upstream gradient other than 1."""
-    return run_linear_loss(head, keywords, dtype, DEVICE, impl=impl, clip_low=0.1, clip_high=0.1, **more)
+    return run_linear_loss(head, keywords, dtype, DEVICE, impl=impl, **BOUNDS, **more)
 
 
 def assert_exact(head: Head, keywords: dict[str, Any], **more: Any) -> list[Tensor]:
     """Equal to float64 up to float32's rounding; returns the float64 results."""
+    head = head.rounded(torch.float32)
     exact = run(head, keywords, torch.float64, "reference", **more)
-    for o, e in zip(run(head, keywords, torch.float32, "triton", **more), exact, strict=True):
-        torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
+    ours = run(head, keywords, torch.float32, "triton", **more)
+    more.pop("bias", None)
+    for o, e, bound in zip(
+        ours, exact, linear_loss_bounds(head, keywords, exact, torch.float32, **BOUNDS, **more), strict=True
+    ):
+        assert_within(o, e, bound.worst)
     return exact
 
 
@@ -72,8 +79,9 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, name: str) -> None:
         run(head, keywords, d, impl, **CONFIGS[name])
         for d, impl in ((torch.float64, "reference"), (dtype, "triton"), (dtype, "reference"))
     )
-    for e, o, p in zip(exact, ours, plain, strict=True):
-        assert_as_precise_as(p, o, e)
+    bounds = linear_loss_bounds(head, keywords, exact, dtype, **BOUNDS, **CONFIGS[name])
+    for e, o, p, bound in zip(exact, ours, plain, bounds, strict=True):
+        assert_no_less_precise(p, o, e, bound)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -81,11 +89,7 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, name: str) -> None:
 def test_turn_lengths(turn: int, bias: bool) -> None:
     """Fails at a border of chunks: turns of one length, from one row to three chunks."""
     head, keywords = loss_case([turn] * 3, width=16, vocab=70, seed=turn)
-    ours, exact = (
-        run(head, keywords, d, i, bias=bias) for d, i in ((torch.float32, "triton"), (torch.float64, "reference"))
-    )
-    for o, e in zip(ours, exact, strict=True):
-        torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
+    assert_exact(head, keywords, bias=bias)
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 0, 8], [5, 3, 0, 9]])  # 16 rows fill a chunk, 17 do not fit
@@ -127,10 +131,8 @@ def test_rows_without_gradient_reach_no_product(clipped: float, monkeypatch: pyt
     monkeypatch.setattr(
         triton.Gradients, "add", lambda self, dlogits, *rest: seen.append(len(dlogits)) or add(self, dlogits, *rest)
     )
-    ours, exact = (run(head, keywords, d, i) for d, i in ((torch.float32, "triton"), (torch.float64, "reference")))
+    exact = assert_exact(head, keywords)
     assert sum(seen) == int((exact[1] != 0).sum()) == tokens - sum(lengths[: round(clipped * len(lengths))])
-    for o, e in zip(ours, exact, strict=True):
-        torch.testing.assert_close(o.double(), e, rtol=2e-5, atol=2e-6)
 
 
 def test_float16_gradients_do_not_underflow() -> None:

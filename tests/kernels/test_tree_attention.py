@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from atpo_kernels import make_tree_blocks, tree_attention
+from tests.helpers.error_bounds import assert_no_less_precise, attention_bounds
 from tests.helpers.kernel_cases import LargestOutput
 from tests.helpers.tree_cases import behind_root, forward_backward, inputs, random_row, tree_mask
 
@@ -71,9 +72,10 @@ def test_no_less_precise_than_plain_pytorch(dtype: torch.dtype, sharpness: float
     exact = [x.detach().double().requires_grad_() for x in rounded]
     truth = forward_backward(exact, end, impl="reference")
     ours, plain = forward_backward(rounded, end), forward_backward(rounded, end, impl="reference")
-    for t, o, p in zip(truth, ours, plain, strict=True):
-        error, allowed = ((x.double() - t).norm() / t.norm() for x in (o, p))
-        assert o.dtype == dtype and error <= allowed * 1.05 + 1e-6
+    bounds = attention_bounds(exact, tree_mask(end), 0.25, truth, dtype)
+    for t, o, p, bound in zip(truth, ours, plain, bounds, strict=True):
+        assert o.dtype == dtype
+        assert_no_less_precise(p, o, t, bound)
 
 
 @pytest.mark.parametrize("prefix", [0, 3])
