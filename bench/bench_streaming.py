@@ -24,7 +24,7 @@ from atpo_fast.data.questions import Question
 from atpo_fast.engines import Completion, Engine, EngineCounters, Request
 from atpo_fast.engines.base import TurnKey
 from atpo_fast.environment import ToolBox
-from atpo_fast.rollout import TurnLoop
+from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.telemetry.phases import PhaseTimer
 from atpo_fast.tree import TurnTree
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
@@ -145,11 +145,11 @@ def roll_out(schedule: str, step: StepTime) -> tuple[list[TurnTree], dict[str, A
     )
     engine, timer = SimulatedEngine(step), PhaseTimer()
     toolbox = ToolBox([SlowSearch()], workers=QUESTIONS * CHAINS)
-    loop = TurnLoop(engine, TOKENIZER, toolbox, rollout, ToolsConfig(call_limit=CALL_LIMIT), cache_tokens=10**9)
+    search = TreeSearch(engine, TOKENIZER, toolbox, rollout, ToolsConfig(call_limit=CALL_LIMIT), cache_tokens=10**9)
     questions = [Question(id=f"q{i}", text="one", answers=("nine",)) for i in range(QUESTIONS)]
     prompts = [WORD_IDS * 10] * QUESTIONS
     begun = time.perf_counter()
-    trees = loop.roll_out(questions, prompts, seed=0, timer=timer)
+    trees = in_order(search.roll_out(questions, prompts, seed=0, timer=timer))
     seconds, phases = time.perf_counter() - begun, timer.pop()
     return trees, {
         "seconds": seconds,
@@ -157,8 +157,8 @@ def roll_out(schedule: str, step: StepTime) -> tuple[list[TurnTree], dict[str, A
         "waiting_seconds": phases.get("rollout/tools", 0.0),
         "decode_steps": engine.steps,
         "rows_per_step": engine.rows / engine.steps,
-        "turns": loop.counters.turns,
-        "tool_calls": loop.counters.tool_calls,
+        "turns": search.counters.turns,
+        "tool_calls": search.counters.tool_calls,
     }
 
 

@@ -22,7 +22,7 @@ ORDER = [
     "rollout",
     "credit",
 ]
-ORDER += ["packing", "objective", "policy", "telemetry", "report", "train", "commands", "__main__"]
+ORDER += ["objective", "packing", "policy", "telemetry", "report", "train", "commands", "__main__"]
 
 
 def imported(node: ast.AST) -> Iterator[str]:

@@ -150,7 +150,7 @@ def start(tiny: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
 
 def run(tiny: dict[str, Any], *arguments: str, code: int = 0) -> str:
     process = start(tiny, *arguments)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output[-3000:]
     return output
 
@@ -190,11 +190,11 @@ def test_ctrl_c_keeps_what_is_done(tiny: dict[str, Any], tmp_path: Path) -> None
     # Fails if finished trees are thrown away, the file breaks, or the user is not told how to go on.
     path = tmp_path / "trees.jsonl"
     process = start(tiny, "--questions", "all", "--out", str(path), "rollout.initial_chains=40")
-    end = time.monotonic() + 100
+    end = time.monotonic() + 600
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT
     held = len(read_forest(path))
     assert 0 < held < 40 and f"stopped: {held} of 40 questions are in {path}; the same command continues" in output

@@ -43,7 +43,7 @@ class Confined:
             _, errors = self._process.communicate()
             pytest.skip(f"cannot be confined with {options}: {errors.strip().splitlines()[-1:]}")
 
-    def __call__(self, code: str, *, timeout_seconds: float = 60.0, times: int = 1) -> dict[str, Any]:
+    def __call__(self, code: str, *, timeout_seconds: float = 300.0, times: int = 1) -> dict[str, Any]:
         """Answers to `times` calls, log messages, and the process' handles, threads and memory."""
         assert self._process.stdin is not None and self._process.stdout is not None
         job = {"code": code, "timeout_seconds": timeout_seconds, "times": times}
@@ -52,7 +52,7 @@ class Confined:
         state: dict[str, Any] = json.loads(self._process.stdout.readline())
         return state
 
-    def answer(self, code: str, *, timeout_seconds: float = 60.0) -> str:
+    def answer(self, code: str, *, timeout_seconds: float = 300.0) -> str:
         return str(self(code, timeout_seconds=timeout_seconds)["answers"][0])
 
     @property
@@ -89,7 +89,7 @@ def processes_with(text: str) -> list[str]:
 
 
 def assert_gone(text: str) -> None:
-    for _ in range(500):  # killed processes need a moment to end
+    for _ in range(12_000):  # killed processes need a moment to end
         if not processes_with(text):
             return
         time.sleep(0.01)
@@ -272,7 +272,7 @@ def test_a_killed_trainer_leaves_no_code_running(tmp_path: Path) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)}
     )
-    for _ in range(2000):
+    for _ in range(12_000):
         if processes_with(f"\0{LONG}\0"):
             break
         time.sleep(0.01)
