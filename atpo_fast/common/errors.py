@@ -68,11 +68,11 @@ class StopRequested(AtpoError):
 
 
 INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
-"""Built-in errors that stand in many places for wrong input."""
+"""Built-in errors that many modules raise for wrong input."""
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Exit code of an expected error, None for a fault of the code."""
+    """Return the exit code of an expected error, None for a fault of the code."""
     if isinstance(error, AtpoError):
         return error.exit_code
     if isinstance(error, INPUT_ERRORS):

@@ -24,7 +24,7 @@ class EventLoopThread:
         self._close = weakref.finalize(self, _stop, self.loop, self._thread)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine; its outcome comes as a future."""
+        """Run a coroutine; returns a future of its outcome."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def close(self) -> None:

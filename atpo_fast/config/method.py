@@ -16,7 +16,7 @@ class RewardConfig:
     """Outcome reward of a trajectory."""
 
     metric: Literal["em", "f1"] = "em"
-    """What a well-formed answer earns."""
+    """Reward of a well-formed answer."""
     format_penalty: float = -1.0
     """Reward of a trajectory that breaks the format."""
     tool_bonus: float = Field(default=0.1, ge=0)
@@ -27,7 +27,7 @@ class RewardConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class CreditConfig:
-    """From leaf rewards to advantages."""
+    """Way from leaf rewards to advantages."""
 
     method: CreditMethod = "at2po"
     """Method of credit. at2po: per turn. The others: per trajectory."""
@@ -67,9 +67,9 @@ class ObjectiveConfig:
         Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
         | None
     ) = None
-    """How tokens are averaged."""
+    """Weights of the average over tokens."""
     denominator: Literal["global", "local"] | None = None
-    """Over what the averages run."""
+    """Range of the averages. global: the mini-batch on all ranks. local: each row, then the rows (published code)."""
     kl: Literal["none", "k1", "k2", "k3", "low_var"] | None = None
     """KL estimator."""
     kl_coef: float | None = Field(default=None, ge=0)
@@ -81,5 +81,5 @@ class ObjectiveConfig:
 
     @property
     def departures(self) -> dict[str, Any]:
-        """What differs from the preset, by field."""
+        """Values that differ from the preset, by field."""
         return {name: value for name, value in as_dict(self).items() if name != "preset" and value is not None}

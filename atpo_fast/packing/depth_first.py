@@ -21,7 +21,7 @@ OPENING_COST = 1 / 3
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A row of one tree, without the turns above it."""
+    """Turns of one tree that make a row, without those above them."""
 
     turns: Ints  # (n,) in pre-order
     depth: int  # opened rows above

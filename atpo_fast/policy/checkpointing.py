@@ -28,7 +28,7 @@ BY_TOKEN = ("position_ids", "position_embeddings")  # arguments of decoder layer
 
 
 class GradientTokens:
-    """Which tokens of a row the backward needs; filled in when the gradient of the final hidden states arrives.
+    """The tokens of a row that its backward needs, known when the gradient of the final hidden states arrives.
 
     Args:
         subtree_end: (T,) of the row, on the device.

@@ -19,7 +19,7 @@ from atpo_fast.tree.packed_rows import PackedTrees
 
 
 class Policy(nn.Module):
-    """Runs packed rows through a causal LM.
+    """A causal LM over packed rows.
 
     Args:
         model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`. Its attention and

@@ -19,12 +19,12 @@ from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
-from atpo_fast.packing import PackedTrees, apply_entropy_advantage, pack_trees, pruned_tokens, spread_rows
+from atpo_fast.packing import PackedTrees, apply_entropy_advantage
 from atpo_fast.policy import score_rows
-from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
+from atpo_fast.train.minibatches import pack_minibatches
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import draw_questions, step_seed
@@ -65,7 +65,7 @@ class Trainer:
         self.run.progress.message(f"resumed from {checkpoint}")
 
     def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
-        """A frozen copy of the starting policy when the objective has a KL term."""
+        """Make a frozen copy of the starting policy when the objective has a KL term."""
         if not self.objective.loss_config.needs_reference:
             return None
         frozen = load_policy(self.config, self.config.model.reference_path or start)
@@ -133,45 +133,39 @@ class Trainer:
         self._log(scored, batch, metrics, pruned, waited, begun)
 
     def _questions(self, step: int) -> list[Question]:
-        """This rank's questions of a step."""
+        """Draw this rank's questions of a step."""
         return self.run.share(draw_questions(self.run.task.train, self.config, step))
 
     def _update(self, forest: Forest, staleness: int) -> tuple[dict[str, float], int]:
         """Take the optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
-        run = self.run
+        run, train = self.run, self.config.train
         with run.timer.phase("pack"):
-            batches, pruned = self._pack(forest)
+            batches = pack_minibatches(
+                forest,
+                self.objective,
+                train.questions_per_minibatch,
+                row_tokens=train.row_tokens,
+                max_prefix=self.max_prefix,
+                rank=run.rank,
+                world=run.world,
+            )
         with run.timer.phase("logprob"):
-            batches = [
-                (self._prepare(rows, on_policy=i == staleness == 0), passes) for i, (rows, passes) in enumerate(batches)
-            ]
-        limit = inf if staleness else self.config.train.max_mismatch_kl  # older weights may differ
+            prepared = [self._prepare(b.rows, on_policy=i == staleness == 0) for i, b in enumerate(batches)]
+        limit = inf if staleness else train.max_mismatch_kl  # older weights may differ
         metrics, mismatch = MetricMean(), Mismatch(limit)
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
-            for i, (rows, passes) in enumerate(batches):
+            for i, (rows, batch) in enumerate(zip(prepared, batches, strict=True)):
                 if rows:  # every question may have had equal rewards: no gradient anywhere, the same on every rank
                     set_learning_rate(self.zero, self._learning_rate())
                     fresh = mismatch if mismatch.kl is None else None
-                    optimizer_step(self.zero, self.watch, rows, passes, self.objective, metrics, run.timer, fresh)
+                    optimizer_step(self.zero, self.watch, rows, batch.passes, self.objective, metrics, run.timer, fresh)
                     self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
         if mismatch.kl is not None:
             policy |= {"rollout/mismatch_kl": mismatch.kl, "rollout/logprob_gap": mismatch.gap}
-        return policy, pruned
-
-    def _pack(self, forest: Forest) -> tuple[list[tuple[list[PackedTrees], list[Pass]]], int]:
-        """Pack every mini-batch; returns this rank's rows and passes of each, and how many tokens were pruned."""
-        run, size, pruned = self.run, self.config.train.questions_per_minibatch, 0
-        batches: list[tuple[list[PackedTrees], list[Pass]]] = []
-        for first in range(0, len(forest.trees), size):
-            part = forest.part(first, min(first + size, len(forest.trees)))
-            rows = pack_trees(part, self.objective, self.config.train.row_tokens, max_prefix=self.max_prefix)
-            pruned += pruned_tokens(part.trees, rows)
-            spread = spread_rows(rows, run.world) if rows else [[]] * run.world
-            batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
-        return batches, pruned
+        return policy, sum(batch.pruned for batch in batches)
 
     def _prepare(self, rows: list[PackedTrees], on_policy: bool) -> list[PackedTrees]:
         """Fill old and reference log-probs, and apply the entropy-aware advantage where the objective has one.

@@ -245,7 +245,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_functions_from_yaml(module: str, tmp_path: Path) -> None:
     """Fails if a user cannot add a tool without touching the code."""
     (tmp_path / "run.yaml").write_text(
-        f"tools:\n  names: [python]\n  functions: ['{module}:double', '{module}:Greet']\n"
+        f"tools:\n  builtin: [python]\n  functions: ['{module}:double', '{module}:Greet']\n"
         "  concurrency: {double: 2}\n  timeouts: {python: 20}\n"
     )
     config = load_config(tmp_path / "run.yaml").tools
