@@ -305,7 +305,9 @@ def loss_bounds(
         for sign in (-1, 1):
             for result, value in run(case | {name: case[name] + sign * steps[name]}).items():
                 shifts[result] = torch.maximum(shifts[result], (value - exact[result]).abs())
-    if known is not None:  # what moves a sum this way and that, for a loss by its coefficients, for means by their slopes
+    if (
+        known is not None
+    ):  # what moves a sum this way and that, for a loss by its coefficients, for means by their slopes
         largest = max(float(x.worst.max()) if terms else 0.0 for x in known)
         for name, value in exact.items():
             if value.dim() == 0:

@@ -85,9 +85,7 @@ def assert_precise(case: dict[str, Any], dtype: torch.dtype = torch.float32, **k
     plain, ours = (run(rounded, impl=impl, **keywords) for impl in ("torch", "triton"))
     assert ours.keys() == exact.keys()
     dtypes = {name: value.dtype for name, value in ours.items()}
-    bounds = loss_bounds(
-        lambda shifted, **more: run(shifted, impl="reference", **{**keywords, **more}), inputs, dtypes
-    )
+    bounds = loss_bounds(lambda shifted, **more: run(shifted, impl="reference", **{**keywords, **more}), inputs, dtypes)
     for name, value in exact.items():
         assert ours[name].dtype == plain[name].dtype and ours[name].shape == plain[name].shape, name
         assert_no_less_precise(plain[name], ours[name], value, bounds[name])
@@ -115,8 +113,6 @@ def linear_loss_bounds(
     up = (2 * found[names[0]], 2 * found[names[1]])
     by_up = (by_name[names[0]].scaled(2), by_name[names[1]].scaled(2))
     half = torch.float16 if dtype != torch.float32 else dtype
-    by_head = head_bounds(
-        head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up
-    )
+    by_head = head_bounds(head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up)
     metrics = [by_name[name] for name in found if name not in ("loss", "coef", *names)]
     return [by_name["loss"], by_name["coef"], *values, *metrics, *by_head[2:]]
