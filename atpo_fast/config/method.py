@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from atpo_fast.common.choices import CreditMethod, TurnAdvantage, TurnValue
 from atpo_fast.config.section import STRICT, as_dict
+from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -55,22 +56,19 @@ class ObjectiveConfig:
         "at2po"
     )
     """Published objective to start from."""
-    level: Literal["token", "turn", "sequence"] | None = None
+    level: RatioLevel | None = None
     """Level of the ratio; none: the preset's (likewise below)."""
-    clip: Literal["hard", "dual", "soft", "soft_high", "sapo", "cispo"] | None = None
+    clip: ClipFamily | None = None
     """Clip family."""
     clip_low: float | None = Field(default=None, ge=0)
     """Lower clip range."""
     clip_high: float | None = Field(default=None, ge=0)
     """Upper clip range."""
-    aggregation: (
-        Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
-        | None
-    ) = None
+    aggregation: Aggregation | None = None
     """Weights of the average over tokens."""
-    denominator: Literal["global", "local"] | None = None
+    denominator: Denominator | None = None
     """Range of the averages. global: the mini-batch on all ranks. local: each row, then the rows (published code)."""
-    kl: Literal["none", "k1", "k2", "k3", "low_var"] | None = None
+    kl: KLEstimator | None = None
     """KL estimator."""
     kl_coef: float | None = Field(default=None, ge=0)
     """Weight of the KL term."""

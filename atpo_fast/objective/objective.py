@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
-
-Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
-Denominator = Literal["global", "local"]
+from atpo_kernels.choices import Aggregation, Denominator
 
 
 @dataclass(frozen=True, kw_only=True)

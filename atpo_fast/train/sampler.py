@@ -52,7 +52,7 @@ class Sampler:
         self.search = TreeSearch(
             self.engine,
             run.task.tokenizer,
-            make_toolbox(config.tools, run.task.passages),
+            make_toolbox(config.tools, run.task.passages, run.task.tools),
             config.rollout,
             config.tools,
             cache_tokens=config.engine.cache_tokens,

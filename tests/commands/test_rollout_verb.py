@@ -172,7 +172,7 @@ def whole(tiny: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two jobs, one of two ranks")
 def test_questions_that_the_file_holds_are_passed_over(tiny: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     # Fails if an interrupted job repeats or loses questions, two ranks write other trees, or in another order.
     path = tmp_path / "trees.parquet"
@@ -185,7 +185,7 @@ def test_questions_that_the_file_holds_are_passed_over(tiny: dict[str, Any], who
     assert first.meta["question"] and all(first.turns[leaf].reward is not None for leaf in first.leaves)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="a job that is interrupted and resumed")
 def test_ctrl_c_keeps_what_is_done(tiny: dict[str, Any], tmp_path: Path) -> None:
     # Fails if finished trees are thrown away, the file breaks, or the user is not told how to go on.
     path = tmp_path / "trees.jsonl"
@@ -200,7 +200,7 @@ def test_ctrl_c_keeps_what_is_done(tiny: dict[str, Any], tmp_path: Path) -> None
     assert 0 < held < 40 and f"stopped: {held} of 40 questions are in {path}; the same command continues" in output
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two jobs with a server")
 def test_servers_write_the_same_trees_and_their_faults_stop_the_job(
     tiny: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def test_exit_codes_of_errors() -> None:
     for fault in (RuntimeError("x"), KeyError("x"), OSError("x"), AssertionError("x")):
         assert errors.exit_code(fault) is None
     try:
-        raise RuntimeError("the engine failed") from errors.ServerError("HTTP 500")
+        raise RuntimeError("the engine failed") from errors.EngineError("HTTP 500")
     except RuntimeError as error:
         assert errors.exit_code(error) == errors.FAILURE
     assert errors.exit_code(errors.StopRequested()) == 143
@@ -76,4 +76,4 @@ def test_exit_codes_of_errors() -> None:
 def test_old_bases_of_errors_stay() -> None:
     # Fails if code that catches the built-in kind no longer catches ours.
     assert issubclass(errors.ConfigError, ValueError) and issubclass(errors.DataError, ValueError)
-    assert issubclass(errors.IndexMismatchError, FileExistsError) and issubclass(errors.ServerError, RuntimeError)
+    assert issubclass(errors.IndexMismatchError, FileExistsError) and issubclass(errors.EngineError, RuntimeError)

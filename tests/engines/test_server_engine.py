@@ -587,7 +587,7 @@ def test_the_key_comes_from_the_environment(serve, connect, monkeypatch: pytest.
     assert engine._pool._client.headers["Authorization"] == "Bearer secret"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two ranks and two servers")
 @pytest.mark.distributed
 def test_two_ranks_train_with_servers(tmp_path: Path) -> None:
     # Fails if the ranks do not agree on who writes the weights, a server keeps old ones, or its log-probs are another

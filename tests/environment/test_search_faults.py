@@ -140,7 +140,7 @@ def test_a_server_that_comes_back_is_used_again(server: _Server) -> None:
             assert toolbox.run([ToolCall("search", "one")])[0].ok == ok
 
 
-def test_a_retry_hides_a_passing_fault(server: _Server) -> None:
+def test_a_retry_hides_a_transient_error(server: _Server) -> None:
     """Fails if a call is answered by its first failure although tries are left."""
     server.faults = 3
     with make_toolbox(server.url, retries=3) as toolbox:

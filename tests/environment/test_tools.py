@@ -304,6 +304,13 @@ def test_http_search_speaks_the_protocol(retriever: str) -> None:
     assert _Retriever.bodies == [{"queries": ["who is A", "bare"], "topk": 2, "return_scores": True}]
 
 
+def test_http_search_goes_past_the_proxies(retriever: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a proxy in the environment is asked for a server of the local network."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert HTTPSearch(retriever)("fine").startswith("Page 1:")
+
+
 def test_http_errors_become_observations(retriever: str) -> None:
     toolbox = ToolBox(
         [

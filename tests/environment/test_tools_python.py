@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from atpo_fast.environment import PythonTool, ToolError
+from atpo_fast.environment import PythonTool, ToolError, bubblewrap
 from atpo_fast.environment.python_tool import _MAX_OUTPUT_BYTES
 
 HERE = Path(__file__).resolve().parents[1] / "helpers"
@@ -63,9 +63,12 @@ class Confined:
         self._process.communicate()
 
 
-@pytest.fixture(scope="module", params=[(), ("--user",), ("--user", "--no-namespaces")], ids="".join)
+WAYS = [(), ("--user",), ("--user", "--no-namespaces"), ("--user", "--no-namespaces", "--bubblewrap")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="".join)
 def tool(request: pytest.FixtureRequest) -> Iterator[Confined]:
-    """As the tests run; as a plain user; and as one where the kernel refuses namespaces."""
+    """As the tests run; as a plain user; as one where the kernel refuses namespaces; there, but with bubblewrap."""
     if "--user" in request.param and os.geteuid() != 0:
         pytest.skip("only root can become another user")
     confined = Confined(*request.param)
@@ -279,6 +282,12 @@ def test_a_killed_trainer_leaves_no_code_running(tmp_path: Path) -> None:
     trainer.kill()
     trainer.wait()
     assert_gone(f"\0{LONG}\0")
+
+
+def test_bubblewrap_is_asked_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the tool needs bubblewrap, or starts a program that is not there with every call."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not bubblewrap.is_needed_and_works.__wrapped__()
 
 
 def test_root_without_namespaces() -> None:
