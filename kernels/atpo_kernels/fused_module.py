@@ -96,7 +96,8 @@ class FusedLinearTurnPolicyLoss(nn.Module):
             ignored: compiled, chunk_size and vespo_* are accepted and have no effect.
 
         Ratios are capped at exp(config.max_log_ratio) and their gradient is the straight-through one of
-    docs/design.md#ratio-levels. At level "sequence" that is Liger's where the weights of a row's tokens are equal (all of
+    docs/design.md#ratio-levels. At level "sequence" that is Liger's where the weights of a row's tokens are equal (all
+    of
     Liger's
         loss_types, vllm_is_ratio None or (B, 1)).
 
