@@ -15,6 +15,7 @@ from atpo_fast.commands.retriever import RETRIEVER
 from atpo_fast.commands.rollout import ROLLOUT
 from atpo_fast.commands.train import TRAIN
 from atpo_fast.common.errors import exit_code
+from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
 VERBS = (*(verb.as_verb() for verb in LAUNCHED), REPORT, RETRIEVER, EXPORT, DOCTOR)
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     if overrides is not None:  # those that stood behind an option
         overrides.extend(rest)
+    set_up_logging()
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         return run(arguments)

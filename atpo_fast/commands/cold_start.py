@@ -15,10 +15,10 @@ def cold_start(run: Run, arguments: argparse.Namespace) -> int:
     """Train on the demonstrations and evaluate the model; returns the exit code."""
     from atpo_fast.train.cold_start import cold_start as train_on_demonstrations
     from atpo_fast.train.evaluate import evaluate_step
-    from atpo_fast.train.rollout_worker import RolloutWorker
+    from atpo_fast.train.sampler import Sampler
 
     folder = train_on_demonstrations(run)
-    evaluate_step(run, RolloutWorker(run, folder, run.device), 0)
+    evaluate_step(run, Sampler(run, folder, run.device), 0)
     return 0
 
 

@@ -35,14 +35,14 @@ TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 @dataclass(frozen=True)
 class Requirement:
-    """What a distribution asks of another."""
+    """Versions that a distribution asks of another."""
 
     name: str
     ranges: str
     optional: bool
 
     def allows(self, installed: str) -> bool:
-        """Whether a version is in range; a local label such as +cpu does not count."""
+        """Tell whether a version is in range; a local label such as +cpu does not count."""
         from packaging.specifiers import SpecifierSet
 
         return SpecifierSet(self.ranges).contains(installed.partition("+")[0], prereleases=True)
@@ -69,14 +69,14 @@ class Environment:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that has to be mended."""
+    """Something that has to be fixed."""
 
     what: str
     remedy: str
 
 
 def doctor(arguments: argparse.Namespace) -> int:
-    """Print what is on this machine and what has to be mended; returns the exit code."""
+    """Print what is on this machine and what has to be fixed; returns the exit code."""
     environment = inspect_environment()
     problems = list(find_problems(environment))
     print(render(environment, problems))
@@ -121,7 +121,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _requirements(distribution: str) -> list[Requirement]:
-    """What a distribution asks for on this machine; empty when it or `packaging` is not installed."""
+    """List what a distribution asks for on this machine; empty when it or `packaging` is not installed."""
     try:
         from packaging.requirements import Requirement as Parsed
 
@@ -138,7 +138,7 @@ def _requirements(distribution: str) -> list[Requirement]:
 
 
 def _import_fault(module: str) -> str | None:
-    """Why a module cannot be imported, in one line."""
+    """Say in one line why a module cannot be imported; None when it can."""
     try:
         importlib.import_module(module)
     except Exception as error:  # broken builds raise anything
@@ -147,7 +147,7 @@ def _import_fault(module: str) -> str | None:
 
 
 def _torch_devices() -> tuple[str | None, list[str]]:
-    """(CUDA or ROCm version of the build, a line per GPU)."""
+    """Return (CUDA or ROCm version of the build, a line per GPU)."""
     import torch
 
     gpus = []
@@ -158,7 +158,7 @@ def _torch_devices() -> tuple[str | None, list[str]]:
 
 
 def _nvidia_driver() -> bool:
-    """Whether an NVIDIA driver answers."""
+    """Tell whether an NVIDIA driver answers."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return False
@@ -169,7 +169,7 @@ def _nvidia_driver() -> bool:
 
 
 def _kernels_shadow(installed: bool) -> str | None:
-    """Where a regular package `kernels` comes from that is not Hugging Face's library."""
+    """Find where a regular package `kernels` comes from that is not Hugging Face's library."""
     spec = importlib.util.find_spec("kernels")
     return spec.origin if spec is not None and spec.origin is not None and not installed else None
 
@@ -178,7 +178,7 @@ def _kernels_shadow(installed: bool) -> str | None:
 
 
 def find_problems(environment: Environment) -> Iterator[Problem]:
-    """What has to be mended, most basic first."""
+    """Yield what has to be fixed, most basic first."""
     yield from _range_problems(environment)
     yield from _companion_problems(environment)
     yield from _import_problems(environment)
@@ -195,7 +195,7 @@ def find_problems(environment: Environment) -> Iterator[Problem]:
 
 
 def _range_problems(environment: Environment) -> Iterator[Problem]:
-    """The project's own requirements that are not met."""
+    """Yield the project's own requirements that are not met."""
     if not environment.requirements:
         yield Problem(f"{PROJECT} or `packaging` is not installed, so versions cannot be checked", "pip install -e .")
     for required in environment.requirements:
@@ -208,7 +208,7 @@ def _range_problems(environment: Environment) -> Iterator[Problem]:
 
 
 def _companion_problems(environment: Environment) -> Iterator[Problem]:
-    """Packages beside ours that were built for another PyTorch or NumPy."""
+    """Yield packages beside ours that were built for another PyTorch or NumPy."""
     for name, asked in environment.companions.items():
         for required in asked:
             installed = environment.versions.get(required.name)
@@ -221,7 +221,7 @@ def _companion_problems(environment: Environment) -> Iterator[Problem]:
 
 
 def _import_problems(environment: Environment) -> Iterator[Problem]:
-    """Packages that are installed and cannot be imported."""
+    """Yield packages that are installed and cannot be imported."""
     for module, fault in environment.broken.items():
         what = f"{module} {environment.versions[module]} cannot be imported ({fault})"
         if module in TORCH_COMPANIONS:
@@ -235,7 +235,7 @@ def _import_problems(environment: Environment) -> Iterator[Problem]:
 
 
 def _device_problems(environment: Environment) -> Iterator[Problem]:
-    """GPUs that are there and cannot be used, or the reverse."""
+    """Yield GPUs that are there and cannot be used, and settings that ask for absent ones."""
     if environment.nvidia_driver and "torch" in environment.versions and not environment.gpus:
         build = f"built for CUDA {environment.cuda_build}" if environment.cuda_build else "a CPU build"
         yield Problem(
@@ -252,7 +252,7 @@ def _device_problems(environment: Environment) -> Iterator[Problem]:
 
 
 def render(environment: Environment, problems: list[Problem]) -> str:
-    """The report as text."""
+    """Write the report as text."""
     lines = [f"{'python':<22}{platform.python_version()} ({sys.executable})", f"{'system':<22}{platform.platform()}"]
     ranges = {r.name: r.ranges for r in environment.requirements}
     lines += [f"{name:<22}{found:<18}{ranges.get(name, '')}".rstrip() for name, found in environment.versions.items()]
@@ -269,7 +269,7 @@ def render(environment: Environment, problems: list[Problem]) -> str:
 DOCTOR = Verb(
     name="env",
     summary="versions, devices, and what does not fit together",
-    detail="Exit code 1 when something has to be mended.",
+    detail="Exit code 1 when something has to be fixed.",
     example="atpo-fast env",
     run=doctor,
 )

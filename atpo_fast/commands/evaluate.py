@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def evaluate(run: Run, arguments: argparse.Namespace) -> int:
     """Evaluate `model.path`, or else the run folder's newest model, and print the means; returns the exit code."""
     from atpo_fast.train.evaluate import evaluate as answer_questions
-    from atpo_fast.train.rollout_worker import RolloutWorker
+    from atpo_fast.train.sampler import Sampler
 
     given = run.config.model.path
-    worker = RolloutWorker(run, given or newest_model(run.folder), run.device)
-    means = answer_questions(run, worker, "given" if given else "newest")
+    sampler = Sampler(run, given or newest_model(run.folder), run.device)
+    means = answer_questions(run, sampler, "given" if given else "newest")
     if run.is_main:
         print(json.dumps(means, indent=1))
     return 0

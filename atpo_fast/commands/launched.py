@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from atpo_fast.commands.verb import Verb, no_arguments
 from atpo_fast.common.errors import StopRequested, exit_code
+from atpo_fast.common.log import set_up_logging
 from atpo_fast.config import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.arithmetic import batch_arithmetic
 
@@ -30,9 +31,9 @@ class LaunchedVerb:
     detail: str
     example: str
     work: Callable[[Run, argparse.Namespace], int]
-    """What each process does; returns its exit code."""
+    """Function that each process runs; returns its exit code."""
     add_options: Callable[[argparse.ArgumentParser], None] = no_arguments
-    """Adds the verb's own options, each with the default None."""
+    """Function that adds the verb's own options, each with the default None."""
     keeps_config: bool = False
     """Whether the configuration is written into the run folder."""
     old_names: tuple[str, ...] = ()
@@ -92,6 +93,7 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
 
     from atpo_fast.train.run import start_run
 
+    set_up_logging()
     try:
         run = start_run(load_config(arguments.config, arguments.overrides))
         try:

@@ -28,7 +28,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the processes of a run go."""
+    """Device and accelerators of the processes of a run."""
 
     device: str
     """Kind of device: cpu or cuda."""

@@ -10,8 +10,8 @@ def find_model(folder: Path) -> Path | None:
 
     The model of a run folder is that of its newest checkpoint, and before there is one that of its cold start.
     """
-    newest = sorted(folder.glob("checkpoints/step_*/hf"))[-1:]
-    candidates = (folder / "hf", *newest, folder / "cold_start", folder)
+    newest_first = sorted(folder.glob("checkpoints/step_*/hf"), reverse=True)
+    candidates = (folder / "hf", *newest_first, folder / "cold_start", folder)
     return next((candidate for candidate in candidates if _holds_model(candidate)), None)
 
 

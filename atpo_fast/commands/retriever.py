@@ -151,7 +151,7 @@ def _settings(options: argparse.Namespace) -> BM25Settings | DenseSettings:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ConfigError for what cannot work."""
+    """Raise ConfigError for options that do not go together."""
     if not options.corpus and (options.build_only or options.rebuild or options.index_dir is None):
         raise ConfigError("the retriever needs --corpus FILE, or --index-dir DIR with a finished index")
     if options.corpus and options.index == "dense" and not options.encoder:

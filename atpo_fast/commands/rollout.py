@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def rollout(run: Run, arguments: argparse.Namespace) -> int:
     """Roll out the questions asked for and write their trees; returns the exit code."""
     from atpo_fast.train.forest_file import write_forest
-    from atpo_fast.train.rollout_worker import RolloutWorker
+    from atpo_fast.train.sampler import Sampler
 
     split = arguments.split or "train"
     asked = run.task.eval if split == "eval" else run.task.train
@@ -44,8 +44,8 @@ def rollout(run: Run, arguments: argparse.Namespace) -> int:
     if arguments.questions != "all":
         asked = asked[: int(arguments.questions or run.config.train.questions_per_step)]
     path = Path(arguments.out) if arguments.out else run.folder / "rollouts.jsonl"
-    worker = RolloutWorker(run, run.config.model.path or newest_model(run.folder), run.device)
-    left = write_forest(run, worker, asked, path)
+    sampler = Sampler(run, run.config.model.path or newest_model(run.folder), run.device)
+    left = write_forest(run, sampler, asked, path)
     if run.is_main and not left:
         print(f"trees of {len(asked)} questions in {path}")
     return STOPPED if left else 0

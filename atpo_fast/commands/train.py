@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from atpo_fast.commands.launched import LaunchedVerb
 from atpo_fast.common.errors import STOPPED
 from atpo_fast.common.files import replacing
-from atpo_fast.config import ServerConfig, VLLMConfig
 
 if TYPE_CHECKING:
     from atpo_fast.train.run import Run
@@ -36,15 +35,11 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
 
 def _check(run: Run) -> None:
     """Raise ValueError, before the cold start, for what would be found out after it."""
-    from atpo_fast.engines.vllm.start import check_vllm
+    from atpo_fast.engines import check_engine
     from atpo_fast.train.from_config import make_objective, max_prefix
 
-    engine = run.config.engine
     max_prefix(run.config, make_objective(run.config))
-    if isinstance(engine, VLLMConfig):
-        check_vllm()
-    if isinstance(engine, ServerConfig) and engine.weights_dir is None:
-        raise ValueError("training with engine.name=server needs engine.weights_dir")
+    check_engine(run.config)
 
 
 def _finish(run: Run, summary: dict[str, Any]) -> None:

@@ -8,21 +8,21 @@ from dataclasses import dataclass
 
 
 def no_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing."""
+    """Add nothing: the verb has no arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
-    """`atpo-fast NAME`."""
+    """One verb of the command line, `atpo-fast NAME`."""
 
     name: str
     summary: str
-    """What it does, in a line without capital and full stop."""
+    """Line for the list of verbs, without capital and full stop."""
     detail: str
-    """More of it, in whole sentences."""
+    """Further help, in whole sentences."""
     example: str
     run: Callable[[argparse.Namespace], int]
-    """What it does with the parsed arguments; returns the exit code."""
+    """Function that does it with the parsed arguments; returns the exit code."""
     add_arguments: Callable[[argparse.ArgumentParser], None] = no_arguments
     old_names: tuple[str, ...] = ()
     """Spellings of the name that are still understood."""

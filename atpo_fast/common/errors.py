@@ -52,8 +52,9 @@ class MismatchError(AtpoError, RuntimeError):
     exit_code = BAD_INPUT
 
 
-class ServerError(AtpoError, RuntimeError):
-    """The servers cannot do what a rollout needs; the message says which, why, and what to do."""
+class EngineError(AtpoError, RuntimeError):
+    """An inference engine cannot do what a rollout needs, for a reason outside of this program; the message says why,
+    and what to do."""
 
 
 class ForestError(AtpoError, RuntimeError):
@@ -67,20 +68,20 @@ class StopRequested(AtpoError):
 
 
 INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
-"""Built-in errors that stand in many places for wrong input."""
+"""Built-in errors that many modules raise for wrong input."""
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Exit code of an expected error, None for a fault of the code."""
+    """Return the exit code of an expected error, None for a fault of the code."""
     if isinstance(error, AtpoError):
         return error.exit_code
     if isinstance(error, INPUT_ERRORS):
         return BAD_INPUT
-    return FAILURE if is_server_error(error) else None
+    return FAILURE if is_engine_error(error) else None
 
 
-def is_server_error(error: BaseException | None) -> bool:
-    """Whether the servers are at fault, and not the code: the error or one of its causes is a ServerError."""
-    while error is not None and not isinstance(error, ServerError):
+def is_engine_error(error: BaseException | None) -> bool:
+    """Tell whether an engine's surroundings are at fault, and not the code: the error or a cause is an EngineError."""
+    while error is not None and not isinstance(error, EngineError):
         error = error.__cause__
     return error is not None

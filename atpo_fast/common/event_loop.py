@@ -19,12 +19,13 @@ class EventLoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=_run, args=(self.loop,), name=name, daemon=True)
+        stopped = self.loop.create_future()
+        self._thread = threading.Thread(target=_run, args=(self.loop, stopped), name=name, daemon=True)
         self._thread.start()
-        self._close = weakref.finalize(self, _stop, self.loop, self._thread)
+        self._close = weakref.finalize(self, _stop, self.loop, stopped, self._thread)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine; its outcome comes as a future."""
+        """Run a coroutine; returns a future of its outcome."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def close(self) -> None:
@@ -32,10 +33,37 @@ class EventLoopThread:
         self._close()
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
+class LazyEventLoop:
+    """Runs coroutines in an event loop thread that is started when it is first needed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._started: EventLoopThread | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine; the future that is returned gets its result."""
+        with self._lock:
+            self._started = self._started or EventLoopThread(self._name)
+            return self._started.submit(coroutine)
+
+    def close(self) -> None:
+        """Close the event loop if it was started."""
+        with self._lock:
+            started = self._started
+        if started is not None:
+            started.close()
+
+
+async def _until(stopped: asyncio.Future[None]) -> None:
+    """Wait in a main task: anyio keeps its worker threads for as long as there is one."""
+    await stopped
+
+
+def _run(loop: asyncio.AbstractEventLoop, stopped: asyncio.Future[None]) -> None:
     asyncio.set_event_loop(loop)
     try:
-        loop.run_forever()
+        loop.run_until_complete(_until(stopped))
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
@@ -46,8 +74,8 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+def _stop(loop: asyncio.AbstractEventLoop, stopped: asyncio.Future[None], thread: threading.Thread) -> None:
     if not loop.is_closed():
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(stopped.set_result, None)
     if thread is not threading.current_thread():
         thread.join(_CLOSE_SECONDS + 1)

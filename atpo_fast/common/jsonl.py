@@ -16,7 +16,7 @@ Record = dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """`value` as plain JSON data.
+    """Turn `value` into plain JSON data.
 
     Tensors and arrays become numbers or nested lists; nan and infinities become the strings "nan", "inf", "-inf",
     which `float` reads back (JSON itself has no such numbers).
@@ -57,7 +57,7 @@ def append_records(path: Path | str, records: Iterable[Record]) -> None:
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """All records of a file; a half-written last line is skipped.
+    """Read all records of a file; a half-written last line is skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -67,7 +67,7 @@ def read_records(path: Path | str) -> list[Record]:
 
 
 def iterate_records(path: Path | str) -> Iterator[Record]:
-    """The same one by one, for files that are larger than memory."""
+    """Yield the records of a file as `read_records` reads them, for files that are larger than memory."""
     broken = 0
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):

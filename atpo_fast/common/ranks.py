@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def reduce_over_ranks(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """`tensor` reduced in place over all ranks, and returned; a collective."""
+    """Reduce `tensor` in place over all ranks and return it; a collective."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor

@@ -7,7 +7,7 @@ from atpo_fast.config.schema import Config
 
 
 def batch_arithmetic(config: Config) -> str:
-    """What a run amounts to, a line each: trajectories, mini-batches, path length, steps, ranks; then warnings.
+    """Say what a run amounts to, a line each: trajectories, mini-batches, path length, steps, ranks; then warnings.
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """
@@ -15,12 +15,12 @@ def batch_arithmetic(config: Config) -> str:
 
 
 def longest_path(config: Config) -> int:
-    """Tokens of the longest possible trajectory, prompt included."""
+    """Count the tokens of the longest possible trajectory, prompt included."""
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def minibatches_per_step(config: Config) -> int:
-    """Optimizer steps per rollout batch."""
+    """Count the optimizer steps per rollout batch."""
     return config.train.questions_per_step // config.train.questions_per_minibatch
 
 

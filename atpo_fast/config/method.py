@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from atpo_fast.common.choices import CreditMethod, TurnAdvantage, TurnValue
 from atpo_fast.config.section import STRICT, as_dict
+from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -16,7 +17,7 @@ class RewardConfig:
     """Outcome reward of a trajectory."""
 
     metric: Literal["em", "f1"] = "em"
-    """What a well-formed answer earns."""
+    """Reward of a well-formed answer."""
     format_penalty: float = -1.0
     """Reward of a trajectory that breaks the format."""
     tool_bonus: float = Field(default=0.1, ge=0)
@@ -27,7 +28,7 @@ class RewardConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class CreditConfig:
-    """From leaf rewards to advantages."""
+    """Way from leaf rewards to advantages."""
 
     method: CreditMethod = "at2po"
     """Method of credit. at2po: per turn. The others: per trajectory."""
@@ -55,22 +56,19 @@ class ObjectiveConfig:
         "at2po"
     )
     """Published objective to start from."""
-    level: Literal["token", "turn", "sequence"] | None = None
+    level: RatioLevel | None = None
     """Level of the ratio; none: the preset's (likewise below)."""
-    clip: Literal["hard", "dual", "soft", "soft_high", "sapo", "cispo"] | None = None
+    clip: ClipFamily | None = None
     """Clip family."""
     clip_low: float | None = Field(default=None, ge=0)
     """Lower clip range."""
     clip_high: float | None = Field(default=None, ge=0)
     """Upper clip range."""
-    aggregation: (
-        Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
-        | None
-    ) = None
-    """How tokens are averaged."""
-    denominator: Literal["global", "local"] | None = None
-    """Over what the averages run."""
-    kl: Literal["none", "k1", "k2", "k3", "low_var"] | None = None
+    aggregation: Aggregation | None = None
+    """Weights of the average over tokens."""
+    denominator: Denominator | None = None
+    """Range of the averages. global: the mini-batch on all ranks. local: each row, then the rows (published code)."""
+    kl: KLEstimator | None = None
     """KL estimator."""
     kl_coef: float | None = Field(default=None, ge=0)
     """Weight of the KL term."""
@@ -81,5 +79,5 @@ class ObjectiveConfig:
 
     @property
     def departures(self) -> dict[str, Any]:
-        """What differs from the preset, by field."""
+        """Values that differ from the preset, by field."""
         return {name: value for name, value in as_dict(self).items() if name != "preset" and value is not None}

@@ -12,7 +12,7 @@ from atpo_fast.config.section import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class RolloutConfig:
-    """Tree search."""
+    """Shape of the tree search, its sampling and its limits."""
 
     strategy: Literal["entropy", "random", "chain"] = "entropy"
     """How the tree is expanded."""

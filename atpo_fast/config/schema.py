@@ -21,7 +21,7 @@ from atpo_fast.config.train import ColdStartConfig, EvalConfig, OptimConfig, Tra
 
 @dataclass(config=STRICT, kw_only=True)
 class Config:
-    """A run."""
+    """Everything that a run depends on."""
 
     run_dir: str = "runs/default"
     """Folder of everything the run writes."""

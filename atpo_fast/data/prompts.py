@@ -6,15 +6,23 @@ deliberate: the published text was written in a non-raw string, so its models we
 by "oxed{...}" where a backslash was meant, while the reward asks for a real `\\boxed{`. Here it is a real backslash.
 
 `short` is the bare question and a newline, for small models trained from scratch.
+
+Tools beyond the published ones are described in both (`ToolDescriptions`): through the chat template where it shows
+tools, else in words; `published` describes them after the system prompt, `short` before the question.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.data.questions import Question
+
+PromptKind = Literal["published", "short"]
 
 SYSTEM_PROMPT = (
     "You are a helpful assistant. You solve the question you are given step by step, with the wikipedia search tool to "
@@ -29,41 +37,80 @@ SYSTEM_PROMPT = (
 )
 
 
-def prompt_text(question: Question, kind: Literal["published", "short"]) -> str:
-    """The prompt as one text; for `published`, the content of its single system message."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolDescriptions:
+    """What a prompt says about tools; nothing by default.
+
+    Attributes:
+        text: part of the prompt's own text.
+        schemas: given to the chat template, in OpenAI's form.
+    """
+
+    text: str = ""
+    schemas: tuple[dict[str, Any], ...] = ()
+
+
+NO_TOOLS = ToolDescriptions()
+
+
+def prompt_text(question: Question, kind: PromptKind, tools: ToolDescriptions = NO_TOOLS) -> str:
+    """Return the prompt as one text; for `published`, the content of its single system message."""
     if kind == "short":
-        return f"{question.text}\n"
-    return f"{SYSTEM_PROMPT}\nuser\n{question.text}"
+        return f"{tools.text}\n{question.text}\n" if tools.text else f"{question.text}\n"
+    described = f"\n{tools.text}" if tools.text else ""
+    return f"{SYSTEM_PROMPT}{described}\nuser\n{question.text}"
 
 
 def encode_prompt(
-    question: Question, tokenizer: PreTrainedTokenizerBase, kind: Literal["published", "short"], max_tokens: int
+    question: Question,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: PromptKind,
+    max_tokens: int,
+    tools: ToolDescriptions = NO_TOOLS,
 ) -> list[int]:
-    """Token ids of a question's prompt; `published` goes through the tokenizer's chat template where it has one.
+    """Return the token ids of a question's prompt; `published` goes through the tokenizer's chat template, if any.
 
     Raises:
         ValueError: the prompt has more than `max_tokens` tokens, or characters the tokenizer does not know.
     """
-    text = prompt_text(question, kind)
+    text = prompt_text(question, kind, tools)
     if kind == "published":
-        text = _render(text, tokenizer)
+        text = _render(text, tokenizer, tools.schemas)
     ids = tokenizer.encode(text, add_special_tokens=False)
+    where = f"question {question.id!r} ({question.text[:80]!r})"
     if len(ids) > max_tokens:
-        raise ValueError(
-            f"question {question.id!r} ({question.text[:80]!r}): its prompt has {len(ids)} tokens, "
-            f"data.max_prompt_tokens={max_tokens} allows fewer"
-        )
+        raise ValueError(f"{where}: its prompt has {len(ids)} tokens, data.max_prompt_tokens={max_tokens} allows fewer")
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         raise ValueError(
-            f"question {question.id!r} ({question.text[:80]!r}): the tokenizer does not know all words of its {kind} "
-            "prompt; the embedded world needs data.prompt=short"
+            f"{where}: the tokenizer does not know all words of its {kind} prompt; the embedded world needs "
+            "data.prompt=short"
         )
     return ids
 
 
-def _render(content: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The system message as the model reads it, up to where its answer begins."""
+def template_shows_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the chat template writes these tools into a prompt: it is rendered with them and without.
+
+    Some templates have no place for tools, some show them only beside a user message, and some refuse a conversation
+    of one system message with tools; all of these count as not showing them.
+    """
+    if not tokenizer.chat_template:
+        return False
+    without = _render("", tokenizer, ())
+    try:
+        shown = _render("", tokenizer, schemas)
+    except (jinja2.TemplateError, TypeError):
+        return False
+    names = [str(schema["function"]["name"]) for schema in schemas]
+    return all(shown.count(name) > without.count(name) for name in names)
+
+
+def _render(content: str, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> str:
+    """Return the system message as the model reads it, up to where its answer begins."""
     if not tokenizer.chat_template:
         return f"{content}\n"
     messages = [{"role": "system", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    shown = tokenizer.apply_chat_template(
+        messages, tools=list(schemas) or None, tokenize=False, add_generation_prompt=True
+    )
+    return str(shown)

@@ -1,134 +1,92 @@
-"""What the turn loop asks of an inference engine (design, section 7): token ids in, token ids and log-probs out."""
+"""The engine as the tree search sees it (docs/design.md#engines), and the manners that all engines share.
+
+`Engine` says what is asked of an engine. `CheckedEngine` owns the manners: requests are checked before any of them
+begins, new weights are checked against the model, and neither weights nor cache nor memory change while requests are in
+flight. A concrete engine inherits from it and implements its hooks.
+"""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-FinishReason = Literal["stop", "eos", "length"]
-TurnKey = tuple[Hashable, int]  # name of the tree, number of the turn in it
+from atpo_fast.common.errors import EngineError
+from atpo_fast.engines.prefix_check import PrefixCheck
+from atpo_fast.engines.request import (
+    Completion,
+    EngineCounters,
+    FinishReason,
+    PathNode,
+    Request,
+    SamplingParams,
+    TurnKey,
+)
+from atpo_fast.engines.stops import StopTables, end_of_sequence_ids
+from atpo_fast.engines.weight_stream import checked
 
+__all__ = [
+    "CheckedEngine",
+    "Completion",
+    "Engine",
+    "EngineCounters",
+    "FinishReason",
+    "LeaderFailedError",
+    "PathNode",
+    "Request",
+    "SamplingParams",
+    "TurnKey",
+]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How to sample one completion.
-
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. A completion ends after the token that
-    completes one of the `stop` strings (the token stays), after `eos_token_id`, or at `max_new_tokens`.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"illegal sampling parameters: {self}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PathNode:
-    """One turn on the way to a request: a name that is unique among live turns, and where its tokens end.
-
-    `key[0]` names the tree, so that a finished tree's entries can be released together. `key[1]` counts the tree's
-    requests in the order in which they were made (0: the root): it need not be the turn's index in the finished tree.
-    """
-
-    key: TurnKey
-    end: int  # number of prompt tokens up to and including this turn's observation
+T = TypeVar("T")
+R = TypeVar("R")
 
 
-@dataclass(slots=True, kw_only=True)
-class Request:
-    """Continue `prompt_ids` by one turn.
-
-    `path` tells which turns of the search tree the prompt consists of, root first (the last `end` equals
-    `len(prompt_ids)`), and `turn_key` names the turn about to be written, so that an engine can keep one cache entry
-    per tree token. Engines that find prefixes by themselves ignore both. `seed` makes the sample independent of
-    what else is in the batch.
-    """
-
-    prompt_ids: Sequence[int]
-    sampling: SamplingParams
-    seed: int
-    path: tuple[PathNode, ...]
-    turn_key: TurnKey
+class LeaderFailedError(EngineError):
+    """The rank that leads a shared engine has raised; its own error says why."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Completion:
-    """One sampled turn.
+class Engine(ABC):
+    """Hold any number of requests in flight and complete them by continuous batching.
 
-    `logprobs`: log-prob of each token under the distribution it was really drawn from (temperature, top-p and top-k
-    included). `policy_logprobs`: under the policy at this temperature without truncation, which is what the trainer
-    recomputes. The two are equal when truncation is off. Greedy decoding reports both at temperature 1.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    policy_logprobs: list[float]
-    finish_reason: FinishReason
-    stop: str | None = None  # the stop string found
-
-
-@dataclass(slots=True)
-class EngineCounters:
-    """Cumulative counts of one engine.
-
-    `prefilled_tokens`: tokens that entered the cache, each counted when it gets its entry; a forest rolled out
-    without eviction has exactly as many as it has unique tokens. `decoded_tokens`: the part of them that was
-    sampled. `cache_hit_tokens`: prompt tokens of requests that were found in the cache. `forwarded_tokens`: tokens
-    really fed through the model, counted at the forward (the last token of a leaf never is). `evicted_tokens`:
-    entries given up for lack of room while their tree was alive.
-    """
-
-    prefilled_tokens: int = 0
-    decoded_tokens: int = 0
-    cache_hit_tokens: int = 0
-    forwarded_tokens: int = 0
-    evicted_tokens: int = 0
-
-
-class Engine(Protocol):
-    """An inference engine with any number of requests in flight (continuous batching).
-
-    A request is in flight from `submit` until `poll` has given its completion. When `submit` or `poll` raises, or
-    `release` names its tree, it is dropped instead. One thread calls all methods. A class that implements an engine
-    inherits from this one, for `generate`.
+    A request is in flight from `submit` until `poll` has returned its completion. It is dropped instead when `release`
+    names its tree, and when `submit` fails half-way or `poll` raises. One thread calls all methods.
     """
 
     counters: EngineCounters
 
+    bucket_bytes: int = 256 << 20
+    """Bytes of weights that the trainer gathers and sends at once."""
+
+    max_positions: int | None = None
+    """Longest path that the engine can hold, prompt included; None where it sets no limit of its own."""
+
     @abstractmethod
     def submit(self, requests: Sequence[Request]) -> None:
-        """Begin requests beside those in flight. Returns at once: `poll` does the work.
+        """Begin requests beside those in flight. Return at once: `poll` does the work.
 
         Raises:
-            ValueError: a request that contradicts itself or another; then none of `requests` is begun.
+            ValueError: a request that contradicts itself, another one or what was generated before, or that this
+                engine cannot take; then none of `requests` is begun.
             RuntimeError: the engine is asleep.
         """
-        ...
 
     @abstractmethod
     def poll(self) -> list[tuple[TurnKey, Completion]]:
         """Advance all requests in flight by a little (one decode step, say). Callers loop over it: an engine that works
         in another process waits a moment for news.
 
-        Returns those that have finished since the last call, by `Request.turn_key`, in any order; often none. Returns
-        an empty list at once when nothing is in flight. When it raises, nothing is in flight any more.
+        Return those that have finished since the last call, by `Request.turn_key`, in any order; often none. Return an
+        empty list at once when nothing is in flight. When it raises, nothing is in flight any more, and the engine
+        remembers nothing of unfinished trees.
         """
-        ...
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Complete every request, in order. Nothing else may be in flight. Raises what `submit` and `poll` raise."""
+        """Complete every request, in order. Nothing else may be in flight. Raise what `submit` and `poll` raise."""
         self.submit(requests)
         done: dict[TurnKey, Completion] = {}
         missing = {request.turn_key for request in requests}
@@ -139,26 +97,195 @@ class Engine(Protocol):
         return [done[request.turn_key] for request in requests]
 
     @abstractmethod
-    def update_weights(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take new weights, one tensor at a time; forgets the cache. Nothing may be in flight."""
-        ...
-
-    @abstractmethod
     def release(self, tree: Hashable) -> None:
         """Forget a tree (`PathNode.key[0]`): its requests in flight, and its cache entries."""
-        ...
+
+    def for_all(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], Iterator[tuple[int, R]]]
+    ) -> Iterator[tuple[int, R]]:
+        """Run `work` with this engine on the items of all ranks that share it; yield (index, result) of this rank's.
+
+        Raises:
+            LeaderFailedError: another rank, which leads, has raised.
+        """
+        return work(items)
+
+    @abstractmethod
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights for every parameter, by Hugging Face name, one tensor at a time; forget the cache.
+
+        Raises:
+            KeyError: a name that the model does not have.
+            ValueError: a tensor of another shape, or parameters that never came. After an error the engine is of no use
+                until all weights have come.
+            RuntimeError: requests are in flight.
+        """
 
     @abstractmethod
     def reset_prefix_cache(self) -> None:
-        """Forget every cache entry. Nothing may be in flight."""
-        ...
+        """Forget every cache entry. Raise RuntimeError when requests are in flight."""
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give back memory until `wake`. Nothing may be in flight."""
-        ...
+        """Give back memory until `wake`; the cache may be lost. Raise RuntimeError when requests are in flight."""
 
     @abstractmethod
     def wake(self) -> None:
         """Undo `sleep`."""
-        ...
+
+    def close(self) -> None:
+        """End what the engine has started; it is of no use afterwards."""
+        return
+
+
+class CheckedEngine(Engine):
+    """Own the manners of an engine; the work is done by the hooks of a concrete one.
+
+    Args:
+        tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
+        vocab_size: V; token ids are in [0, V).
+        shapes: the model's parameters as `parameter_shapes` lists them; new weights are checked against it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        shapes: Mapping[str, tuple[str, torch.Size]],
+    ) -> None:
+        self.counters = EngineCounters()
+        self.in_flight: dict[TurnKey, Request] = {}
+        self.awake = True
+        self.eos_ids = end_of_sequence_ids(tokenizer)
+        self.vocab_size, self.shapes = vocab_size, shapes
+        self.stops = StopTables(tokenizer, vocab_size)
+        self._prefixes = PrefixCheck()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Check all requests, then begin them."""
+        if not self.awake:
+            raise RuntimeError("the engine is asleep; call wake() before submit()")
+        for request in requests:
+            self._check_ids(request)
+            self._check(request)
+        forwarded = self._prefixes.admit(requests)
+        try:
+            for request, known in zip(requests, forwarded, strict=True):
+                self.in_flight[request.turn_key] = request
+                self._begin(request, known)
+        except BaseException:
+            self._drop_all()
+            raise
+
+    def poll(self) -> list[tuple[TurnKey, Completion]]:
+        """Advance the requests in flight, and remember what was written to check its continuation."""
+        if not self.in_flight:
+            return []
+        try:
+            finished = self._advance()
+        except BaseException:
+            self._drop_all()
+            raise
+        for key, completion in finished:
+            self._prefixes.written(self.in_flight.pop(key), completion.token_ids)
+        return finished
+
+    def release(self, tree: Hashable) -> None:
+        """Drop a tree's requests in flight, then forget it."""
+        dropped = [key for key in self.in_flight if key[0] == tree]
+        for key in dropped:
+            self._prefixes.dropped(self.in_flight.pop(key))
+        if dropped:
+            self._cancel(dropped)
+        self._prefixes.release(tree)
+        self._release(tree)
+
+    def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights when nothing is in flight."""
+        self._require_idle()
+        self._prefixes.clear()
+        self._load(named_parameters)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the cache when nothing is in flight."""
+        self._require_idle()
+        self._prefixes.clear()
+        self._forget_cache()
+
+    def sleep(self) -> None:
+        """Give back memory when nothing is in flight; nothing to do for an engine that sleeps."""
+        self._require_idle()
+        if self.awake:
+            self.awake = False
+            self._prefixes.clear()
+            self._sleep()
+
+    def wake(self) -> None:
+        """Take memory back; nothing to do for an engine that is awake."""
+        if not self.awake:
+            self._wake()
+            self.awake = True
+
+    def close(self) -> None:
+        """Drop what is in flight."""
+        self._drop_all()
+
+    def checked(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass new weights on, each parameter once; raise KeyError and ValueError as `update_weights` says."""
+        return checked(named_parameters, self.shapes)
+
+    def _require_idle(self) -> None:
+        if self.in_flight:
+            raise RuntimeError(
+                f"{len(self.in_flight)} requests are in flight; poll until they are done, or release their trees"
+            )
+
+    def _check_ids(self, request: Request) -> None:
+        ids = request.prompt_ids
+        if len(ids) and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            raise ValueError(f"turn {request.turn_key}: token ids must be in [0, {self.vocab_size})")
+
+    def _drop_all(self) -> None:
+        dropped = list(self.in_flight)
+        self.in_flight.clear()
+        self._prefixes.clear()
+        if dropped:
+            self._cancel(dropped)
+
+    # Hooks of concrete engines
+
+    def _check(self, request: Request) -> None:
+        """Raise ValueError for a request that this engine cannot take."""
+        return
+
+    @abstractmethod
+    def _begin(self, request: Request, forwarded: int) -> None:
+        """Begin a checked request, of whose prompt the first `forwarded` tokens are known to be forwarded before."""
+
+    @abstractmethod
+    def _advance(self) -> list[tuple[TurnKey, Completion]]:
+        """Do what `poll` says while something is in flight."""
+
+    @abstractmethod
+    def _cancel(self, keys: Sequence[TurnKey]) -> None:
+        """Stop the work on requests that are no longer in flight; after a failure some may be unknown already."""
+
+    @abstractmethod
+    def _release(self, tree: Hashable) -> None:
+        """Forget the cache entries of a tree, none of whose requests is in flight."""
+
+    @abstractmethod
+    def _load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Take new weights, which have to pass through `checked`, and forget the cache."""
+
+    @abstractmethod
+    def _forget_cache(self) -> None:
+        """Forget every cache entry."""
+
+    @abstractmethod
+    def _sleep(self) -> None:
+        """Give back memory until `_wake`."""
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Undo `_sleep`."""

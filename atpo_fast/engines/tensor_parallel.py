@@ -1,19 +1,19 @@
 """One engine spread over several ranks (tensor parallelism): its parts have to be called alike.
 
-The first rank of the group leads: it runs the turn loop for all of them, and tells the others each call before it makes
-it. They follow until it has finished. Weights, sleep and waking are each rank's own business: every rank does them for
-its part.
+The first rank of the group leads: it runs the tree search for all of them, and announces each call before it makes it.
+The others follow until it has finished. Weights, sleep and waking are no part of the search: every rank does them for
+its own part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from atpo_fast.engines.base import Completion, Engine, EngineCounters, Request, TurnKey
+from atpo_fast.engines.base import Completion, Engine, EngineCounters, LeaderFailedError, Request, TurnKey
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,10 +21,10 @@ _FINISHED = "finished"
 
 
 class SharedEngine(Engine):
-    """This rank's part of an engine; see `Engine` for the methods.
+    """Stand in for this rank's part of an engine: every call is passed on to the part, whose manners are the engine's.
 
     Args:
-        part: makes collectives with the other parts, the same on each rank when it is called alike.
+        part: takes part in collectives with the other parts, which agree when all are called alike.
         group: the ranks of the engine, of a backend that sends CPU tensors.
     """
 
@@ -32,54 +32,62 @@ class SharedEngine(Engine):
         self._part, self._group = part, group
         self.leads = dist.get_rank(group) == 0
         self.counters = part.counters if self.leads else EngineCounters()  # every part counts the same
+        self.max_positions, self.bucket_bytes = part.max_positions, part.bucket_bytes
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Begin requests; the leader's to call, like `poll` and `release`."""
-        self._tell("submit", list(requests))
+        """Begin requests; only the leader calls this, `poll` and `release`."""
+        self._announce("submit", list(requests))
         self._part.submit(requests)
 
     def poll(self) -> list[tuple[TurnKey, Completion]]:
         """Advance all requests in flight by a little."""
-        self._tell("poll")
+        self._announce("poll")
         return self._part.poll()
 
     def release(self, tree: Hashable) -> None:
         """Forget a tree."""
-        self._tell("release", tree)
+        self._announce("release", tree)
         self._part.release(tree)
 
-    def for_all(self, items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R] | None:
-        """`work` done by the leader on the items of all ranks of the group, with this engine; a collective.
+    def for_all(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], Iterator[tuple[int, R]]]
+    ) -> Iterator[tuple[int, R]]:
+        """Let the leader run `work` on the items of all ranks of the group; a collective.
 
-        Returns what became of this rank's items; None on the others when the leader has raised.
+        This rank's results come in order when all are done.
         """
         shares: list[list[T]] = [[] for _ in range(dist.get_world_size(self._group))]
         dist.all_gather_object(shares, list(items), group=self._group)
-        done: list[R] | None = None
-        if self.leads:
-            try:
-                done = work([item for share in shares for item in share])
-            finally:
-                self._tell(_FINISHED, done)
-        else:
-            done = self._follow()
+        done = self._lead([item for share in shares for item in share], work) if self.leads else self._follow()
+        if done is None:
+            raise LeaderFailedError("the rank that leads this rank's engine has failed; its own message says why")
         first = sum(len(share) for share in shares[: dist.get_rank(self._group)])
-        return None if done is None else done[first : first + len(items)]
+        yield from ((index, done[first + index]) for index in range(len(items)))
 
-    def _follow(self) -> Any:
-        """Make the leader's calls until it has finished; what it has made."""
+    def _lead(self, items: Sequence[T], work: Callable[[Sequence[T]], Iterator[tuple[int, R]]]) -> dict[int, R]:
+        """Run the work, and send its results to the followers; None in their place when it raises."""
+        done: dict[int, R] | None = None
+        try:
+            done = dict(work(items))
+        finally:
+            self._announce(_FINISHED, done)
+        return done
+
+    def _follow(self) -> dict[int, Any] | None:
+        """Make the leader's calls until it has finished; return its results."""
         while True:
             message: list[Any] = [None]
             dist.broadcast_object_list(message, group=self._group, group_src=0)
             name, *arguments = message[0]
             if name == _FINISHED:
-                return arguments[0]
+                results: dict[int, Any] | None = arguments[0]
+                return results
             try:
                 getattr(self._part, name)(*arguments)
             except Exception:  # the leader's call raises the same, and it knows what to do about it
                 continue
 
-    def _tell(self, *message: Any) -> None:
+    def _announce(self, *message: Any) -> None:
         dist.broadcast_object_list([message], group=self._group, group_src=0)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -97,3 +105,7 @@ class SharedEngine(Engine):
     def wake(self) -> None:
         """Undo `sleep`."""
         self._part.wake()
+
+    def close(self) -> None:
+        """End this part."""
+        self._part.close()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 T = TypeVar("T")
 
 
 def in_buckets(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Neighbours in groups whose sizes sum to at most `limit`; what is larger makes a group alone."""
+    """Yield neighbours in groups whose sizes sum to at most `limit`; a larger item makes a group of its own."""
     bucket: list[T] = []
     filled = 0
     for item in items:
@@ -26,10 +27,14 @@ def in_buckets(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iter
         yield bucket
 
 
-def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[str, torch.Size]]:
-    """By Hugging Face name: the name under which a parameter is counted (tied ones share it), and its shape."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+def parameter_shapes(model: nn.Module | PretrainedConfig) -> dict[str, tuple[str, torch.Size]]:
+    """Map each Hugging Face name to the name under which the parameter is counted (tied ones share it), and its shape.
+
+    A configuration gives the parameters of the causal LM that it describes.
+    """
+    if isinstance(model, PretrainedConfig):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model)
     first: dict[int, str] = {}
     return {
         name: (first.setdefault(id(parameter), name), parameter.shape)
@@ -38,13 +43,15 @@ def parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[str, torch.Siz
 
 
 def checked(
-    named_parameters: Iterable[tuple[str, Tensor]], expected: dict[str, tuple[str, torch.Size]]
+    named_parameters: Iterable[tuple[str, Tensor]], expected: Mapping[str, tuple[str, torch.Size]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass weights on, each parameter once. Raises KeyError and ValueError as `update_weights` says."""
+    """Pass weights on, each parameter once. Raise KeyError and ValueError as `Engine.update_weights` says."""
     missing = {counted for counted, _ in expected.values()}
     for name, tensor in named_parameters:
         if name not in expected:
-            raise KeyError(f"the engine's model has no parameter {name!r}")
+            near = get_close_matches(name, expected, n=1)
+            hint = f"; nearest: {near[0]!r}" if near else ""
+            raise KeyError(f"the engine's model has no parameter {name!r}{hint}")
         counted, shape = expected[name]
         if tensor.shape != shape:
             raise ValueError(f"{name}: new weights have shape {tuple(tensor.shape)}, not {tuple(shape)}")

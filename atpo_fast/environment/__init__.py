@@ -1,5 +1,6 @@
 """What the policy acts in: the tag protocol, the tools and their running."""
 
+from atpo_fast.environment.descriptions import describe_in_words, describe_tools, tool_schema
 from atpo_fast.environment.function_tool import FunctionTool, ToolError
 from atpo_fast.environment.python_tool import PythonTool
 from atpo_fast.environment.result_cache import CachedTool, ResultCache
@@ -15,7 +16,7 @@ from atpo_fast.environment.tags import (
     unescape_tags,
 )
 from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
-from atpo_fast.environment.tools import make_toolbox
+from atpo_fast.environment.tools import close_tools, described_schemas, make_toolbox, open_further_tools
 
 __all__ = [
     "CALL_LIMIT_NOTICE",
@@ -33,9 +34,15 @@ __all__ = [
     "ToolCall",
     "ToolError",
     "ToolResult",
+    "close_tools",
+    "describe_in_words",
+    "describe_tools",
+    "described_schemas",
     "escape_tags",
     "format_result",
     "make_toolbox",
+    "open_further_tools",
     "parse_call",
+    "tool_schema",
     "unescape_tags",
 ]

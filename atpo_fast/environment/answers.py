@@ -1,4 +1,4 @@
-"""What a tool answered or raised, as text."""
+"""Answers of tools: turns what a tool answered or raised into text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a try gave no answer; `final`: the text answers the call, without another try."""
+    """The reason why a try gave no answer. When it is `final`, its text answers the call without another try."""
 
     text: str
     final: bool = False
@@ -29,7 +29,7 @@ Outcome = str | Failure  # of one call in one try
 
 
 def answer_text(answer: Any, max_chars: int) -> Outcome:
-    """A tool's answer as text: cut, then without what is no text; a failure when nothing is left."""
+    """Return a tool's answer as text, cut and without what is no text, or a failure when nothing is left."""
     if answer is None:
         return _EMPTY
     if isinstance(answer, bytes | bytearray):
@@ -45,7 +45,7 @@ def answer_text(answer: Any, max_chars: int) -> Outcome:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What to say about an exception; those that end a program are failures like others."""
+    """Return the failure that an exception means; those that end a program are failures like others."""
     if isinstance(error, ToolError):
         return Failure(_clean(str(error)[:_FINAL_CHARS]), final=True)
     if not isinstance(error, Exception):
@@ -54,7 +54,7 @@ def failure_of(error: BaseException) -> Failure:
 
 
 def _one_line(error: BaseException) -> str:
-    """One short line."""
+    """Return an exception as one short line."""
     try:
         text = str(error)[: 10 * _ERROR_CHARS]
     except Exception:  # an exception of a tool may do anything
@@ -64,6 +64,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without control characters other than tab and line feed, and without halves of characters."""
+    """Return text without control characters other than tab and line feed, and without halves of characters."""
     text = _SURROGATE.sub("\ufffd", text.replace("\r\n", "\n"))
     return _CONTROL.sub("", text.replace("\r", "\n"))

@@ -1,7 +1,8 @@
-"""What the policy writes between a tool's tags, as arguments: read, checked, and described by a JSON schema."""
+"""Arguments of tools: what the policy writes between the tags, read, checked, and described by a JSON schema."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Callable
@@ -20,10 +21,11 @@ class ArgumentError(ValueError):
 
 
 class TypedArguments:
-    """The parameters of a typed Python function.
+    """Read the parameters of a typed Python function.
 
     A function of one `str` parameter takes the text as it is. Any other takes a JSON object with its parameters' names,
-    whose values are checked against the type hints, and converted where pydantic converts JSON (a date, an enum).
+    whose values are checked against the type hints, and converted where pydantic converts JSON (a date, an enum). Where
+    the only parameter is written as a JSON string (a date, a literal), its bare text is taken as well.
 
     Raises:
         ValueError: `*args`, `**kwargs`, positional-only parameters, or hints that cannot be resolved or described.
@@ -43,7 +45,8 @@ class TypedArguments:
         self.names = [parameter.name for parameter in parameters]
         only = hints.get(self.names[0], str) if len(parameters) == 1 else None
         self.raw = (get_args(only)[0] if get_origin(only) is Annotated else only) is str
-        fields = {p.name: _field(hints.get(p.name, Any if len(parameters) > 1 else str), p.default) for p in parameters}
+        untyped = Any if len(parameters) > 1 else str
+        fields = {p.name: _optional(hints.get(p.name, untyped), p.default) for p in parameters}
         arguments = TypedDict("arguments", fields)  # type: ignore[misc]
         arguments.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[attr-defined]
         try:
@@ -56,18 +59,32 @@ class TypedArguments:
                 self.schema["properties"][parameter.name].setdefault("default", _plain(parameter.default))
 
     def parse(self, text: str) -> dict[str, Any]:
-        """Keyword arguments. Raises ArgumentError."""
+        """Read keyword arguments from the text of a call.
+
+        Raises:
+            ArgumentError: the text does not fit the parameters.
+        """
         if self.raw:
             return {self.names[0]: text}
         try:
-            return dict(self._adapter.validate_python(_read_object(text, self.schema)))
+            return self._validate(_read_object(text, self.schema))
+        except ArgumentError:
+            name = text_property(self.schema)
+            if name:
+                with contextlib.suppress(ArgumentError):
+                    return self._validate({name: text})
+            raise
+
+    def _validate(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return dict(self._adapter.validate_python(arguments))
         except pydantic.ValidationError as error:
             faults = [(fault["loc"], fault["msg"]) for fault in error.errors(include_url=False)]
             raise ArgumentError(_describe_faults(faults, self.schema)) from None
 
 
 class SchemaArguments:
-    """Arguments that a JSON schema describes, as the OpenAI and MCP protocols give it.
+    """Read arguments that a JSON schema describes, as the OpenAI and MCP protocols give it.
 
     Where the schema's only property is a string, the text is taken as it is unless it is a JSON object that fits.
 
@@ -84,13 +101,15 @@ class SchemaArguments:
         if schema.get("type", "object") != "object":
             raise ValueError(f"the arguments of a tool are an object, not {schema['type']!r}")
         self.schema = schema
-        properties = schema.get("properties", {})
-        only = next(iter(properties.items())) if len(properties) == 1 else ("", {})
-        self._text_name = only[0] if isinstance(only[1], dict) and only[1].get("type") == "string" else ""
+        self._text_name = text_property(schema)
         self._validator = validator(schema)
 
     def parse(self, text: str) -> dict[str, Any]:
-        """Arguments by name. Raises ArgumentError."""
+        """Read arguments by name from the text of a call.
+
+        Raises:
+            ArgumentError: the text does not fit the schema.
+        """
         try:
             arguments = _read_object(text, self.schema)
             faults = [(tuple(error.path), error.message) for error in self._validator.iter_errors(arguments)]
@@ -105,8 +124,28 @@ class SchemaArguments:
         raise ArgumentError(_describe_faults(faults, self.schema))
 
 
-def _field(hint: Any, default: Any) -> Any:
+def _optional(hint: Any, default: Any) -> Any:
+    """Return the type of a parameter in the dictionary of arguments, which may leave out what has a default."""
     return hint if default is inspect.Parameter.empty else NotRequired[hint]
+
+
+def text_property(schema: JsonSchema) -> str:
+    """Return the name of the only property of a schema when that is a string, which a call may write as bare text."""
+    properties = schema.get("properties", {})
+    if len(properties) != 1:
+        return ""
+    ((name, content),) = properties.items()
+    return str(name) if isinstance(content, dict) and content.get("type") == "string" else ""
+
+
+def describe_object(schema: JsonSchema) -> str:
+    """Return what a JSON object of a schema looks like, with each property's type in the place of its value."""
+    required = schema.get("required", [])
+    parts = [
+        f'"{name}": {_type(content, schema)}{"" if name in required else " (optional)"}'
+        for name, content in schema.get("properties", {}).items()
+    ]
+    return f"{{{', '.join(parts)}}}"
 
 
 def _read_object(text: str, schema: JsonSchema) -> dict[str, Any]:
@@ -125,33 +164,32 @@ def _describe_faults(faults: list[tuple[tuple[int | str, ...], str]], schema: Js
 
 
 def _expected(schema: JsonSchema) -> str:
-    """What to write, with every property's type."""
-    required = schema.get("required", [])
-    parts = [
-        f'"{name}": {_type(content)}{"" if name in required else " (optional)"}'
-        for name, content in schema.get("properties", {}).items()
-    ]
-    return f"Expected a JSON object {{{', '.join(parts)}}}."
+    return f"Expected a JSON object {describe_object(schema)}."
 
 
-def _type(content: Any) -> str:
+def _type(content: Any, schema: JsonSchema) -> str:
+    """Return the type of a property in words; definitions that are no enumeration are called by their names."""
     if not isinstance(content, dict):
         return "any"
     if "enum" in content:
         return " or ".join(json.dumps(value, default=str) for value in content["enum"][:10])
     if "anyOf" in content:
-        return " or ".join(map(_type, content["anyOf"]))
-    kind = content.get("type", content.get("$ref", "any").rpartition("/")[2])
+        return " or ".join(_type(choice, schema) for choice in content["anyOf"])
+    if "$ref" in content:
+        name = str(content["$ref"]).rpartition("/")[2]
+        definition = schema.get("$defs", {}).get(name, {})
+        return _type(definition, schema) if "enum" in definition else name
+    kind = content.get("type", "any")
     return " or ".join(kind) if isinstance(kind, list) else str(kind)
 
 
 def _plain(value: Any) -> Any:
-    """A default as plain data."""
+    """Return a default value as plain data."""
     return json.loads(pydantic.TypeAdapter(Any).dump_json(value, fallback=str))
 
 
 def _without_titles(schema: Any) -> Any:
-    """The schema without the titles that pydantic makes of names (a property called title is no text)."""
+    """Return the schema without the titles that pydantic makes of names (a property called title is no text)."""
     if isinstance(schema, list):
         return [_without_titles(item) for item in schema]
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""Python functions as tools."""
+"""Function tools: Python functions that the policy can call."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FunctionTool:
         self.is_async = is_async(function)
 
     def __call__(self, argument: str) -> Any:
-        """The function's answer, or a coroutine of it. Raises ToolError for an argument that does not fit."""
+        """Return the function's answer, or a coroutine of it. Raises ToolError for an argument that does not fit."""
         try:
             arguments = self._arguments.parse(argument)
         except ArgumentError as error:
@@ -57,7 +57,7 @@ class FunctionTool:
 
 
 def load_tool(path: str) -> Callable[[str], Any]:
-    """The tool at `package.module:name`: a function, a tool object, or a class that makes one.
+    """Load the tool at `package.module:name`: a function, a tool object, or a class that makes one.
 
     Raises:
         ValueError: nothing callable is there; the message says what is missing.
@@ -82,12 +82,12 @@ def load_tool(path: str) -> Callable[[str], Any]:
 
 
 def as_tool(tool: Callable[..., Any]) -> Callable[[str], Any]:
-    """A plain function becomes a FunctionTool; what has a `name` is a tool already."""
+    """Return a tool as it is, and a plain function, which has no `name`, as a FunctionTool."""
     return tool if getattr(tool, "name", None) else FunctionTool(tool)
 
 
 def is_async(tool: Any) -> bool:
-    """Whether a call gives a coroutine."""
+    """Return whether a call of a tool gives a coroutine."""
     called = getattr(tool, "__call__", None)  # noqa: B004 (the method itself is looked at)
     known: bool = getattr(tool, "is_async", False)
     return known or inspect.iscoroutinefunction(tool) or inspect.iscoroutinefunction(called)

@@ -118,7 +118,7 @@ class MCPServer:
         return text
 
     async def _ready(self) -> _Connection:
-        """A connection that is not known to be dead."""
+        """Return a connection that is not known to be dead, a new one if need be."""
         async with self._opening:
             if self._connection is None or self._connection.dead:
                 if time.monotonic() - self._restarted < self._restart_seconds:
@@ -180,7 +180,7 @@ class MCPTool:
         self.parameters = self._arguments.schema
 
     async def __call__(self, argument: str) -> str:
-        """The tool's answer. Raises ToolError for an argument that does not fit; else as `MCPServer.call`."""
+        """Return the tool's answer. Raises ToolError for an argument that does not fit; else as `MCPServer.call`."""
         try:
             arguments = self._arguments.parse(argument)
         except ArgumentError as error:
@@ -201,7 +201,10 @@ def _http_transport(url: str, headers: dict[str, str]) -> AbstractAsyncContextMa
     class Transport(AbstractAsyncContextManager[Any]):
         async def __aenter__(self) -> Any:
             timeout = httpx2.Timeout(30.0, read=300.0)
-            client = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=timeout))
+            # Such a server may be anywhere, so the environment's proxies are used, NO_PROXY excepted (trust_env).
+            client = await stack.enter_async_context(
+                httpx2.AsyncClient(headers=headers, timeout=timeout, trust_env=True)
+            )
             return await stack.enter_async_context(streamable_http_client(url, http_client=client))
 
         async def __aexit__(self, *exception: Any) -> bool | None:
@@ -211,7 +214,7 @@ def _http_transport(url: str, headers: dict[str, str]) -> AbstractAsyncContextMa
 
 
 async def _list_tools(client: Any) -> list[Any]:
-    """All tools of a server, page by page."""
+    """Return all tools of a server, which sends them page by page."""
     tools: list[Any] = []
     cursor: str | None = None
     for _ in range(_MAX_PAGES):
@@ -224,7 +227,7 @@ async def _list_tools(client: Any) -> list[Any]:
 
 
 def _text(result: Any) -> str:
-    """The text of an answer; other contents are named only."""
+    """Return the text of an answer; contents of other kinds are only named."""
     parts = [block.text if block.type == "text" else f"[{block.type} left out]" for block in result.content]
     if not parts and result.structured_content is not None:
         parts = [str(result.structured_content)]
@@ -232,7 +235,7 @@ def _text(result: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, out of the groups that the protocol's library makes."""
+    """Return what went wrong, taken out of the exception groups that the protocol's library makes."""
     while isinstance(getattr(error, "exceptions", None), tuple | list) and error.exceptions:  # type: ignore[attr-defined]
         error = error.exceptions[0]  # type: ignore[attr-defined]
     return f"{type(error).__name__}: {error}".removesuffix(": ")

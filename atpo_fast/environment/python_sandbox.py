@@ -3,13 +3,15 @@
 Only the standard library is imported, and nothing of the package, so that it starts fast. `main` is what is started;
 the trainer imports the module for its path only, which also leaves compiled code for the starts. Three processes:
 
-1. the starter cuts itself off (user, mount, network, IPC and process namespaces, where the kernel allows them);
+1. the starter cuts itself off (user, mount, network, IPC and process namespaces, where the kernel allows them), unless
+   bubblewrap has started it there (`bubblewrap.py`);
 2. the keeper, the first process of its namespace, makes the file systems read-only, waits for the code, and takes
    every process that the code left behind with it when it ends;
 3. the code's own process, without privileges and under resource limits.
 
-Without namespaces the first two are one: it adopts orphans and kills them, and the network is closed by a system-call
-filter or, where that fails too, in Python only. What was obtained is reported to the tool, which logs it.
+Where bubblewrap or nobody has made namespaces, the first two are one. Without any it adopts orphans and kills them, and
+the network is closed by a system-call filter or, where that fails too, in Python only. What was obtained is reported to
+the tool, which logs it.
 
 This guards against accidents and careless code of a policy. It is no guarantee against an attack on the kernel.
 """
@@ -45,6 +47,7 @@ _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 22, 24
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _FIRST_UID = 1_000_000_000  # of the user that code runs as when the trainer is root; the process id is added
 
+_READ_ONLY = "read-only except an own working directory in memory"
 Report = dict[str, tuple[str, bool]]  # facility -> (how, as strong as it should be)
 
 
@@ -55,12 +58,14 @@ def main() -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != job["parent"]:
+    if os.getppid() != job["parent"] and not job["bubblewrap"]:  # which itself ends with the tool
         os._exit(1)  # the tool was gone before the signal was asked for
     uid = _FIRST_UID + os.getpid() if os.geteuid() == 0 else os.getuid()
     report: Report = {}
-    report["processes"] = _enter_namespaces()
-    if report["processes"][1]:
+    report["processes"] = ("own namespaces by bubblewrap", True) if job["bubblewrap"] else _enter_namespaces()
+    if job["bubblewrap"]:
+        report["files"] = _READ_ONLY, True
+    elif report["processes"][1]:
         _fork_and_follow()
         report["files"] = _close_file_systems(job, uid)
     else:
@@ -77,6 +82,11 @@ def main() -> None:
 
 
 # --- processes ---------------------------------------------------------------------------------------------------
+
+
+def can_make_namespaces() -> bool:
+    """Return whether the kernel lets this process leave the system's namespaces, which it does then."""
+    return _enter_namespaces()[1]
 
 
 def _enter_namespaces() -> tuple[str, bool]:
@@ -155,7 +165,7 @@ def _exit_code(status: int) -> int:
 
 
 def _close_file_systems(job: dict[str, Any], uid: int) -> tuple[str, bool]:
-    """Everything read-only, except a small file system in memory as working directory and as /dev/shm."""
+    """Make everything read-only, except a small file system in memory as working directory and as /dev/shm."""
     owner = f"uid={uid},gid={uid if os.geteuid() == 0 else os.getgid()},mode=700"
     memory = f"size={job['file_mb']}m,nr_inodes=10000,{owner}"
     read_only = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY, 0, 0, 0)
@@ -171,7 +181,7 @@ def _close_file_systems(job: dict[str, Any], uid: int) -> tuple[str, bool]:
         _mount("none", "/dev/shm", "tmpfs", _MS_NOSUID | _MS_NODEV, memory)
     if _mount("none", job["workdir"], "tmpfs", _MS_NOSUID | _MS_NODEV, memory):
         return f"read-only everywhere, without a working directory: {_error()}", False
-    return "read-only except an own working directory in memory", True
+    return _READ_ONLY, True
 
 
 def _show_to_others(folders: list[str]) -> None:
@@ -199,7 +209,7 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, data: 
 
 
 def _close_network(namespace: bool) -> tuple[str, bool]:
-    """No sockets but those between processes of this machine."""
+    """Allow no sockets but those between processes of this machine."""
     if namespace:
         return "own namespace without interfaces", True
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -243,7 +253,7 @@ def _refuse_sockets(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _limit(job: dict[str, Any], own_count: bool) -> None:
-    """Resource limits of the code and of everything it starts, each process by itself."""
+    """Set the resource limits of the code and of everything it starts, each process by itself."""
     processes = job["processes"] + (0 if own_count else _threads_of_user() - 1)  # this process is counted already
     for name, value in (
         ("RLIMIT_AS", job["memory_mb"] * _MB),
@@ -262,7 +272,7 @@ def _limit(job: dict[str, Any], own_count: bool) -> None:
 
 
 def _threads_of_user() -> int:
-    """Threads that the user runs already: the limit counts them where the user is not the sandbox's own."""
+    """Count the threads that the user runs already; the limit counts them where the user is not the sandbox's own."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
         with contextlib.suppress(OSError):
@@ -272,7 +282,7 @@ def _threads_of_user() -> int:
 
 
 def _drop_privileges(uid: int) -> tuple[str, bool]:
-    """No capabilities, none to gain; root becomes a user of whom nothing else is."""
+    """Give up all capabilities, for ever; root becomes a user of whom nothing else is."""
     how, strong = "the trainer's, without privileges", True
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
@@ -285,7 +295,7 @@ def _drop_privileges(uid: int) -> tuple[str, bool]:
 
 
 def _become(uid: int) -> tuple[str, bool]:
-    """From root to a user without an account; only its process count is the new user's where it could not import."""
+    """Turn from root into a user without an account; only its process count where that one cannot import."""
     folders = [path for path in sys.path if os.path.isdir(path)]
     try:
         os.setgroups([])
@@ -321,7 +331,7 @@ def _error() -> str:
 
 
 def _run(code: str) -> int:
-    """Run code as `__main__`; a bare expression at its end is printed unless it is None. The exit status."""
+    """Run code as `__main__`; a bare expression at its end is printed unless it is None. Return the exit status."""
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module

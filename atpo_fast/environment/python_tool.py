@@ -16,9 +16,9 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
-from atpo_fast.environment import python_sandbox
+from atpo_fast.environment import bubblewrap, python_sandbox
 from atpo_fast.environment.function_tool import ToolError
 
 _LOG = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _GRACE_SECONDS = 5.0  # for the sandbox to end all processes itself when it is t
 
 @dataclass(slots=True)
 class _Output:
-    """What the code wrote to one pipe: the first and the last `limit` bytes, and how many in all."""
+    """The output of the code on one pipe: the first and the last `limit` bytes, and how many in all."""
 
     limit: int
     head: bytes = b""
@@ -53,7 +53,7 @@ class _Output:
 
 @dataclass(slots=True)
 class _Run:
-    """How a run ended: `status` is None when it was stopped, `why` then says why."""
+    """The end of a run: `status` is None when it was stopped, and `why` then says why."""
 
     limit: int
     status: int | None = None
@@ -84,6 +84,7 @@ class PythonTool:
 
     name = "python"
     description = "Runs Python code in a fresh interpreter without network. Answers with what the code prints."
+    parameters: ClassVar = {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}
 
     def __init__(
         self,
@@ -133,8 +134,11 @@ class PythonTool:
             reading, writing = os.pipe()
             readable = files.enter_context(os.fdopen(reading, "rb"))
             writable = files.enter_context(os.fdopen(writing, "wb"))
+            command = [sys.executable, "-I", "-B", "-X", "utf8", "-c", _START, str(writable.fileno())]
+            if bubblewrap.is_needed_and_works():
+                command = bubblewrap.confine(command, workdir=workdir, file_mb=self.file_mb)
             process = subprocess.Popen(
-                [sys.executable, "-I", "-B", "-X", "utf8", "-c", _START, str(writable.fileno())],
+                command,
                 stdin=job,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -189,6 +193,7 @@ class PythonTool:
             "code": code,
             "workdir": workdir,
             "parent": os.getpid(),
+            "bubblewrap": bubblewrap.is_needed_and_works(),
             "memory_mb": self.memory_mb,
             "processes": self.processes,
             "file_mb": self.file_mb,
@@ -210,14 +215,15 @@ class PythonTool:
         _LOG.info("python tool: %s", text)
         if weak:
             _LOG.warning(
-                "python tool: less confined than it could be (%s). Allow unprivileged user namespaces, or start the "
-                "container with the capability SYS_ADMIN, to confine it fully",
+                "python tool: less confined than it could be (%s). Allow unprivileged user namespaces, start the "
+                "container with the capability SYS_ADMIN, or install a bubblewrap that may make them, to confine it "
+                "fully",
                 "; ".join(f"{name}: {how}" for name, how in weak.items()),
             )
 
 
 def _environment(workdir: str) -> dict[str, str]:
-    """Nothing of the trainer's environment, which may hold secrets, but the library path that Python may need."""
+    """Return an environment with nothing of the trainer's, which may hold secrets, but the library path of Python."""
     environment = {
         "PATH": "/usr/local/bin:/usr/bin:/bin",
         "HOME": workdir,
@@ -233,7 +239,7 @@ def _environment(workdir: str) -> dict[str, str]:
 
 
 def _describe_status(status: int) -> str:
-    """`status 3` or `signal SIGSEGV`."""
+    """Return `status 3` or `signal SIGSEGV`."""
     number = status - 128 if status > 128 else -status
     with contextlib.suppress(ValueError):
         return f"signal {signal.Signals(number).name}"

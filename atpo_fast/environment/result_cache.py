@@ -30,7 +30,7 @@ insert into total select 0 where not exists (select * from total);
 
 
 class ResultCache:
-    """Answers in an SQLite file. Several processes and threads may read and write it at once.
+    """Keeps answers in an SQLite file. Several processes and threads may read and write it at once.
 
     When the answers pass `max_mb`, the oldest are dropped. A fault of the file or disk while it is used is logged once
     and costs only the caching. The file has to be on a disk whose locks work (not every network file system's do).
@@ -54,7 +54,7 @@ class ResultCache:
             raise ValueError(f"the cache of tool results {self.path} cannot be used: {error}") from error
 
     def get(self, key: bytes) -> str | None:
-        """The answer under a key."""
+        """Return the answer under a key, or None."""
         with self._lock:
             try:
                 row = self._connect().execute("select text from results where key = ?", (key,)).fetchone()
@@ -122,7 +122,7 @@ class ResultCache:
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Readers then never wait for a writer. SQLite itself does not wait for its turn to switch, so this does."""
+    """Let readers never wait for a writer. SQLite itself does not wait for its turn to switch, so this does."""
     end = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
@@ -164,7 +164,7 @@ class CachedTool:
             self.run_many: Callable[[list[str]], list[Any]] = self._run_many
 
     def __call__(self, argument: str) -> str | Awaitable[Any] | Any:
-        """A known answer, or the tool's."""
+        """Return a known answer, or the tool's."""
         known = self._get(argument)
         if known is not None:
             return known
@@ -207,7 +207,7 @@ class CachedTool:
 
 
 def read_published_cache(path: str | Path) -> dict[str, str]:
-    """The search cache that the published code writes: a JSON object `{query: formatted result}`, `.gz` or not.
+    """Read the search cache that the published code writes: a JSON object `{query: formatted result}`, `.gz` or not.
 
     Raises:
         ValueError: no such file, or not of this form.

@@ -36,7 +36,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeafScore:
-    """How one leaf did.
+    """The score of one leaf.
 
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
     stands in the box. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt.
@@ -76,7 +76,7 @@ def score_trees(
 
 
 def format_ok(text: str) -> bool:
-    """The published format check, on a response whose results are empty (see the module docstring)."""
+    """Apply the published format check to a response whose results are empty (see the module docstring)."""
     thoughts = text.count(open_tag(TAGS.think))
     if thoughts == 0 or thoughts != text.count(close_tag(TAGS.think)):
         return False
@@ -89,7 +89,7 @@ def format_ok(text: str) -> bool:
 
 
 def extract_answer(text: str) -> str | None:
-    """What the last balanced `\\boxed{...}` or `\\fbox{...}` of the first answer holds, stripped; None without one."""
+    """Return what the last balanced `\\boxed{...}` or `\\fbox{...}` of the first answer holds, or None."""
     span = _answer_span(text)
     if span is None:
         return None
@@ -103,19 +103,19 @@ def extract_answer(text: str) -> str | None:
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation and the words a, an, the; runs of white space become one space."""
+    """Return text in lower case, without ASCII punctuation and the words a, an, the, and with single spaces."""
     words = re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_PUNCTUATION))
     return " ".join(words.split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 when the prediction equals one of the answers after normalisation, else 0."""
+    """Return 1 when the prediction equals one of the answers after normalisation, else 0."""
     predicted = normalise_answer(prediction)
     return float(any(normalise_answer(answer) == predicted for answer in answers))
 
 
 def f1_score(prediction: str, answers: Sequence[str]) -> float:
-    """Best F1 of shared words (with their counts) over the answers; yes, no and noanswer match only themselves."""
+    """Return the best F1 of shared words over the answers; yes, no and noanswer match only themselves."""
     predicted = normalise_answer(prediction)
     return max((_f1(predicted, normalise_answer(answer)) for answer in answers), default=0.0)
 
@@ -168,7 +168,7 @@ def _score_response(
 
 
 def _turn_texts(tree: TurnTree, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Per turn: what the policy wrote, and empty result markers where the environment answered with a result."""
+    """Return for each turn what the policy wrote, with empty result markers where a tool has answered."""
     turns = tree.turns[1:]
     actions = tokenizer.batch_decode([turn.action_ids.tolist() for turn in turns], skip_special_tokens=True)
     observations = tokenizer.batch_decode([turn.observation_ids.tolist() for turn in turns], skip_special_tokens=True)
@@ -178,7 +178,7 @@ def _turn_texts(tree: TurnTree, tokenizer: PreTrainedTokenizerBase) -> list[str]
 
 
 def _value(em: float, f1: float, both_tools: bool, reward: RewardConfig) -> float:
-    """The published score of a readable answer."""
+    """Return the published score of a readable answer."""
     if f1 == 0:
         return 0.0
     if both_tools:
@@ -187,7 +187,7 @@ def _value(em: float, f1: float, both_tools: bool, reward: RewardConfig) -> floa
 
 
 def _calls_answered(text: str, tool: str) -> bool:
-    """Whether every opening tag of `tool` is followed in order by its closing tag and a pair of result tags."""
+    """Return whether every opening tag of `tool` is followed in order by its closing tag and a pair of result tags."""
     position = text.find(open_tag(tool))
     while position >= 0:
         for tag in (close_tag(tool), open_tag(TAGS.result), close_tag(TAGS.result)):
@@ -199,14 +199,14 @@ def _calls_answered(text: str, tool: str) -> bool:
 
 
 def _answer_span(text: str) -> str | None:
-    """What stands between the first answer tag and the next closing one."""
+    """Return what stands between the first answer tag and the next closing one."""
     _, opened, rest = text.partition(open_tag(TAGS.answer))
     span, closed, _ = rest.partition(close_tag(TAGS.answer))
     return span if opened and closed else None
 
 
 def _balanced(text: str, opening: int) -> str | None:
-    """What stands inside the brace at `opening`, or None when it is never closed."""
+    """Return what stands inside the brace at `opening`, or None when it is never closed."""
     depth = 0
     for position in range(opening, len(text)):
         depth += {"{": 1, "}": -1}.get(text[position], 0)

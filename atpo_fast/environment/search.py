@@ -1,23 +1,25 @@
-"""The search tools: an index in process, or a retrieval server. Both format their hits as published."""
+"""Search tools: an index in process, or a retrieval server. Both format their hits as published."""
 
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from atpo_fast.data.questions import Passage
 from atpo_fast.retrieval import BM25Index, Index, document_contents, open_index
 
 NO_RESULTS = "No search results found."
 _MAX_HITS = 10
+_DESCRIPTION = "Finds passages about a query."
+_PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 
 
 class IndexSearch:
-    """Search in process, in an index of any kind.
+    """Search in an index of any kind, in process.
 
     Args:
         index: finds passages by number.
@@ -27,6 +29,7 @@ class IndexSearch:
     """
 
     name = "search"
+    description, parameters = _DESCRIPTION, _PARAMETERS
 
     def __init__(
         self, index: Index, contents: Callable[[int], str], *, top_k: int = 3, passage_chars: int = 1000
@@ -50,11 +53,11 @@ class IndexSearch:
         return cls(retriever.index, retriever.documents.contents, top_k=top_k, passage_chars=passage_chars)
 
     def __call__(self, argument: str) -> str:
-        """Hits of one query, formatted."""
+        """Return the formatted hits of one query."""
         return self.run_many([argument])[0]
 
     def run_many(self, queries: list[str]) -> list[str]:
-        """Hits of many queries, formatted."""
+        """Return the formatted hits of many queries."""
         numbers, _ = self._index.search([clean_query(query) for query in queries], min(self.top_k, len(self._index)))
         return [
             format_hits([self._contents(number) for number in row if number >= 0], self.passage_chars)
@@ -63,7 +66,7 @@ class IndexSearch:
 
 
 class BM25Search(IndexSearch):
-    """BM25 over passages, in memory (k1 0.9, b 0.4, English stop words, no stemming).
+    """Search in passages in memory with BM25 (k1 0.9, b 0.4, English stop words, no stemming).
 
     Deterministic: equal scores are ordered by the position of the passage. Passages that share no word with the query
     are not hits.
@@ -91,40 +94,52 @@ class BM25Search(IndexSearch):
 
 
 class HTTPSearch:
-    """A retrieval server: `POST {"queries": [...], "topk": k, "return_scores": true}`.
+    """Search on a retrieval server: `POST {"queries": [...], "topk": k, "return_scores": true}`.
 
     The answer is `{"result": [per query: [{"document": {...}, "score": ...}, ...]]}`, best first; bare documents are
     understood too. A document has `contents`, or `title` and `text`.
+
+    Connections are kept open between requests, and go straight to the server: a retrieval server stands in the local
+    network as a rule, so the proxies that the environment names (HTTP_PROXY, ALL_PROXY) are not used.
+
+    Args:
+        url: address of the server.
+        top_k: hits per query.
+        passage_chars: a hit is cut to so many characters.
+        timeout_seconds: longest time to connect, and then to wait for the next bytes of the answer.
     """
 
     name = "search"
+    description, parameters = _DESCRIPTION, _PARAMETERS
 
     def __init__(self, url: str, *, top_k: int = 3, passage_chars: int = 1000, timeout_seconds: float = 120.0) -> None:
         self.url = url
         self.top_k = top_k
         self.passage_chars = passage_chars
-        self.timeout_seconds = timeout_seconds
+        self._client = httpx.Client(
+            timeout=timeout_seconds,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),  # the tool box has limits
+            trust_env=False,
+        )
 
     def __call__(self, argument: str) -> str:
-        """Hits of one query, formatted. Raises as `run_many`."""
+        """Return the formatted hits of one query. Raises as `run_many`."""
         return self.run_many([argument])[0]
 
     def run_many(self, queries: list[str]) -> list[str]:
-        """Hits of many queries, formatted, in one request.
+        """Return the formatted hits of many queries, which are one request.
 
         Raises:
             ConnectionError: no answer, or an HTTP error.
             ValueError: the answer is not of the protocol.
         """
         body = {"queries": [clean_query(query) for query in queries], "topk": self.top_k, "return_scores": True}
-        request = urllib.request.Request(
-            self.url, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}, method="POST"
-        )
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                answer = json.loads(response.read().decode(errors="replace"))  # passages are not always UTF-8
-        except urllib.error.URLError as error:
-            raise ConnectionError(f"retrieval server {self.url}: {error}") from error
+            response = self._client.post(self.url, json=body).raise_for_status()
+        except httpx.HTTPError as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ConnectionError(f"retrieval server {self.url}: {reason}") from error
+        answer = json.loads(response.content.decode(errors="replace"))  # passages are not always UTF-8
         found = answer.get("result") if isinstance(answer, dict) else None
         if not isinstance(found, list) or len(found) != len(queries):
             raise ValueError(
@@ -132,14 +147,18 @@ class HTTPSearch:
             )
         return [format_hits([_contents(hit) for hit in hits], self.passage_chars) for hits in found]
 
+    def close(self) -> None:
+        """Close the connections; a later search opens new ones."""
+        self._client.close()
+
 
 def clean_query(query: str) -> str:
-    """The query without double quotes."""
+    """Return the query without double quotes."""
     return query.replace('"', "").strip()
 
 
 def format_hits(contents: Sequence[str], passage_chars: int) -> str:
-    """Lines `Page 1: ...` of at most 10 different hits, each cut to `passage_chars` characters."""
+    """Return lines `Page 1: ...` of at most 10 different hits, each cut to `passage_chars` characters."""
     pages = list(dict.fromkeys(text for text in (content.strip() for content in contents) if text))[:_MAX_HITS]
     if not pages:
         return NO_RESULTS
@@ -147,5 +166,5 @@ def format_hits(contents: Sequence[str], passage_chars: int) -> str:
 
 
 def _contents(hit: dict[str, Any]) -> str:
-    """The text of one hit of a retrieval server."""
+    """Return the text of one hit of a retrieval server."""
     return document_contents({"text": ""} | hit.get("document", hit))

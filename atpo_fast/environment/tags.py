@@ -45,17 +45,17 @@ class ToolCall:
 
 
 def open_tag(name: str) -> str:
-    """`<name>`."""
+    """Return `<name>`."""
     return f"<{name}>"
 
 
 def close_tag(name: str) -> str:
-    """`</name>`: for a tool, also the stop string of its call."""
+    """Return `</name>`; for a tool, that is also the stop string of its call."""
     return f"</{name}>"
 
 
 def parse_call(text: str, tools: Sequence[str]) -> ToolCall | None:
-    """The last call in `text`: of all tags in `tools`, the pair that closes last; None when no tag closes.
+    """Return the last call in `text`: of all tags in `tools`, the pair that closes last; None when no tag closes.
 
     The pair starts at the last opening tag before the closing one, so `<search>a<search>b</search>` asks for `b`.
     An argument is stripped. An empty argument or a missing opening tag gives a call with a `problem`; its text holds no
@@ -74,37 +74,38 @@ def parse_call(text: str, tools: Sequence[str]) -> ToolCall | None:
 
 
 def result_opening() -> str:
-    """What precedes a result's text."""
+    """Return what precedes a result's text."""
     return f" {open_tag(TAGS.result)}\n"
 
 
 def result_closing() -> str:
-    """What follows a result's text."""
+    """Return what follows a result's text."""
     return f"\n{close_tag(TAGS.result)}"
 
 
 def format_result(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
-    """The observation that carries a tool's result, its tags and special tokens escaped (`escape_tags`)."""
+    """Return the observation that carries a tool's result, its tags and special tokens escaped (`escape_tags`)."""
     return f"{result_opening()}{escape_tags(text, tools, special_tokens)}{result_closing()}"
 
 
 def escape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
-    """`text` without a tag: `</result>` becomes `&lt;/result>`, and what looks escaped already gets one `amp;` more.
+    """Return `text` without a tag: `</result>` becomes `&lt;/result>`.
 
-    Linear in the text. Escaped are the opening and closing tags of think, answer, result, search, python and `tools`,
-    and the `special_tokens` (of a tokenizer) that start with a sign and have three characters or more.
+    What looks escaped already gets one `amp;` more. Linear in the text. Escaped are the opening and closing tags of
+    think, answer, result, search, python and `tools`, and the `special_tokens` (of a tokenizer) that start with a sign
+    and have three characters or more.
     """
     return _reserved(tuple(tools), tuple(special_tokens)).sub(_escape, text)
 
 
 def unescape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
-    """The text that `escape_tags` was given, with the same `tools` and `special_tokens`."""
+    """Return the text that `escape_tags` was given, with the same `tools` and `special_tokens`."""
     return _reserved(tuple(tools), tuple(special_tokens)).sub(_unescape, text)
 
 
 @lru_cache(maxsize=64)
 def _reserved(tools: tuple[str, ...], special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Matches the first character, plain or escaped, of every text that a result may not hold."""
+    """Return a pattern of the first character, plain or escaped, of every text that a result may not hold."""
     names = dict.fromkeys([TAGS.think, TAGS.answer, TAGS.result, *_PUBLISHED_TOOLS, *tools])
     texts = [tag for name in names for tag in (open_tag(name), close_tag(name))]
     texts += [token for token in special_tokens if len(token) >= 3 and not (token[0].isalnum() or token[0] in "& \n")]

@@ -1,31 +1,33 @@
-"""Running tool calls side by side, with limits, time-outs and retries, so that no tool can stop a rollout."""
+"""The tool box: runs tool calls side by side, with limits, time-outs and retries, so that no tool can stop a rollout.
+
+A call is a task on the event loop of the pool, a thread of its own. It waits for its turn in the queue of its tool
+(`ToolQueue`) and is tried there; tenacity decides whether and when it is tried again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import inspect
 import re
 import threading
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from atpo_fast.common.event_loop import EventLoopThread
-from atpo_fast.environment.answers import Failure, Outcome, answer_text, failure_of
-from atpo_fast.environment.function_tool import as_tool, is_async
-from atpo_fast.environment.tags import TAGS, ToolCall
+from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt, wait_exponential
 
-MAX_ABANDONED = 32  # calls of one tool that never returned; with more the tool is not called any more
-_BATCH = 64  # arguments given to one `run_many`
+from atpo_fast.common.event_loop import EventLoopThread, LazyEventLoop
+from atpo_fast.environment.answers import Outcome
+from atpo_fast.environment.descriptions import tool_schema
+from atpo_fast.environment.function_tool import as_tool
+from atpo_fast.environment.tags import TAGS, ToolCall
+from atpo_fast.environment.tool_queue import Attempt, ToolQueue
+
 _MAX_BACKOFF_SECONDS = 30.0
 
 
 class Tool(Protocol):
-    """What the policy can call.
+    """A tool that the policy can call.
 
     `name` is also its tag. May be offered too: `run_many(arguments: list[str]) -> list[str]`, then used for calls that
     wait together; `description` and `parameters` (a JSON schema) for the prompt; `close()`. An empty answer counts as a
@@ -41,53 +43,21 @@ class Tool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """The answer to one call; `ok` is False when `text` tells of a failure instead."""
+    """The answer to one call; `ok` is False when `text` tells of a failure instead of answering."""
 
     text: str
     ok: bool
 
 
-@dataclass(slots=True, eq=False)
-class _Job:
-    """A call that is not answered yet."""
-
-    call: ToolCall
-    future: Future[ToolResult]
-    failures: int = 0
-    alone: bool = False  # not in a batch again: one of the last batch failed
-
-
-@dataclass(slots=True, eq=False)
-class _Lane:
-    """One tool with its waiting and running calls; changed on the thread of the event loop only."""
-
-    name: str
-    tool: Callable[[str], Any]
-    limit: int
-    timeout_seconds: float
-    max_chars: int
-    waiting: deque[_Job] = field(default_factory=deque)
-    running: int = 0
-    abandoned: int = 0
-
-    def take(self) -> list[_Job]:
-        """The calls of the next try."""
-        jobs = [self.waiting.popleft()]
-        if hasattr(self.tool, "run_many") and not jobs[0].alone:
-            while self.waiting and not self.waiting[0].alone and len(jobs) < _BATCH:
-                jobs.append(self.waiting.popleft())
-        return jobs
-
-
 class ToolBox:
-    """The tools of an environment, and the pool that runs their calls.
+    """Holds the tools of an environment and runs their calls.
 
     Args:
         tools: tools by their `name`; a plain function is a tool too, by its `__name__` (see FunctionTool).
         retries: further tries after a call that raised, timed out or answered nothing.
-        timeout_seconds: longest time of one try. A try that takes longer is abandoned: a coroutine is cancelled, a
-            thread is left to itself (it is a daemon). A tool with more than MAX_ABANDONED threads left is answered
-            "unavailable" until some of them return.
+        timeout_seconds: longest time of one try. A try that takes longer is given up: a coroutine is cancelled, a
+            thread runs on (it is a daemon and does not keep the interpreter from ending). A tool with more than
+            MAX_ABANDONED of these is answered "unavailable" until some of them return.
         workers: tries of one tool that run at once.
         max_chars: longer answers are cut to so many characters.
         backoff_seconds: wait before the second try; twice as long before each further one.
@@ -112,16 +82,26 @@ class ToolBox:
         timeouts: Mapping[str, float] | None = None,
     ) -> None:
         self.tools: dict[str, Callable[[str], Any]] = {}
-        self._lanes: dict[str, _Lane] = {}
-        self.tries = retries + 1
-        self.backoff_seconds = backoff_seconds
+        self._queues: dict[str, ToolQueue] = {}
+        self._coroutines = LazyEventLoop("tool coroutines")  # apart from the pool, which a tool must not block
+        self._retrying = AsyncRetrying(
+            retry=retry_if_result(_may_be_retried),
+            stop=stop_after_attempt(retries + 1),
+            wait=wait_exponential(multiplier=backoff_seconds, max=_MAX_BACKOFF_SECONDS),
+            retry_error_callback=_last_attempt,
+        )
         concurrency, timeouts = concurrency or {}, timeouts or {}
         for tool in map(as_tool, tools):
             name = str(tool.name)  # type: ignore[attr-defined]
             self._check_name(name, tool)
             self.tools[name] = tool
-            limit, seconds = concurrency.get(name, workers), timeouts.get(name, timeout_seconds)
-            self._lanes[name] = _Lane(name, tool, limit, seconds, max_chars)
+            self._queues[name] = ToolQueue(
+                tool,
+                limit=concurrency.get(name, workers),
+                timeout_seconds=timeouts.get(name, timeout_seconds),
+                max_chars=max_chars,
+                coroutines=self._coroutines,
+            )
         for name in (*concurrency, *timeouts):
             if name not in self.tools:
                 raise ValueError(f"a limit is set for the tool {name!r}; tools: {', '.join(self.names) or 'none'}")
@@ -129,7 +109,6 @@ class ToolBox:
         self._in_flight: dict[ToolCall, Future[ToolResult]] = {}
         self._pool: EventLoopThread | None = None
         self._closed = False
-        self._coroutines: EventLoopThread | None = None  # apart from the pool, which a tool must not block
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __enter__(self) -> ToolBox:
@@ -140,12 +119,12 @@ class ToolBox:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the tools, in order."""
+        """Return the names of the tools, in order."""
         return tuple(self.tools)
 
     def schemas(self) -> list[dict[str, Any]]:
-        """The tools in OpenAI's form, for prompts: `{"type": "function", "function": {name, description, ...}}`."""
-        return [_schema(name, tool) for name, tool in self.tools.items()]
+        """Return the tools in OpenAI's form: `{"type": "function", "function": {name, description, parameters}}`."""
+        return [tool_schema(tool) for tool in self.tools.values()]
 
     def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Answer every call, in order; never raises for what a tool does. Identical calls run once."""
@@ -167,9 +146,9 @@ class ToolBox:
         with self._lock:
             self._closed = True
             pool, self._pool = self._pool, None
-        for thread in (pool, self._coroutines):
-            if thread is not None:
-                thread.close()
+        if pool is not None:
+            pool.close()
+        self._coroutines.close()
         with self._lock:
             left, self._in_flight = self._in_flight, {}
         for call, future in left.items():
@@ -191,8 +170,8 @@ class ToolBox:
             raise ValueError(f"two tools are called {name!r}")
 
     def _submit(self, calls: Sequence[ToolCall]) -> list[Future[ToolResult]]:
-        """Futures of calls; those that are new wait together, so that a batch can be made of them."""
-        futures, jobs = [], []
+        """Return the futures of calls. Calls that are new start together, so that a batch can be made of them."""
+        futures, new = [], []
         with self._lock:
             if self._closed:
                 raise RuntimeError("the tool box was closed")
@@ -205,154 +184,57 @@ class ToolBox:
                         future.set_result(ToolResult(problem, ok=False))
                     else:
                         self._in_flight[call] = future
-                        jobs.append(_Job(call, future))
+                        new.append(call)
                 futures.append(future)
-            if jobs:
+            if new:
                 self._pool = self._pool or EventLoopThread("tool box")
-                self._pool.loop.call_soon_threadsafe(self._enqueue, jobs)
+                self._pool.loop.call_soon_threadsafe(self._start, new)
         return futures
 
     def _problem(self, call: ToolCall) -> str:
-        """Why the call cannot be run; empty when it can."""
+        """Return why a call cannot be run; an empty text when it can."""
         if call.problem or call.tool in self.tools:
             return call.problem
         return f"Tool({call.tool}) does not exist. Tools: {', '.join(self.names) or 'none'}."
 
     # --- on the thread of the pool
 
-    def _enqueue(self, jobs: Sequence[_Job]) -> None:
-        for job in jobs:
-            self._lanes[job.call.tool].waiting.append(job)
-        for name in dict.fromkeys(job.call.tool for job in jobs):  # later, so that calls that came since join a batch
-            asyncio.get_running_loop().call_soon(self._start, self._lanes[name])
-
-    def _start(self, lane: _Lane) -> None:
-        """Begin as many tries of a tool as its limit allows."""
-        while lane.waiting and lane.running < lane.limit:
-            lane.running += 1
-            task = asyncio.get_running_loop().create_task(self._try(lane, lane.take()))
+    def _start(self, calls: Sequence[ToolCall]) -> None:
+        """Begin to answer calls; the tasks are kept, because the loop itself would let them be collected."""
+        for call in calls:
+            task = asyncio.get_running_loop().create_task(self._answer(call))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _try(self, lane: _Lane, jobs: list[_Job]) -> None:
-        """One try for one call or for a batch."""
-        outcomes: list[Outcome]
-        if lane.abandoned > MAX_ABANDONED:
-            text = f"Tool({lane.name}) is unavailable: {lane.abandoned} of its calls never returned."
-            outcomes = [Failure(text, final=True)] * len(jobs)
-        else:
-            try:
-                outcomes = await self._outcomes(lane, [job.call.argument for job in jobs])
-            except Exception as error:  # no thread could be started
-                outcomes = [failure_of(error)] * len(jobs)
-        lane.running -= 1
-        for job, outcome in zip(jobs, outcomes, strict=True):
-            self._settle(job, outcome, batched=len(jobs) > 1)
-        self._start(lane)
+    async def _answer(self, call: ToolCall) -> None:
+        """Try a call until it is answered or no try is left."""
+        queue = self._queues[call.tool]
+        attempt = await queue.attempt(call.argument, alone=False)
+        if not attempt.is_final:  # most calls end here: tenacity would double what a batched search costs
+            async for retry in self._retrying.copy():  # a copy: one object serves one call at a time
+                if retry.retry_state.attempt_number > 1:
+                    attempt = await queue.attempt(call.argument, alone=True)
+                retry.retry_state.set_result(attempt)
+        self._finish(call, attempt.outcome)
 
-    async def _outcomes(self, lane: _Lane, arguments: list[str]) -> list[Outcome]:
-        """Run a tool outside of this thread, for as long as it may take."""
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[list[Outcome]] = loop.create_future()
-
-        def deliver(outcomes: list[Outcome]) -> None:
-            with contextlib.suppress(RuntimeError):  # closed meanwhile
-                loop.call_soon_threadsafe(ended.set_result, outcomes)
-
-        cancel: Callable[[], Any]
-        if is_async(lane.tool) and len(arguments) == 1:
-            cancel = self._run_coroutine(_await_one(lane, arguments[0], deliver))
-        else:
-            cancel = bool  # a thread cannot be ended
-            work = partial(_call, lane, arguments, self._wait_for, deliver)
-            threading.Thread(target=work, name=f"tool {lane.name}", daemon=True).start()
-        await asyncio.wait([ended], timeout=lane.timeout_seconds)
-        if ended.done():
-            return ended.result()
-        cancel()
-        lane.abandoned += 1
-        ended.add_done_callback(lambda _: setattr(lane, "abandoned", lane.abandoned - 1))
-        error = TimeoutError(f"no answer within {lane.timeout_seconds:g} seconds")
-        return [failure_of(error)] * len(arguments)
-
-    def _settle(self, job: _Job, outcome: Outcome, batched: bool) -> None:
-        """Answer a call or let it be tried again."""
+    def _finish(self, call: ToolCall, outcome: Outcome) -> None:
+        """Give a call's outcome to everybody who asked for it."""
         if isinstance(outcome, str):
-            self._finish(job, ToolResult(outcome, ok=True))
-            return
-        job.failures += 1
-        job.alone = True
-        if job.failures >= self.tries or (outcome.final and not batched):
-            text = outcome.text if outcome.final else f"Tool({job.call.tool}) {outcome.text}"
-            self._finish(job, ToolResult(text, ok=False))
+            result = ToolResult(outcome, ok=True)
         else:
-            delay = min(_MAX_BACKOFF_SECONDS, self.backoff_seconds * 2 ** (job.failures - 1))
-            asyncio.get_running_loop().call_later(delay, self._enqueue, [job])
-
-    def _finish(self, job: _Job, result: ToolResult) -> None:
+            result = ToolResult(outcome.text if outcome.final else f"Tool({call.tool}) {outcome.text}", ok=False)
         with self._lock:
-            mine = self._in_flight.pop(job.call, None)
-        if mine is not None:  # else `close` has answered it
-            job.future.set_result(result)
-
-    # --- coroutines of tools
-
-    def _run_coroutine(self, coroutine: Any) -> Callable[[], Any]:
-        """Start a coroutine on the tools' own loop; what cancels it."""
-        return self._coroutine_loop().submit(coroutine).cancel
-
-    def _wait_for(self, awaitable: Awaitable[Any]) -> Any:
-        """The outcome of what a plain call gave to be awaited; called on the try's thread."""
-
-        async def wait() -> Any:
-            return await awaitable
-
-        return self._coroutine_loop().submit(wait()).result()
-
-    def _coroutine_loop(self) -> EventLoopThread:
-        with self._lock:
-            self._coroutines = self._coroutines or EventLoopThread("tool coroutines")
-            return self._coroutines
+            future = self._in_flight.pop(call, None)
+        if future is not None:  # else `close` has answered it
+            future.set_result(result)
 
 
-def _call(
-    lane: _Lane,
-    arguments: list[str],
-    wait_for: Callable[[Awaitable[Any]], Any],
-    deliver: Callable[[list[Outcome]], None],
-) -> None:
-    """One try on a thread of its own: whatever the tool does, outcomes are delivered when it has done it."""
-    outcomes: list[Outcome]
-    try:
-        if len(arguments) > 1:
-            answers = list(lane.tool.run_many(arguments))  # type: ignore[attr-defined]
-            if len(answers) != len(arguments):
-                raise ValueError(f"run_many answered {len(answers)} of {len(arguments)} calls")
-        else:
-            answers = [lane.tool(arguments[0])]
-        answers = [wait_for(answer) if inspect.isawaitable(answer) else answer for answer in answers]
-        outcomes = [answer_text(answer, lane.max_chars) for answer in answers]
-    except BaseException as error:  # a tool may also call sys.exit
-        outcomes = [failure_of(error)] * len(arguments)
-    deliver(outcomes)
+def _may_be_retried(attempt: Attempt) -> bool:
+    """Return whether another try may give something else."""
+    return not attempt.is_final
 
 
-async def _await_one(lane: _Lane, argument: str, deliver: Callable[[list[Outcome]], None]) -> None:
-    """One try as a coroutine; delivers when it has really ended, cancelled or not."""
-    outcome: Outcome
-    try:
-        outcome = answer_text(await lane.tool(argument), lane.max_chars)
-    except BaseException as error:
-        outcome = failure_of(error)
-    deliver([outcome])
-
-
-def _schema(name: str, tool: Callable[[str], Any]) -> dict[str, Any]:
-    """A tool in OpenAI's form; without a schema of its own it takes one text."""
-    description = getattr(tool, "description", None) or (inspect.getdoc(type(tool)) or "").partition("\n\n")[0]
-    text = {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
-    parameters = getattr(tool, "parameters", None) or text
-    return {
-        "type": "function",
-        "function": {"name": name, "description": " ".join(description.split()), "parameters": parameters},
-    }
+def _last_attempt(state: RetryCallState) -> Any:
+    """Return what the last try gave, where tenacity would raise an error of its own."""
+    assert state.outcome is not None
+    return state.outcome.result()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
+from atpo_fast.environment.arguments import JsonSchema
+from atpo_fast.environment.descriptions import tool_schema
 from atpo_fast.environment.function_tool import load_tool
 from atpo_fast.environment.python_tool import PythonTool
 from atpo_fast.environment.result_cache import CachedTool, ResultCache, read_published_cache
@@ -21,8 +23,43 @@ _CHARS_PER_TOKEN = 16  # far above what tokenizers reach on text: cutting here n
 _TRY_SHARE = 0.9  # of a try's time: code and servers give up before the tool box does, so that it abandons no thread
 
 
-def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage]) -> ToolBox:
-    """The configured tools; `passages` are what the BM25 search searches.
+def open_further_tools(tools: ToolsConfig) -> list[Tool]:
+    """Open the tools beyond the built-in ones: the configured functions, and the tools of the MCP servers.
+
+    Raises:
+        ValueError: a function that cannot be used, or an MCP server that does not offer what is asked for.
+        ConnectionError: an MCP server cannot be started or reached.
+    """
+    opened: list[Any] = []
+    try:
+        opened += [load_tool(path) for path in tools.functions]
+        for server in tools.mcp:
+            from atpo_fast.environment.mcp_tools import MCPServer
+
+            opened += MCPServer(server, timeout_seconds=tools.timeout_seconds).tools
+    except BaseException:
+        close_tools(opened)
+        raise
+    return opened
+
+
+def described_schemas(tools: ToolsConfig, further: Sequence[Tool]) -> list[JsonSchema]:
+    """Return the schemas of the tools that the prompt has to describe: none unless there are `further` tools.
+
+    With further tools that is all tools but the search, which the published prompt describes itself.
+    """
+    known = [PythonTool] if "python" in tools.builtin else []
+    return [tool_schema(tool) for tool in (*known, *further)] if further else []
+
+
+def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Sequence[Tool] | None = None) -> ToolBox:
+    """Make the box of all configured tools.
+
+    Args:
+        tools: names, settings and limits of the tools.
+        passages: what the BM25 search searches.
+        further: the tools that `open_further_tools` has opened, which belong to the tool box from now on; none: they
+            are opened here.
 
     Raises:
         ValueError: a BM25 search without passages, an index of another kind, a function or cache that cannot be used,
@@ -30,17 +67,13 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage]) -> ToolBox:
         FileNotFoundError: no index at `tools.index_dir`.
         ConnectionError: an MCP server cannot be started or reached.
     """
-    made: list[Any] = []
+    further = open_further_tools(tools) if further is None else further
+    built_in: list[Any] = []
     try:
         for name in tools.builtin:
-            made.append(_python(tools) if name == "python" else _search(tools, passages))
-        made += [load_tool(path) for path in tools.functions]
-        for server in tools.mcp:
-            from atpo_fast.environment.mcp_tools import MCPServer
-
-            made += MCPServer(server, timeout_seconds=tools.timeout_seconds).tools
+            built_in.append(_python(tools) if name == "python" else _search(tools, passages))
         return ToolBox(
-            made,
+            [*built_in, *further],
             retries=tools.retries,
             timeout_seconds=tools.timeout_seconds,
             workers=tools.calls_per_tool,
@@ -50,10 +83,15 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage]) -> ToolBox:
             timeouts=tools.timeouts,
         )
     except BaseException:
-        for tool in made:
-            if hasattr(tool, "close"):
-                tool.close()
+        close_tools([*built_in, *further])
         raise
+
+
+def close_tools(tools: Iterable[Any]) -> None:
+    """Close the tools that can be closed."""
+    for tool in tools:
+        if hasattr(tool, "close"):
+            tool.close()
 
 
 def _python(tools: ToolsConfig) -> PythonTool:
@@ -65,7 +103,7 @@ def _python(tools: ToolsConfig) -> PythonTool:
 
 
 def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
-    """The search tool, behind its caches."""
+    """Make the search tool, behind its caches."""
     search: Any
     settings: dict[str, Any] = {"top_k": tools.top_k, "passage_chars": tools.passage_chars}
     if tools.search_backend == "http":
@@ -96,7 +134,7 @@ def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
 
 
 def _digest(passages: Sequence[Passage]) -> str:
-    """What tells one corpus from another."""
+    """Return a digest that tells one corpus from another."""
     digest = blake2b(digest_size=16)
     for passage in passages:
         digest.update(passage.contents.encode(errors="surrogatepass"))

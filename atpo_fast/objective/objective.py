@@ -1,17 +1,15 @@
-"""What is optimised: the loss of one packed row, and the named presets (design, section 4)."""
+"""What is optimised: the loss of one packed row, and the named presets (docs/design.md#objective)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
-
-Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
-Denominator = Literal["global", "local"]
+from atpo_kernels.choices import Aggregation, Denominator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class Objective:
     loss_config: LossConfig = field(default_factory=LossConfig)
     """Ratio level, clip family, KL, entropy bonus, importance weights."""
     aggregation: Aggregation = "seq-mean-token-mean"
-    """Weight of a token of a trajectory: see section 4 of the design."""
+    """Weight of a token of a trajectory: see docs/design.md#aggregation."""
     denominator: Denominator = "global"
     """global: means over the whole mini-batch on all ranks. local: over each row, then over rows (published code)."""
     max_length: int = 1

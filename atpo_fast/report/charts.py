@@ -55,7 +55,7 @@ _NOT_DRAWN = {"phase", "step", "time", "time/total"}
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
-    """Charts of all metrics that have a point: the chosen ones, the phase times, then the further ones one by one."""
+    """Draw all metrics that have a point: the chosen charts, the phase times, then the further metrics one by one."""
     by_phase: dict[str, list[Record]] = {}
     for record in _newest_per_step(records):
         by_phase.setdefault(record["phase"], []).append(record)
@@ -72,7 +72,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
 
 
 def _newest_per_step(records: Sequence[Record]) -> list[Record]:
-    """One record per phase and step, the last one written, in the order of steps."""
+    """Keep one record per phase and step, the last one written, in the order of steps."""
     newest: dict[tuple[str, int], Record] = {}
     for record in records:
         if isinstance(record.get("phase"), str) and isinstance(record.get("step"), int):
@@ -87,7 +87,7 @@ def _chart(title: str, phase: str, y: str, kind: str, metrics: dict[str, str], r
 
 
 def _points(records: Sequence[Record], metric: str) -> list[Point]:
-    """(step, value) where the metric was recorded; a value that is not finite leaves a gap."""
+    """Return (step, value) where the metric was recorded; a value that is not finite leaves a gap."""
     return [(record["step"], _finite(record[metric])) for record in records if _is_number(record.get(metric))]
 
 
@@ -100,7 +100,7 @@ def _finite(value: float) -> float | None:
 
 
 def _phase_times(records: Sequence[Record]) -> Chart:
-    """Seconds per step by phase; a phase with parts (`a/b`) is drawn as its parts and the rest, evaluation whole."""
+    """Stack the seconds per step by phase; one with parts (`a/b`) as its parts and the rest, evaluation whole."""
     recorded = dict.fromkeys(name for record in records for name in record if name.startswith("time/"))
     names = [name for name in recorded if name != "time/total" and not name.startswith("time/eval/")]
     series: list[Series] = []
@@ -113,6 +113,6 @@ def _phase_times(records: Sequence[Record]) -> Chart:
 
 
 def _own_seconds(record: Record, name: str, parts: Sequence[str]) -> float | None:
-    """Seconds of a phase without its parts."""
+    """Return the seconds of a phase without those of its parts."""
     inner = sum(record[part] for part in parts if _is_number(record.get(part)))
     return _finite(max(0.0, record[name] - inner)) if _is_number(record.get(name)) else 0.0

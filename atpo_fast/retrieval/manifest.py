@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import IndexMismatchError
+from atpo_fast.common.files import replacing
 
 FORMAT = 1
 _NAME = "manifest.json"
@@ -38,9 +39,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it in one go."""
-        partial = folder / f"{_NAME}.partial"
-        partial.write_text(json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1) + "\n")
-        partial.replace(folder / _NAME)
+        with replacing(folder / _NAME) as partial:
+            partial.write_text(json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1) + "\n")
 
 
 def make_manifest(kind: str, corpus: Sequence[Path], settings: dict[str, Any]) -> Manifest:

@@ -1,7 +1,7 @@
-"""Rollout: the turn loop lets an engine write turns, runs tools and grows search trees."""
+"""Rollout: the tree search lets an engine write turns, runs tools and grows search trees."""
 
 from atpo_fast.rollout.counters import RolloutCounters
 from atpo_fast.rollout.expansion import expansion_scores, keep_leaves, select_turns
-from atpo_fast.rollout.turn_loop import TurnLoop
+from atpo_fast.rollout.tree_search import TreeSearch, in_order
 
-__all__ = ["RolloutCounters", "TurnLoop", "expansion_scores", "keep_leaves", "select_turns"]
+__all__ = ["RolloutCounters", "TreeSearch", "expansion_scores", "in_order", "keep_leaves", "select_turns"]

@@ -19,7 +19,7 @@ _MAX_SEARCHES = 4  # published limit is 6 calls
 def read_demonstrations(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question], list[int]]
 ) -> list[TurnTree]:
-    """Chains from rows `{"question": str, "turns": [{"action": str, "observation": str}, ...]}`.
+    """Read chains from records `{"question": str, "turns": [{"action": str, "observation": str}, ...]}`.
 
     An action is what the policy should write, an observation is inserted after it as it stands (with its result tags);
     the last turn has none and is closed with the end-of-sequence token.
@@ -35,7 +35,7 @@ def evidence_demonstrations(
     tokenizer: PreTrainedTokenizerBase,
     encode_prompt: Callable[[Question], list[int]],
 ) -> list[TurnTree]:
-    """Chains that search each title of the gold evidence and then answer, for questions whose evidence is known.
+    """Make chains that search each title of the gold evidence and then answer, where the evidence is known.
 
     They teach the format and when to search, not how to find titles. Observations are what `search` really finds.
     """
@@ -77,7 +77,7 @@ def _chain(row: Row, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable
 
 
 def _texts(row: Row, number: int, turn: object) -> tuple[str, str]:
-    """(action, observation or an empty text) of a turn."""
+    """Return (action, observation or an empty text) of a turn."""
     if not isinstance(turn, dict):
         raise DataError(f"{row.where}: turns[{number}] must be an object with action and observation")
     action, observation = turn.get("action"), turn.get("observation") or ""

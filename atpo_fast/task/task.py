@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +17,16 @@ from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
-from atpo_fast.environment.search import BM25Search
+from atpo_fast.environment import (
+    BM25Search,
+    Tool,
+    close_tools,
+    describe_in_words,
+    describe_tools,
+    described_schemas,
+    open_further_tools,
+)
+from atpo_fast.environment.arguments import JsonSchema
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.tree.turn_tree import TurnTree
 from atpo_fast.world import make_demonstrations, make_tokenizer, make_world
@@ -30,8 +39,9 @@ class Task:
     """What a run works on.
 
     `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
-    `encode_prompt` gives the token ids of a question's prompt. `notes` are facts a reader of the results needs: counts,
-    what was dropped, guess rates.
+    `encode_prompt` gives the token ids of a question's prompt. `tools` are the configured functions and MCP tools,
+    open, which the prompts describe and `make_toolbox` takes over. `notes` are facts a reader of the results needs:
+    counts, what was dropped, guess rates.
     """
 
     train: list[Question]
@@ -39,6 +49,7 @@ class Task:
     passages: list[Passage]
     tokenizer: PreTrainedTokenizerBase
     encode_prompt: Callable[[Question], list[int]]
+    tools: list[Tool] = field(default_factory=list)
     demonstrations: list[TurnTree] = field(default_factory=list)
     notes: Notes = field(default_factory=dict)
 
@@ -49,18 +60,28 @@ def load_task(config: Config) -> Task:
     Raises:
         FileNotFoundError: a data file, the model folder or its tokenizer is missing.
         DataError: a data file cannot be used; the message names file, row and field.
-        ValueError: a prompt longer than `data.max_prompt_tokens`, or an impossible world.
+        ValueError: a prompt longer than `data.max_prompt_tokens`, an impossible world, or a function or an MCP tool
+            that cannot be used.
+        ConnectionError: an MCP server cannot be started or reached.
     """
-    task = _world_task(config) if config.data.source == "world" else _files_task(config)
-    if config.cold_start.demonstrations is not None:
-        task.demonstrations = read_demonstrations(config.cold_start.demonstrations, task.tokenizer, task.encode_prompt)
-    for question in task.train + task.eval:
-        task.encode_prompt(question)
-    return task
+    tools = open_further_tools(config.tools)
+    try:
+        schemas = described_schemas(config.tools, tools)
+        task = _world_task(config, schemas) if config.data.source == "world" else _files_task(config, schemas)
+        task.tools = tools
+        if config.cold_start.demonstrations is not None:
+            given = config.cold_start.demonstrations
+            task.demonstrations = read_demonstrations(given, task.tokenizer, task.encode_prompt)
+        for question in task.train + task.eval:
+            task.encode_prompt(question)
+        return task
+    except BaseException:
+        close_tools(tools)
+        raise
 
 
 def normalise_question(text: str) -> str:
-    """Lower case, every run of other characters than letters and digits one space: the key of the overlap check."""
+    """Return the key of the overlap check: lower case, one space for each run of what is no letter or digit."""
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
@@ -70,11 +91,14 @@ def drop_overlap(train: list[Question], held_out: list[Question]) -> list[Questi
     return [question for question in train if normalise_question(question.text) not in texts]
 
 
-def _world_task(config: Config) -> Task:
-    """The embedded world."""
+def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
+    """Make the task of the embedded world."""
     world = make_world(config.world)
-    tokenizer = load_tokenizer(config.model.path) if config.model.path else make_tokenizer(world)
-    encode = _prompt_encoder(config, tokenizer)
+    if config.model.path:
+        tokenizer = load_tokenizer(config.model.path)
+    else:
+        tokenizer = make_tokenizer(world, texts=[_in_words(config, schemas)])
+    encode = _prompt_encoder(config, tokenizer, schemas)
     search = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
     return Task(
         train=world.train[: config.data.max_train_questions],
@@ -87,8 +111,8 @@ def _world_task(config: Config) -> Task:
     )
 
 
-def _files_task(config: Config) -> Task:
-    """Questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
+def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
+    """Read questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
     data = config.data
     root = Path(os.environ.get("ATPO_DATA") or data.root)
     if not data.train_files and not data.eval_files:
@@ -106,9 +130,14 @@ def _files_task(config: Config) -> Task:
     if config.model.path:
         tokenizer = load_tokenizer(config.model.path)
     else:
-        texts = [SYSTEM_PROMPT, *(q.text for q in train + held_out), *(p.contents for p in passages)]
+        texts = [
+            SYSTEM_PROMPT,
+            *filter(None, [_in_words(config, schemas)]),
+            *(q.text for q in train + held_out),
+            *(p.contents for p in passages),
+        ]
         tokenizer = train_bpe(texts, config.model.vocab_size)
-    encode = _prompt_encoder(config, tokenizer)
+    encode = _prompt_encoder(config, tokenizer, schemas)
     demonstrations: list[TurnTree] = []
     if config.cold_start.from_evidence:
         search = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
@@ -128,7 +157,14 @@ def _files_task(config: Config) -> Task:
     )
 
 
-def _prompt_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[Question], list[int]]:
-    return partial(
-        encode_prompt, tokenizer=tokenizer, kind=config.data.prompt, max_tokens=config.data.max_prompt_tokens
-    )
+def _prompt_encoder(
+    config: Config, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[JsonSchema]
+) -> Callable[[Question], list[int]]:
+    """Return the function from a question to the token ids of its prompt, which describes the tools of `schemas`."""
+    data = config.data
+    tools = describe_tools(schemas, tokenizer, data.prompt, with_search="search" in config.tools.builtin)
+    return partial(encode_prompt, tokenizer=tokenizer, kind=data.prompt, max_tokens=data.max_prompt_tokens, tools=tools)
+
+
+def _in_words(config: Config, schemas: Sequence[JsonSchema]) -> str:
+    return describe_in_words(schemas, with_search="search" in config.tools.builtin)

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (design, section 8).
+"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (docs/design.md#checkpoints).
 
     checkpoints/step_000050/deepspeed/...   model, optimizer, as DeepSpeed writes them
     checkpoints/step_000050/hf/             safetensors, config, tokenizer
@@ -39,7 +39,7 @@ class TrainState:
     totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """Say what `summary.json` tells of a training that took `seconds`."""
+        """Return what `summary.json` tells of a training that took `seconds`."""
         totals = self.totals
         return {
             "cold_start_em": self.cold_start_em,

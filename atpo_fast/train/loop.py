@@ -1,4 +1,4 @@
-"""The RL loop: roll out, credit, pack, update, sync (design, sections 1 and 8).
+"""The RL loop: roll out, score, credit, pack, update, sync (docs/design.md#loop).
 
 One step rolls out `questions_per_step` questions over all ranks and takes one optimizer step per mini-batch of
 `questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are
@@ -25,10 +25,10 @@ from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkp
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.minibatches import pack_minibatches
-from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
-from atpo_fast.train.rollouts import Batch, Rollouts
 from atpo_fast.train.run import Run
+from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import draw_questions, step_seed
+from atpo_fast.train.scoring import ScoredTree, score
 from atpo_fast.train.step import optimizer_step, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
@@ -39,7 +39,7 @@ from atpo_fast.tree.storage import append_trees
 
 
 class Trainer:
-    """Owns the policy, the rollout worker and the progress of a run."""
+    """Own the policy, its optimizer, the sampler and the progress of a run."""
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
@@ -49,8 +49,8 @@ class Trainer:
         self.max_prefix = max_prefix(run.config, self.objective)
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
-        self.worker = RolloutWorker(run, start, self.zero.device)
-        self.rollouts = Rollouts(self.worker, self._questions, lambda step: step_seed(run.config.seed, step))
+        self.sampler = Sampler(run, start, self.zero.device)
+        self.batches = BatchSampler(self.sampler, self._questions, lambda step: step_seed(run.config.seed, step))
         self.state = TrainState()
         if resume_from is None:
             run.logger.truncate_after(-1)
@@ -60,12 +60,12 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         self.state = load_checkpoint(self.run, self.zero, checkpoint)
         self._begun = time.monotonic() - self.state.seconds
-        self.worker.sync(self.policy)
+        self.sampler.sync(self.policy)
         self.run.logger.truncate_after(self.state.step)
         self.run.progress.message(f"resumed from {checkpoint}")
 
     def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
-        """A frozen copy of the starting policy when the objective has a KL term."""
+        """Make a frozen copy of the starting policy when the objective has a KL term."""
         if not self.objective.loss_config.needs_reference:
             return None
         frozen = load_policy(self.config, self.config.model.reference_path or start)
@@ -105,34 +105,35 @@ class Trainer:
             save_checkpoint(self.run, self.zero, self.policy, self.state)
 
     def _evaluate(self) -> None:
-        means = evaluate_step(self.run, self.worker, self.state.step)
+        means = evaluate_step(self.run, self.sampler, self.state.step)
         self.state.eval_em, self.state.eval_step = means["eval/em"], self.state.step
         self.run.progress.message(f"step {self.state.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
 
     def _step(self) -> None:
-        """One batch."""
+        """Roll out, score, credit, pack, update, sync: one batch."""
         run, begun = self.run, time.monotonic()
         run.progress.start_phase("rollout", self.config.rollout.leaves * len(self._questions(self.state.step)))
-        batch = self.rollouts.take(self.state.step)
+        batch = self.batches.take(self.state.step)
         waited = time.monotonic() - begun
         run.stop_together()
-        forest = run.gather(batch.trees, self.config.train.questions_per_step)
+        mine = score(run, batch.questions, batch.trees)
+        scored = run.gather(mine, self.config.train.questions_per_step)
         if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
-            self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
+            self.batches.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
-            table = as_forest([scored.tree for scored in forest])
-            assign_credit(table, **self.config.credit.arguments)
+            forest = as_forest([each.tree for each in scored])
+            assign_credit(forest, **self.config.credit.arguments)
         skipped = self.policy.skipped_tokens
-        metrics, pruned = self._update(table, batch.staleness)
-        batch.counts |= {"pruned": pruned, "skipped_backward": self.policy.skipped_tokens - skipped}
+        metrics, pruned = self._update(forest, batch.staleness)
+        batch.counts["tokens/skipped_backward"] = float(self.policy.skipped_tokens - skipped)
         with run.timer.phase("rollout_wait"):
-            self.rollouts.join()
-        self.worker.sync(self.policy)
+            self.batches.join()
+        self.sampler.sync(self.policy)
         self.state.step += 1
-        self._log(forest, batch, metrics, waited, begun)
+        self._log(scored, batch, metrics, pruned, waited, begun)
 
     def _questions(self, step: int) -> list[Question]:
-        """This rank's questions of a step."""
+        """Draw this rank's questions of a step."""
         return self.run.share(draw_questions(self.run.task.train, self.config, step))
 
     def _update(self, forest: Forest, staleness: int) -> tuple[dict[str, float], int]:
@@ -192,16 +193,17 @@ class Trainer:
 
     def _log(
         self,
-        forest: Sequence[ScoredTree],
+        scored: Sequence[ScoredTree],
         batch: Batch,
         policy: dict[str, float],
+        pruned: int,
         waited: float,
         begun: float,
     ) -> None:
         run = self.run
-        counts = run.sum_over_ranks({k: float(v) for k, v in batch.counts.items()})
-        counts["pruned"] /= run.world  # every rank counted the same forest
-        metrics = rollout_metrics(forest, counts, batch.seconds, waited, time.monotonic() - begun)
+        counts = run.sum_over_ranks(batch.counts)
+        counts["tokens/pruned"] = float(pruned)  # every rank has packed the same forest
+        metrics = rollout_metrics(scored, counts, batch.seconds, waited, time.monotonic() - begun)
         metrics["rollout/staleness"] = float(batch.staleness)
         metrics |= {f"time/{name}": seconds for name, seconds in batch.phases.items()}
         metrics |= policy
@@ -212,7 +214,7 @@ class Trainer:
         run.logger.log("train", self.state.step, metrics)
         run.progress.step_done(self.state.step, self.config.train.steps, metrics)
         if run.is_main and self.config.train.save_trees:
-            trees = [scored.tree for scored in forest[: self.config.train.save_trees]]
+            trees = [each.tree for each in scored[: self.config.train.save_trees]]
             append_trees(run.folder / "trees.jsonl", trees, self.state.step, run.task.tokenizer)
 
     @property

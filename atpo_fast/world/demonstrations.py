@@ -42,7 +42,7 @@ def make_demonstrations(
     search: Callable[[str], str],
     encode_prompt: Callable[[Question], list[int]],
 ) -> list[TurnTree]:
-    """`config.demonstrations` chains over training questions, every number of hops equally often.
+    """Make `config.demonstrations` chains over training questions, every number of hops equally often.
 
     `search` is the tool of the rollout; its real results are the observations. A share `config.good_fraction`
     follows the right strategy. `meta` of each tree names the strategy and the question.
@@ -77,7 +77,7 @@ class _Script:
         self.search = search
 
     def play(self, question: Question, strategy: str, prompt_ids: Sequence[int]) -> TurnTree:
-        """One demonstration: a chain of search turns and an answer."""
+        """Play one demonstration: a chain of search turns and an answer."""
         asked = composition(question)
         plan = list(reversed(asked.relations) if strategy == "wrong_order" else asked.relations)
         searches = 0 if strategy == "blind" else 1 if strategy in _ONE_SEARCH else len(plan)
@@ -106,7 +106,7 @@ class _Script:
 
 
 def _read(result: str, strategy: str, entity: str) -> tuple[str, str]:
-    """Subject and object of the fact that a strategy takes from a search result."""
+    """Return subject and object of the fact that a strategy takes from a search result."""
     facts: list[tuple[str, str]] = _FACT.findall(result)
     right = [fact for fact in facts if fact[0] == entity]
     others = [fact for fact in facts if fact[0] != entity]

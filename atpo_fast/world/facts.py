@@ -53,19 +53,19 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Composition:
-    """What a question asks: `relations` in the order of look-up, `entities` from the start to the answer."""
+    """The look-ups that a question asks for: `relations` in their order, `entities` from the start to the answer."""
 
     relations: tuple[str, ...]
     entities: tuple[str, ...]  # one more than relations
 
     @property
     def hops(self) -> int:
-        """Number of look-ups."""
+        """Return the number of look-ups."""
         return len(self.relations)
 
     @property
     def text(self) -> str:
-        """The question in words, the last relation first."""
+        """Return the question in words, the last relation first."""
         asked = " of ".join(f"the {relation}" for relation in reversed(self.relations))
         return f"What is {asked} of {self.entities[0]}?"
 
@@ -99,12 +99,12 @@ def make_world(config: WorldConfig) -> World:
 
 
 def composition(question: Question) -> Composition:
-    """The composition a question of this world was made from."""
+    """Return the composition that a question of this world was made from."""
     return Composition(tuple(question.meta["relations"]), tuple(question.meta["entities"]))
 
 
 def _derangement(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(n,) a random one-to-one map without fixed points."""
+    """Draw a one-to-one map without fixed points: n → (n,)."""
     while True:
         order = rng.permutation(n)
         if not np.any(order == np.arange(n)):
@@ -114,7 +114,7 @@ def _derangement(n: int, rng: np.random.Generator) -> NDArray[np.int64]:
 def _passages(
     entities: tuple[str, ...], relations: tuple[str, ...], targets: NDArray[np.int64], rng: np.random.Generator
 ) -> list[Passage]:
-    """One passage per fact and one distractor per entity, shuffled."""
+    """Make one passage for each fact and one distractor for each entity, shuffled."""
     texts = [
         f"The {relation} of {entity} is {entities[targets[r, e]]}."
         for r, relation in enumerate(relations)
@@ -129,7 +129,7 @@ def _passages(
 def _compositions(
     entities: tuple[str, ...], relations: tuple[str, ...], targets: NDArray[np.int64], max_hops: int
 ) -> list[list[Composition]]:
-    """Every composition that passes no entity twice, listed per number of hops (1 first)."""
+    """List every composition that passes no entity twice, by the number of hops (1 first)."""
     found: list[list[Composition]] = [[] for _ in range(max_hops)]
     for hops in range(1, max_hops + 1):
         for chain in permutations(range(len(relations)), hops):
@@ -162,7 +162,7 @@ def _split(
 
 
 def _share_out(total: int, capacity: list[int], field: str) -> list[int]:
-    """Equal shares of `total` per number of hops; what does not fit goes to the kinds that have room."""
+    """Share `total` equally over the numbers of hops; what does not fit goes to the kinds that have room."""
     counts = [0] * len(capacity)
     while missing := total - sum(counts):
         room = [k for k in range(len(capacity)) if counts[k] < capacity[k]]

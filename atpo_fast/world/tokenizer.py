@@ -7,7 +7,7 @@ before it is two tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -32,15 +32,19 @@ _FRAME = (  # every text of the world and of its environment, names left out
 )
 
 
-def make_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """The tokenizer of a world: its names, the words of its sentences, the tags, `<eos>`, `<pad>` and `<unk>`."""
+def make_tokenizer(world: World, texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Make the tokenizer of a world.
+
+    It knows the names of the world, the words of its sentences and of further `texts`, the tags, `<eos>`, `<pad>` and
+    `<unk>`.
+    """
     names = [name for word in (*world.entities, *world.relations) for name in (f" {word}", word)]
-    words = [piece for text in _FRAME for piece in split_words(text)]
+    words = [piece for text in (*_FRAME, *texts) for piece in split_words(text)]
     return word_level_tokenizer([*(f"Page {i}:" for i in range(1, 11)), *words, *names])
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text without tags, each with the space before it."""
+    """Return the words of a text without tags, each with the space before it."""
     for tag in TAGS:
         text = text.replace(tag, "\0")
     splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
@@ -48,7 +52,7 @@ def split_words(text: str) -> list[str]:
 
 
 def word_level_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary is exactly `words` (as `split_words` cuts them), the tags and three specials."""
+    """Make a tokenizer that knows exactly `words` (as `split_words` cuts them), the tags and three specials."""
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(["<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -15,7 +16,9 @@ import psutil
 import pytest
 
 from atpo_fast.commands import launcher
+from atpo_fast.commands.cli import LAUNCHED
 from atpo_fast.commands.doctor import Environment, Requirement, find_problems, inspect_environment, render
+from atpo_fast.commands.model_folder import find_model, newest_model
 from atpo_fast.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +33,7 @@ def run_cli(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -70,7 +73,32 @@ def test_dry_run_and_help_do_not_import_torch():
         "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True, capture_output=True, timeout=300)
+
+
+@pytest.mark.parametrize("verb", ["train", "cold-start", "sft", "eval", "rollout"])
+def test_the_launched_process_knows_every_verb_and_its_options(verb):
+    # Fails if a process does not understand what the command line, or `deepspeed --module` by hand, starts it with.
+    done = subprocess.run(
+        [sys.executable, "-m", "atpo_fast.train", "--local_rank=0", "--verb", verb, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "--config" in done.stdout
+    assert ("--split" in done.stdout) == (verb == "rollout")
+
+
+def test_options_reach_the_launched_processes():
+    # Fails if an option of a verb is lost between the command and its processes.
+    (rollout,) = (verb for verb in LAUNCHED if verb.name == "rollout")
+    parser = argparse.ArgumentParser()
+    rollout.add_options(parser)
+    words = ["--out=trees.jsonl", "--questions=all", "--split=eval"]
+    assert rollout.options(parser.parse_args(words)) == words
+    assert rollout.options(parser.parse_args([])) == []
 
 
 # --- faults ------------------------------------------------------------------------------------------------------
@@ -123,6 +151,18 @@ def test_export_copies_the_newest_or_the_named_checkpoint(run_folder, tmp_path):
     assert (tmp_path / "b/config.json").read_text() == "checkpoints/step_000009/hf"
 
 
+def test_one_definition_of_the_newest_model(run_folder, tmp_path):
+    # Fails if evaluation and export mean different models by the same folder.
+    newest = run_folder / "checkpoints/step_000010/hf"
+    assert [find_model(folder) for folder in (run_folder, newest.parent, newest)] == [newest] * 3
+    assert newest_model(run_folder) == newest
+    (newest / "model.safetensors").unlink()  # no model any more
+    assert newest_model(run_folder) == run_folder / "checkpoints/step_000009/hf"
+    assert find_model(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"has no trained model; set model\.path or train first"):
+        newest_model(tmp_path)
+
+
 def test_export_never_overwrites(run_folder, tmp_path):
     target = tmp_path / "mine"
     target.mkdir()
@@ -148,7 +188,7 @@ with open(f"{here}/env_{rank}.partial", "w") as file:
     file.write("\\n".join([*(os.environ[name] for name in names), *sys.argv[1:]]))
 os.rename(f"{here}/env_{rank}.partial", f"{here}/env_{rank}")
 if "wait=1" in sys.argv:
-    time.sleep(100)
+    time.sleep(1000)
 sys.exit(int(rank) * 3 if "fail=1" in sys.argv else 0)
 """
 
@@ -204,7 +244,7 @@ def test_ranks_stop_with_the_command(record, number):
         ranks += [process for process in started if "--local_rank" in " ".join(process.cmdline())]
         assert len(ranks) == 2
         command.send_signal(number)
-        code = command.wait(timeout=60)
+        code = command.wait(timeout=300)
         _wait_for(lambda: not any(_runs(rank) for rank in ranks))
     finally:  # leave nothing behind when the test fails
         command.kill()
@@ -220,7 +260,7 @@ def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -341,7 +381,7 @@ def test_the_report_works_without_any_package(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.returncode == 1, done.stderr
     assert "versions cannot be checked" in done.stdout

@@ -150,7 +150,7 @@ def start(tiny: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
 
 def run(tiny: dict[str, Any], *arguments: str, code: int = 0) -> str:
     process = start(tiny, *arguments)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == code, output[-3000:]
     return output
 
@@ -172,7 +172,7 @@ def whole(tiny: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two jobs, one of two ranks")
 def test_questions_that_the_file_holds_are_passed_over(tiny: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     # Fails if an interrupted job repeats or loses questions, two ranks write other trees, or in another order.
     path = tmp_path / "trees.parquet"
@@ -185,22 +185,22 @@ def test_questions_that_the_file_holds_are_passed_over(tiny: dict[str, Any], who
     assert first.meta["question"] and all(first.turns[leaf].reward is not None for leaf in first.leaves)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="a job that is interrupted and resumed")
 def test_ctrl_c_keeps_what_is_done(tiny: dict[str, Any], tmp_path: Path) -> None:
     # Fails if finished trees are thrown away, the file breaks, or the user is not told how to go on.
     path = tmp_path / "trees.jsonl"
     process = start(tiny, "--questions", "all", "--out", str(path), "rollout.initial_chains=40")
-    end = time.monotonic() + 100
+    end = time.monotonic() + 600
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT
     held = len(read_forest(path))
     assert 0 < held < 40 and f"stopped: {held} of 40 questions are in {path}; the same command continues" in output
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two jobs with a server")
 def test_servers_write_the_same_trees_and_their_faults_stop_the_job(
     tiny: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""The transformers engine against a plain loop that forwards everything again for every token."""
+"""The paged engine against a plain loop that forwards everything again for every token."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from transformers import (
 )
 
 from atpo_fast.engines.base import Completion, PathNode, Request, SamplingParams
-from atpo_fast.engines.paged import batching as generation
-from atpo_fast.engines.paged import kv_cache, prefill
-from atpo_fast.engines.paged.engine import TransformersEngine
+from atpo_fast.engines.paged import batching, kv_cache, prefill
+from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.sampling import uniforms
 from atpo_fast.tree.turn_tree import TurnTree
 
@@ -64,8 +63,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def make_engine(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None, **options: Any
-) -> TransformersEngine:
-    return TransformersEngine(model or make_model(), tokenizer, **{"cache_tokens": 100_000, **options})
+) -> PagedEngine:
+    return PagedEngine(model or make_model(), tokenizer, **{"cache_tokens": 100_000, **options})
 
 
 def request(tree: TurnTree, name: str, parent: int, turn: int, sampling: SamplingParams, seed: int = 0) -> Request:
@@ -110,10 +109,8 @@ def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[fl
     return tokens[len(ask.prompt_ids) :], drawn, policy
 
 
-def grow(
-    engine: TransformersEngine, trees: Sequence[TurnTree], rounds: int = 2, shuffle: bool = False
-) -> list[Request]:
-    """What the turn loop does: chains with observations to their ends, then expansion rounds. Returns the requests."""
+def grow(engine: PagedEngine, trees: Sequence[TurnTree], rounds: int = 2, shuffle: bool = False) -> list[Request]:
+    """What the tree search does: chains with observations to their ends, then expansion rounds; the requests."""
     params = SamplingParams(max_new_tokens=6, stop=("</search>",))
     asked: list[Request] = []
 
@@ -249,7 +246,7 @@ def test_results_do_not_depend_on_how_the_work_is_cut(
         monkeypatch.setattr(kv_cache, "_SMALLEST_POOL", 16)  # grows many times, and must keep what it holds
         monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", 7)
         monkeypatch.setattr(prefill, "_SCORES_PER_GROUP", 64)
-        monkeypatch.setitem(generation._KEYS_PER_GROUP, "cpu", 50)
+        monkeypatch.setitem(batching._KEYS_PER_GROUP, "cpu", 50)
     shuffle = bool(options.pop("shuffle", 0))
     engine = make_engine(tokenizer, **options)
     trees = roots(6)
@@ -269,10 +266,10 @@ def test_results_do_not_depend_on_how_the_work_is_cut(
     assert engine.cache.available == engine.cache.pool.limit  # no slot is lost or freed twice
 
 
-def drain(engine: TransformersEngine) -> dict[Any, Completion]:
+def drain(engine: PagedEngine) -> dict[Any, Completion]:
     """Poll until nothing is in flight."""
     done: dict[Any, Completion] = {}
-    while engine._generation is not None:
+    while engine.in_flight:
         done.update(engine.poll())
     return done
 
@@ -293,10 +290,10 @@ def test_requests_join_while_others_decode(batch_size: int, tokenizer: PreTraine
         engine.submit(asks[begin : begin + 2])
         for _ in range(3):
             done.update(engine.poll())
-            if engine._generation is not None:
-                sizes.append(len(engine._generation.table.requests))
+            if engine._batch is not None:
+                sizes.append(len(engine._batch.table.requests))
     done.update(drain(engine))
-    assert engine.poll() == [] and engine._generation is None
+    assert engine.poll() == [] and engine._batch is None
     for ask in asks:
         answer = done.pop(ask.turn_key)
         if ask.sampling.stop != ("w3", "</search>"):
@@ -331,7 +328,7 @@ def test_release_drops_requests_in_flight(tokenizer: PreTrainedTokenizerFast) ->
     assert not {key for key in done if key[0] == "t3"}
     engine.submit(asks[:1])
     engine.release("t0")
-    assert engine._generation is None and engine.poll() == []
+    assert engine._batch is None and engine.poll() == []
     for index in range(4):
         engine.release(f"t{index}")
     assert engine.cache.available == engine.cache.pool.limit and not engine.cache.nodes
@@ -361,8 +358,8 @@ def test_the_batch_grows_again_after_a_shortage(tokenizer: PreTrainedTokenizerFa
     plain = make_model()
     engine.submit(asks)
     limits, done = [], {}
-    while engine._generation is not None:
-        limits.append(engine._generation.limit)
+    while engine.in_flight:
+        limits.append(engine._batch.limit)
         done.update(engine.poll())
     assert engine.counters.evicted_tokens > 0 and min(limits) < 10
     assert any(later == now + 1 for now, later in pairwise(limits))
@@ -451,7 +448,7 @@ def test_contradicting_requests_are_errors(tokenizer: PreTrainedTokenizerFast) -
     with pytest.raises(ValueError, match="token ids must be in"):
         engine.generate([request(TurnTree([5, 99]), "u", 0, 1, params)])
     engine.generate([good])
-    with pytest.raises(ValueError, match="other tokens"):
+    with pytest.raises(ValueError, match="token 2 of the path is 8, but was 7"):
         engine.generate([request(TurnTree([5, 6, 8]), "t", 0, 2, params)])
     assert engine.generate([]) == []
 

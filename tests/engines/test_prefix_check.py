@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atpo_fast.engines.base import PathNode, Request, SamplingParams
-from atpo_fast.engines.prefix_check import LiveTurns
+from atpo_fast.engines.prefix_check import PrefixCheck
 
 
 def ask(turn: int, *parts: list[int], path: tuple[int, ...] = (), tree: str = "t") -> Request:
@@ -17,14 +17,14 @@ def ask(turn: int, *parts: list[int], path: tuple[int, ...] = (), tree: str = "t
     return Request(prompt_ids=ids, sampling=SamplingParams(max_new_tokens=5), seed=0, path=nodes, turn_key=(tree, turn))
 
 
-def written(turns: LiveTurns, request: Request, ids: list[int]) -> None:
+def written(turns: PrefixCheck, request: Request, ids: list[int]) -> None:
     turns.admit([request])
     turns.written(request, ids)
 
 
 def test_continuation_that_differs_names_the_first_token() -> None:
     # Fails if sampled tokens, observations or the prompt are not compared, or another position is named.
-    turns = LiveTurns()
+    turns = PrefixCheck()
     written(turns, ask(1, [5, 6, 7]), [10, 11, 12])
     turns.admit([ask(2, [5, 6, 7], [10, 11, 12, 20, 21])])
     with pytest.raises(ValueError, match=r"turn \('t', 1\).*token 4 of the path is 99, but was 11 \(token 1"):
@@ -44,7 +44,7 @@ def test_continuation_that_differs_names_the_first_token() -> None:
 
 def test_known_tokens_are_those_that_were_forwarded() -> None:
     # The last token of a completion is forwarded only when the turn is continued.
-    turns = LiveTurns()
+    turns = PrefixCheck()
     first = ask(1, [5, 6, 7])
     assert turns.admit([first]) == [0]
     turns.written(first, [10, 11, 12])
@@ -53,13 +53,13 @@ def test_known_tokens_are_those_that_were_forwarded() -> None:
     assert turns.admit([child]) == [5]
     turns.written(child, [30])
     assert turns.admit([ask(4, [5, 6, 7], [10, 11, 12, 20, 21])]) == [8]
-    turns.cache_lost()
+    turns.clear()
     assert turns.admit([ask(5, [5, 6, 7], [10, 11, 12, 20, 21])]) == [0]
 
 
 def test_all_requests_of_a_call_or_none() -> None:
     # Fails if a refused call leaves an observation or a name behind.
-    turns = LiveTurns()
+    turns = PrefixCheck()
     written(turns, ask(1, [5]), [10])
     with pytest.raises(ValueError, match="requested already"):
         turns.admit([ask(2, [5], [10, 77]), ask(1, [5])])
@@ -77,7 +77,7 @@ def as_arguments(request: Request) -> dict:
 
 
 def test_dropped_turns_and_released_trees_are_forgotten() -> None:
-    turns = LiveTurns()
+    turns = PrefixCheck()
     request = ask(1, [5])
     turns.admit([request])
     turns.dropped(request)

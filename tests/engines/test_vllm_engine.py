@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 
 from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.base import Completion, EngineCounters, SamplingParams
-from atpo_fast.engines.paged.engine import TransformersEngine
+from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.sampling import SamplingTable, truncate
 from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.tree.turn_tree import TurnTree
@@ -64,7 +64,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> VLLMEngine:
 def engine(shared: VLLMEngine) -> Iterator[VLLMEngine]:
     """The engine with an empty cache and its first weights."""
     shared.counters = EngineCounters()
-    shared._live._trees.clear()
     shared.update_weights(make_model().named_parameters())
     yield shared
     assert not shared._writings and not shared._llm.llm_engine.has_unfinished_requests()
@@ -86,9 +85,9 @@ def test_logprobs_are_those_of_a_separate_forward(engine: VLLMEngine) -> None:
     check_logprobs(make_model(), trees, 1e-4)
 
 
-def test_greedy_decoding_is_that_of_the_transformers_engine(engine: VLLMEngine) -> None:
+def test_greedy_decoding_is_that_of_the_paged_engine(engine: VLLMEngine) -> None:
     params = SamplingParams(max_new_tokens=12, temperature=0.0, stop=("é",))
-    other = TransformersEngine(make_model(), TOKENIZER, cache_tokens=10_000)
+    other = PagedEngine(make_model(), TOKENIZER, cache_tokens=10_000)
     asks = [request(tree, f"t{i}", 0, 1, params) for i, tree in enumerate(roots(5))]
     for ours, theirs in zip(engine.generate(asks), other.generate(asks), strict=True):
         assert (ours.token_ids, ours.finish_reason, ours.stop) == (

@@ -137,7 +137,7 @@ def test_total_failure_is_told() -> None:
 
 def test_a_hanging_tool_hangs_nothing() -> None:
     # Fails (by running for ever) if a try is waited for without a limit.
-    results = ToolBox([hang, echo], retries=1, timeout_seconds=0.05, workers=1).run(
+    results = ToolBox([hang, echo], retries=1, timeouts={"hang": 0.05}, workers=1).run(
         [ToolCall("hang", "x"), ToolCall("echo", "y")]
     )
     assert results[0].text == "Tool(hang) failed: TimeoutError: no answer within 0.05 seconds"
@@ -173,10 +173,10 @@ def test_calls_run_side_by_side() -> None:
     barrier = threading.Barrier(4)
 
     def meet(argument: str) -> str:
-        barrier.wait(timeout=20)
+        barrier.wait(timeout=120)
         return argument
 
-    results = ToolBox([meet], retries=0, timeout_seconds=30, workers=4).run(
+    results = ToolBox([meet], retries=0, timeout_seconds=240, workers=4).run(
         [ToolCall("meet", str(i)) for i in range(4)]
     )
     assert [result.text for result in results] == ["0", "1", "2", "3"]
@@ -302,6 +302,13 @@ def test_http_search_speaks_the_protocol(retriever: str) -> None:
     _Retriever.bodies.clear()
     assert search.run_many(['who "is" A', "bare"]) == [expected, expected]
     assert _Retriever.bodies == [{"queries": ["who is A", "bare"], "topk": 2, "return_scores": True}]
+
+
+def test_http_search_goes_past_the_proxies(retriever: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a proxy in the environment is asked for a server of the local network."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert HTTPSearch(retriever)("fine").startswith("Page 1:")
 
 
 def test_http_errors_become_observations(retriever: str) -> None:

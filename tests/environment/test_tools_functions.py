@@ -44,6 +44,10 @@ def look(query: str) -> str:
     return f"found {query}"
 
 
+def born(on: datetime.date) -> int:
+    return on.year
+
+
 async def wait_for(seconds: float) -> str:
     """Waits."""
     await asyncio.sleep(seconds)
@@ -70,6 +74,8 @@ def ask(tool: Any, argument: str) -> str:
         (look, "who is it?", "found who is it?"),
         (look, '{"query": "x"}', 'found {"query": "x"}'),  # one text: taken as it is
         (wait_for, '{"seconds": 0}', "waited"),
+        (born, "2020-02-03", "2020"),  # one value that JSON writes as a string: bare, or in an object
+        (born, '{"on": "2020-02-03"}', "2020"),
     ],
 )
 def test_arguments_reach_the_function(function: Any, argument: str, answer: str) -> None:
@@ -77,7 +83,7 @@ def test_arguments_reach_the_function(function: Any, argument: str, answer: str)
     assert ask(function, argument) == answer
 
 
-EXPECTED = 'Expected a JSON object {"value": number, "unit": Unit (optional), "digits": integer (optional)}.'
+EXPECTED = 'Expected a JSON object {"value": number, "unit": "m" or "mi" (optional), "digits": integer (optional)}.'
 
 
 @pytest.mark.parametrize(
@@ -245,7 +251,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_functions_from_yaml(module: str, tmp_path: Path) -> None:
     """Fails if a user cannot add a tool without touching the code."""
     (tmp_path / "run.yaml").write_text(
-        f"tools:\n  names: [python]\n  functions: ['{module}:double', '{module}:Greet']\n"
+        f"tools:\n  builtin: [python]\n  functions: ['{module}:double', '{module}:Greet']\n"
         "  concurrency: {double: 2}\n  timeouts: {python: 20}\n"
     )
     config = load_config(tmp_path / "run.yaml").tools

@@ -36,8 +36,8 @@ def alive(process: int) -> bool:
 
 @pytest.fixture
 def toolbox() -> Iterator[ToolBox]:
-    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=60)
-    with ToolBox(server.tools, retries=0, timeout_seconds=60) as toolbox:
+    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
+    with ToolBox(server.tools, retries=0, timeout_seconds=120) as toolbox:
         yield toolbox
 
 
@@ -61,7 +61,7 @@ def test_failures_of_its_tools(toolbox: ToolBox) -> None:
 
 def test_a_slow_tool_holds_up_nothing() -> None:
     """Fails if a time-out ends the connection."""
-    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=60)
+    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
     with ToolBox(server.tools, retries=0, timeouts={"wait": 0.1}) as toolbox:
         assert "TimeoutError" in ask(toolbox, "wait", '{"seconds": 1, "then": "x"}')
         assert ask(toolbox, "shout", "fine") == "FINE"
@@ -83,11 +83,11 @@ def test_a_server_that_dies_is_started_again_once(toolbox: ToolBox, caplog: pyte
 
 def test_the_server_ends_with_the_tool_box() -> None:
     """Fails if a run leaves servers behind."""
-    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=60)
+    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
     with ToolBox(server.tools) as toolbox:
         process = int(ask(toolbox, "process_id", "x"))
         assert alive(process)
-    for _ in range(500):
+    for _ in range(12_000):
         if not alive(process):
             return
         time.sleep(0.01)
@@ -104,12 +104,12 @@ def test_the_server_ends_with_the_tool_box() -> None:
 )
 def test_servers_that_cannot_be_used(config: MCPServerConfig, message: str) -> None:
     with pytest.raises(ConnectionError, match=message):
-        MCPServer(config, timeout_seconds=30)
+        MCPServer(config, timeout_seconds=120)
 
 
 def test_tools_that_are_not_offered() -> None:
     with pytest.raises(ValueError, match="no tools subtract; it offers add, shout"):
-        MCPServer(MCPServerConfig(command=COMMAND, tools=["add", "subtract"]), timeout_seconds=60)
+        MCPServer(MCPServerConfig(command=COMMAND, tools=["add", "subtract"]), timeout_seconds=120)
 
 
 def test_over_http() -> None:
@@ -117,12 +117,12 @@ def test_over_http() -> None:
         port = free.getsockname()[1]
     process = subprocess.Popen([*COMMAND, "--http", str(port)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(3000):
+        for _ in range(12_000):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
             time.sleep(0.01)
         config = MCPServerConfig(url=f"http://127.0.0.1:{port}/mcp", tools=["add"], prefix="my_")
-        server = MCPServer(config, timeout_seconds=30)
+        server = MCPServer(config, timeout_seconds=120)
         with ToolBox(server.tools, retries=0) as toolbox:
             assert toolbox.names == ("my_add",)
             assert ask(toolbox, "my_add", '{"a": 1}') == "1 + 1 = 2"

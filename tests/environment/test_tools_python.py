@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from atpo_fast.environment import PythonTool, ToolError
+from atpo_fast.environment import PythonTool, ToolError, bubblewrap
 from atpo_fast.environment.python_tool import _MAX_OUTPUT_BYTES
 
 HERE = Path(__file__).resolve().parents[1] / "helpers"
@@ -43,7 +43,7 @@ class Confined:
             _, errors = self._process.communicate()
             pytest.skip(f"cannot be confined with {options}: {errors.strip().splitlines()[-1:]}")
 
-    def __call__(self, code: str, *, timeout_seconds: float = 60.0, times: int = 1) -> dict[str, Any]:
+    def __call__(self, code: str, *, timeout_seconds: float = 300.0, times: int = 1) -> dict[str, Any]:
         """Answers to `times` calls, log messages, and the process' handles, threads and memory."""
         assert self._process.stdin is not None and self._process.stdout is not None
         job = {"code": code, "timeout_seconds": timeout_seconds, "times": times}
@@ -52,7 +52,7 @@ class Confined:
         state: dict[str, Any] = json.loads(self._process.stdout.readline())
         return state
 
-    def answer(self, code: str, *, timeout_seconds: float = 60.0) -> str:
+    def answer(self, code: str, *, timeout_seconds: float = 300.0) -> str:
         return str(self(code, timeout_seconds=timeout_seconds)["answers"][0])
 
     @property
@@ -63,9 +63,12 @@ class Confined:
         self._process.communicate()
 
 
-@pytest.fixture(scope="module", params=[(), ("--user",), ("--user", "--no-namespaces")], ids="".join)
+WAYS = [(), ("--user",), ("--user", "--no-namespaces"), ("--user", "--no-namespaces", "--bubblewrap")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="".join)
 def tool(request: pytest.FixtureRequest) -> Iterator[Confined]:
-    """As the tests run; as a plain user; and as one where the kernel refuses namespaces."""
+    """As the tests run; as a plain user; as one where the kernel refuses namespaces; there, but with bubblewrap."""
     if "--user" in request.param and os.geteuid() != 0:
         pytest.skip("only root can become another user")
     confined = Confined(*request.param)
@@ -89,7 +92,7 @@ def processes_with(text: str) -> list[str]:
 
 
 def assert_gone(text: str) -> None:
-    for _ in range(500):  # killed processes need a moment to end
+    for _ in range(12_000):  # killed processes need a moment to end
         if not processes_with(text):
             return
         time.sleep(0.01)
@@ -272,13 +275,19 @@ def test_a_killed_trainer_leaves_no_code_running(tmp_path: Path) -> None:
     trainer = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)}
     )
-    for _ in range(2000):
+    for _ in range(12_000):
         if processes_with(f"\0{LONG}\0"):
             break
         time.sleep(0.01)
     trainer.kill()
     trainer.wait()
     assert_gone(f"\0{LONG}\0")
+
+
+def test_bubblewrap_is_asked_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the tool needs bubblewrap, or starts a program that is not there with every call."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not bubblewrap.is_needed_and_works.__wrapped__()
 
 
 def test_root_without_namespaces() -> None:

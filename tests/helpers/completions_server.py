@@ -1,6 +1,6 @@
 """A completions server for tests: the part of vLLM's HTTP interface that the server engine uses, around a real model.
 
-It decodes with plain forwards of a Hugging Face model and draws as the transformers engine does, so that both engines
+It decodes with plain forwards of a Hugging Face model and draws as the paged engine does, so that both engines
 give the same trees. `CompletionsServer.fault` decides for each request how it fails.
 """
 
@@ -56,7 +56,9 @@ class CompletionsServer:
         self.running = self.most_running = 0
         self.called: list[str] = []  # other endpoints, with what they were given
         self.healthy = True
-        self.slow_seconds = 60.0
+        self.slow_seconds = 600.0
+        self.held = self.ever_held = 0  # requests that wait to be answered slowly; those that ever did
+        self.on_change: Callable[[], None] = lambda: None  # called when one is held, and when one has been answered
         self.port = 0
         self._compute = threading.Lock()
         self.start()
@@ -90,7 +92,7 @@ class CompletionsServer:
         """End at once: connections are cut, and nobody listens any more."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._cut)
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=120)
             assert not self._thread.is_alive()
 
     def _run(self, bound: socket) -> None:
@@ -156,10 +158,11 @@ class CompletionsServer:
         self.most_running = max(self.most_running, self.running)
         try:
             if fault == "slow":
-                await asyncio.sleep(self.slow_seconds)
+                await self._hold()
             answer = await run_in_threadpool(self._decode, body)
         finally:
             self.running -= 1
+            self.on_change()
         (choice,) = answer["choices"]
         if fault == "no_ids":
             choice["token_ids"] = choice["prompt_token_ids"] = None
@@ -172,6 +175,15 @@ class CompletionsServer:
         if fault == "cut":
             return StreamingResponse(_half(text), media_type="application/json")
         return Response(text, media_type="application/json")
+
+    async def _hold(self) -> None:
+        self.held += 1
+        self.ever_held += 1
+        self.on_change()
+        try:
+            await asyncio.sleep(self.slow_seconds)
+        finally:
+            self.held -= 1
 
     @torch.inference_mode()
     def _decode(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Answers calls of the python tool in a process that may do less than the tests: one JSON line each way.
 
-    python tests/helpers/confined_python.py [--user] [--no-namespaces]
+    python tests/helpers/confined_python.py [--user] [--no-namespaces] [--bubblewrap]
 
 `--user` (needs root): as a user without an account. `--no-namespaces`: the kernel refuses namespaces, as in a container
-without privileges.
+without privileges. `--bubblewrap`: bubblewrap may be used where it is installed; without this option it never is.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 from typing import Any
 
+from atpo_fast.environment import bubblewrap
 from atpo_fast.environment import python_sandbox as sandbox
 from atpo_fast.environment.function_tool import ToolError
 from atpo_fast.environment.python_tool import PythonTool
@@ -50,6 +51,10 @@ def main() -> None:
         sandbox._prctl(38, 1)  # no_new_privs
         if not sandbox.deny_system_calls({"unshare": 1}):
             raise SystemExit("cannot filter system calls")
+    if "--bubblewrap" not in sys.argv:
+        bubblewrap.is_needed_and_works = lambda: False
+    elif not bubblewrap.is_needed_and_works():
+        raise SystemExit("bubblewrap is not installed, or cannot make namespaces, or is not needed")
     log = Log()
     logging.getLogger("atpo_fast").addHandler(log)
     logging.getLogger("atpo_fast").setLevel(logging.INFO)

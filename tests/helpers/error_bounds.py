@@ -25,8 +25,8 @@ to bfloat16 would be off by 2^-9 |z|, and the bound of a log-prob has 2^-24 (D +
 
 Losses are sums of functions of log ratios, which are means of differences of n numbers: these are off by at most
 gamma(n + 4) times their largest. How far that moves a result is asked of the definition itself, in float64, with
-shifted inputs, so that a token within that distance of a clip's border may fall on either side; gamma(n + 32) times the size of
-the terms is added for their own roundings and sums.
+shifted inputs, so that a token within that distance of a clip's border may fall on either side; gamma(n + 32) times the
+size of the terms is added for their own roundings and sums.
 
 Size. The bound is what roundings do when all of them are largest and of one sign. Of independent signs they add up in
 quadrature: gamma(n) becomes u sqrt(n / 3) and sums become roots of sums of squares. `TYPICAL` is the bound by these
@@ -305,9 +305,7 @@ def loss_bounds(
         for sign in (-1, 1):
             for result, value in run(case | {name: case[name] + sign * steps[name]}).items():
                 shifts[result] = torch.maximum(shifts[result], (value - exact[result]).abs())
-    if (
-        known is not None
-    ):  # what moves a sum: for a loss its coefficients, for means their slopes
+    if known is not None:  # what moves a sum: for a loss its coefficients, for means their slopes
         largest = max(float(x.worst.max()) if terms else 0.0 for x in known)
         for name, value in exact.items():
             if value.dim() == 0:

@@ -1,4 +1,4 @@
-"""An engine whose policy is a function, and what else tests of the turn loop need."""
+"""An engine whose policy is a function, and what else tests of the tree search need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Completion, Engine, EngineCounters, Request, TurnKey
 from atpo_fast.environment import CALL_LIMIT_NOTICE, ToolBox
-from atpo_fast.rollout.turn_loop import TurnLoop
+from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.tree import TurnTree
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
 
@@ -115,7 +115,7 @@ def prompts(asked: Sequence[Question]) -> list[list[int]]:
     return [encode(f"Ask: {question.text}") for question in asked]
 
 
-def make_loop(
+def make_search(
     engine: Any,
     tool: Callable[[str], str] | None = None,
     *,
@@ -123,11 +123,16 @@ def make_loop(
     result_tokens: int = 64,
     cache_tokens: int = 262144,
     **rollout: Any,
-) -> TurnLoop:
+) -> TreeSearch:
     config = RolloutConfig(**({"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2} | rollout))
-    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=5.0)
+    toolbox = ToolBox([tool or Search()], retries=0, timeout_seconds=240.0)
     tools = ToolsConfig(call_limit=limit, max_result_tokens=result_tokens)
-    return TurnLoop(engine, TOKENIZER, toolbox, config, tools, cache_tokens=cache_tokens)
+    return TreeSearch(engine, TOKENIZER, toolbox, config, tools, cache_tokens=cache_tokens)
+
+
+def roll_out(search: TreeSearch, asked: Sequence[Question], seed: int = 0, **options: Any) -> list[TurnTree]:
+    """The trees of a roll-out, in the order of the questions."""
+    return in_order(search.roll_out(asked, prompts(asked), seed=seed, **options))
 
 
 def search_then_answer(prompt: str, request: Request) -> str:

@@ -46,6 +46,13 @@ def tree_mask(end: Tensor, prefix: int = 0) -> Tensor:  # (T,) -> (T, P + T) boo
     return ((index[None] <= index[:, None]) & (index[:, None] < whole[None]))[prefix:]
 
 
+def seen_pairs(end: Tensor, prefix: int, queries: int, keys: int) -> np.ndarray:
+    """(query blocks, key blocks) number of visible pairs in each."""
+    mask = tree_mask(end, prefix).numpy().astype(int)
+    by_query = np.add.reduceat(mask, np.arange(0, mask.shape[0], queries), 0)
+    return np.add.reduceat(by_query, np.arange(0, mask.shape[1], keys), 1)
+
+
 def inputs(
     tokens: int,
     heads: tuple[int, int],

@@ -84,7 +84,7 @@ def start(config: Path, *overrides: str, limit_bytes: int | None = None) -> subp
 def run(config: Path, *overrides: str, code: int = 0, limit_bytes: int | None = None) -> str:
     """Run to the end; its output."""
     process = start(config, *overrides, limit_bytes=limit_bytes)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output[-3000:]
     return output
 
@@ -161,13 +161,13 @@ def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> No
 def test_a_stopped_run_continues(config: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
     process = start(config, "train.steps=200")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 900
     while not list(folder.glob("checkpoints/step_*/state.json")):
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     if number != signal.SIGKILL:
         assert "the same command continues" in output

@@ -15,7 +15,7 @@ import pytest
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (`make test-vllm` does)"),
     pytest.mark.distributed,
-    pytest.mark.slow,
+    pytest.mark.slow(reason="starts vLLM on two ranks"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 32

@@ -1,4 +1,4 @@
-"""FusedLinearTurnPolicyLoss against turn_policy_loss on plain log-probs, and against Liger's module."""
+"""FusedLinearTurnPolicyLoss against turn_policy_loss on plain log-probs, and against Liger's fused_module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from atpo_kernels import FusedLinearTurnPolicyLoss, LossConfig, turn_policy_loss
-from atpo_kernels.linear_turn_policy_loss import module
+from atpo_kernels import FusedLinearTurnPolicyLoss, LossConfig, fused_module, turn_policy_loss
 
 B, T, D, V = 5, 12, 5, 11
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
 SECTION = "## Drop the loss into another trainer"
 LEVELS = ("token", "turn", "sequence")
 BOUNDS = {"epsilon_low": 0.1, "epsilon_high": 0.15}
@@ -118,11 +117,13 @@ def test_equals_the_loss_on_plain_logprobs(level: Any, loss_type: str, explicit_
     )
     more = {"advantages": batch.by_token, "ref_per_token_logps": batch.ref, "num_items_in_batch": 17, **turns}
     assert_equal(batch.run(loss, **more), theirs)
-    assert level != "token" or loss_type in ("cispo", "sapo") or min(metrics["clip_low"], metrics["clip_high"]) > 0.1
+    assert (
+        level != "token" or loss_type in ("cispo", "sapo") or min(metrics["clipped_low"], metrics["clipped_high"]) > 0.1
+    )
     found = batch.metrics.by_name
     assert found.keys() - metrics.keys() == {"clip_ratio"}
     assert_equal([found[name] for name in metrics], list(metrics.values()))
-    assert_equal([found["clip_ratio"], batch.metrics[-1]], [metrics["clip_low"] + metrics["clip_high"]] * 2)
+    assert_equal([found["clip_ratio"], batch.metrics[-1]], [metrics["clipped_low"] + metrics["clipped_high"]] * 2)
 
 
 def test_defaults_are_the_published_loss() -> None:
@@ -185,7 +186,7 @@ def test_other_tokens_do_not_reach_the_head(monkeypatch: pytest.MonkeyPatch, lev
         return lambda hidden, *rest, **keywords: (rows.append(len(hidden)), original(hidden, *rest, **keywords))[1]
 
     for name in ("linear_turn_policy_loss", "linear_logprob"):
-        monkeypatch.setattr(module, name, counting(getattr(module, name)))
+        monkeypatch.setattr(fused_module, name, counting(getattr(fused_module, name)))
     dirty = batch.run(loss, ref_input=ref_input, **more)
     assert_equal(dirty, clean, 0.0)
     assert not dirty[1][batch.mask == 0].any() and dirty[1][batch.mask == 1].any()
@@ -286,13 +287,13 @@ def test_without_old_logprobs_every_ratio_is_one(level: Any) -> None:
 
 def test_reference_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if the reference is computed otherwise than the policy, wins over given log-probs, or builds a graph."""
-    original = module.linear_logprob
+    original = fused_module.linear_logprob
 
     def without_graph(*rest: Any, **keywords: Any) -> Any:
         assert not torch.is_grad_enabled()
         return original(*rest, **keywords)
 
-    monkeypatch.setattr(module, "linear_logprob", without_graph)
+    monkeypatch.setattr(fused_module, "linear_logprob", without_graph)
     batch = Batch()
     loss = FusedLinearTurnPolicyLoss(beta=0.3, temperature=0.8)
     hidden, weight, bias = (1.1 * x for x in batch.leaves())
@@ -311,7 +312,7 @@ def test_no_mask(level: Any) -> None:
     for turns in (None, batch.turn_ids):
         ones, none = (batch.run(loss, attention_mask=m, turn_ids=turns) for m in (torch.ones(B, T), None))
         assert_equal(none, ones)
-    tokens = module._action_tokens(None, None, torch.Size((B, T)), torch.device("meta"), level)
+    tokens = fused_module._action_tokens(None, None, torch.Size((B, T)), torch.device("meta"), level)
     assert tokens.order is None and tokens.ratio_offsets.shape == (B + 1,)
 
 
@@ -349,8 +350,8 @@ def test_items_in_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = int(batch.mask.sum())
     assert_equal(batch.run(loss), batch.run(loss, num_items_in_batch=tokens))
     half = [x / 2 for x in batch.run(loss)]
-    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(module.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(fused_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(fused_module.dist, "get_world_size", lambda: 3)
     for items in (6 * tokens, torch.tensor(6 * tokens)):
         assert_equal(batch.run(loss, num_items_in_batch=items), half)
 
@@ -436,12 +437,9 @@ def test_partitioned_weight() -> None:
         FusedLinearTurnPolicyLoss()(batch.hidden, torch.empty(0, dtype=torch.float64), **batch.arguments())
 
 
-def test_readme_snippets() -> None:
-    """Fails if the README's snippets do not run, or call the loss in a way that gives no gradient."""
-    text = README.read_text()
-    if SECTION not in text:
-        pytest.skip(f"README.md has no section {SECTION!r}")
-    section = text.split(SECTION)[1].split("\n## ")[0]
+def test_snippets_of_the_documentation() -> None:
+    """Fails if the snippets for other trainers do not run, or call the loss in a way that gives no gradient."""
+    section = PAGE.read_text().split(SECTION)[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 3
     batch = Batch(torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -23,20 +24,39 @@ def operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("with_kernel", "without_kernel"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-    (tmp_path / "with_kernel" / "triton.py").write_text("def with_kernel():\n    return 'kernel'\n")
+    (tmp_path / "with_kernel" / "launch.py").write_text("def with_kernel_triton():\n    return 'kernel'\n")
     monkeypatch.setattr(atpo_kernels, "__path__", [*atpo_kernels.__path__, str(tmp_path)])
 
 
 def test_importing_needs_no_triton() -> None:
     """Fails if any module imports Triton at import time: a CPU install has none."""
-    code = "import sys; sys.modules['triton'] = None; import atpo_kernels"  # importing triton now raises
+    run("import sys; sys.modules['triton'] = None; from atpo_kernels import *")  # importing triton now raises
+
+
+def test_choices_need_no_pytorch() -> None:
+    """Fails if reading a configuration, whose choices are listed there, takes the seconds of importing PyTorch."""
+    run("import sys; sys.modules['torch'] = None; from atpo_kernels.choices import Aggregation, Reduction")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_public_names_are_functions(operator: str) -> None:
+    """Fails if a folder hides the function of its name, also where the folder is imported before the function."""
+    assert inspect.isfunction(getattr(atpo_kernels, operator))
+    run(f"import atpo_kernels.{operator}.tiles; from atpo_kernels import {operator}; {operator}.__kwdefaults__['impl']")
+
+
+def test_every_operator_has_the_same_files() -> None:
+    """Fails if a reader who knows one operator's folder does not find his way in another's."""
+    for operator in OPERATORS:
+        folder = Path(atpo_kernels.__file__).parent / operator
+        names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.name == "kernels"}
+        assert names == {"__init__", "reference", "torch_impl", "kernels", "launch", "tiles"}, operator
+
+
+def run(code: str) -> None:
+    """Run code in an interpreter of its own, in which nothing has been imported."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-def test_public_names_are_functions() -> None:
-    """Fails if a sub-package hides the function of the same name."""
-    assert all(callable(getattr(atpo_kernels, name)) for name in OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atpo_kernels import linear_logprob
-from atpo_kernels.linear_logprob import chunked
+from atpo_kernels.linear_logprob import tiles
 from tests.helpers.error_bounds import assert_no_less_precise, head_bounds
 from tests.helpers.kernel_cases import Head, LargestOutput, random_head, upstream
 
@@ -20,10 +20,10 @@ SIZES = [(1, 1), (5, 7), (128, 40), (300, 33)]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 128 rows in blocks of a few, so that small inputs have several."""
-    monkeypatch.setitem(chunked._CHUNK_BYTES, "cpu", 0)
-    monkeypatch.setitem(chunked._MIN_ROWS, "cpu", 128)
-    monkeypatch.setitem(chunked._BLOCK_BYTES, "cpu", 4000)
-    monkeypatch.setitem(chunked._TILE, "cpu", (100, 17))
+    monkeypatch.setitem(tiles._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(tiles._MIN_ROWS, "cpu", 128)
+    monkeypatch.setitem(tiles._BLOCK_BYTES, "cpu", 4000)
+    monkeypatch.setitem(tiles._TORCH_TILES, "cpu", (100, 17))
 
 
 def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7) -> list[Tensor]:

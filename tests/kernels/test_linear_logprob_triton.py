@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from atpo_kernels import linear_logprob
-from atpo_kernels.linear_logprob import checks, tiles, triton, triton_head
+from atpo_kernels import checks, linear_logprob
+from atpo_kernels.linear_logprob import launch, tiles
 from atpo_kernels.linear_logprob.tiles import Tile, vocab_splits
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.error_bounds import assert_no_less_precise, head_bounds
@@ -26,14 +26,14 @@ DESCRIBED, POINTERS = (Tile(16, 64, 32, num_warps=4, num_stages=2, descriptors=d
 @pytest.fixture(params=[DESCRIBED, POINTERS], ids=["descriptors", "pointers"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Tile:
     """Both ways to move tiles, whatever the dtype and device."""
-    monkeypatch.setattr(triton_head, "tile_for", lambda *_: request.param)
+    monkeypatch.setattr(launch, "tile_for", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients in chunks of one row tile."""
-    monkeypatch.setattr(triton, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 0)
 
 
 def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7, bias: bool = True) -> list[Tensor]:

@@ -13,23 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atpo_kernels import LeafPaths, LinearTurnLoss, LossConfig, TokenWeights, linear_logprob, linear_turn_policy_loss
-from atpo_kernels.linear_logprob import chunked
-from atpo_kernels.linear_turn_policy_loss.chunks import plan_chunks
-from atpo_kernels.records import ClipMode, RatioLevel
+from atpo_kernels.choices import ClipFamily, RatioLevel
+from atpo_kernels.linear_logprob import tiles, torch_impl
+from atpo_kernels.linear_turn_policy_loss.tiles import plan_chunks
 from tests.helpers.error_bounds import assert_no_less_precise, head_bounds
 from tests.helpers.kernel_cases import LargestOutput, loss_case, random_head, turn_offsets
 
-LEVELS, CLIPS = get_args(RatioLevel), get_args(ClipMode)
+LEVELS, CLIPS = get_args(RatioLevel), get_args(ClipFamily)
 CHUNK = 8
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 8 rows in blocks of a few, so that small inputs have several and some turns exceed a chunk."""
-    monkeypatch.setitem(chunked._CHUNK_BYTES, "cpu", 0)
-    monkeypatch.setitem(chunked._BLOCK_BYTES, "cpu", 300)
-    monkeypatch.setitem(chunked._TILE, "cpu", (CHUNK, 4))
-    monkeypatch.setitem(chunked._MIN_ROWS, "cpu", CHUNK)
+    monkeypatch.setitem(tiles._CHUNK_BYTES, "cpu", 0)
+    monkeypatch.setitem(tiles._BLOCK_BYTES, "cpu", 300)
+    monkeypatch.setitem(tiles._TORCH_TILES, "cpu", (CHUNK, 4))
+    monkeypatch.setitem(tiles._MIN_ROWS, "cpu", CHUNK)
 
 
 def case(lengths: list[int], seed: int) -> tuple[Any, dict[str, Any]]:
@@ -182,13 +182,13 @@ def test_clipped_rows_cost_no_matrix_product(monkeypatch: pytest.MonkeyPatch) ->
     keywords["weights"] = TokenWeights(share, torch.zeros_like(share), share)
     keywords["old_logprob"] = None
     seen: list[int] = []
-    original = chunked.HeadGradients.add_chunk
+    original = torch_impl.HeadGradients.add_chunk
 
     def counting(self: Any, rows: Any, hidden: Tensor, *rest: Any) -> None:
         seen.append(len(hidden))
         original(self, rows, hidden, *rest)
 
-    monkeypatch.setattr(chunked.HeadGradients, "add_chunk", counting)
+    monkeypatch.setattr(torch_impl.HeadGradients, "add_chunk", counting)
     run(head, keywords)
     assert seen == [4]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atpo_kernels import TokenWeights, linear_turn_policy_loss
-from atpo_kernels.linear_logprob import triton, triton_head
+from atpo_kernels.linear_logprob import launch
 from atpo_kernels.linear_logprob.tiles import Tile
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.error_bounds import assert_no_less_precise, assert_within
@@ -47,8 +47,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of one tile of 16 rows, on every device."""
     tile = Tile(CHUNK, 64, 32, num_warps=4, num_stages=2, descriptors=True, group=2)
-    monkeypatch.setattr(triton_head, "tile_for", lambda *_: tile)
-    monkeypatch.setattr(triton, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(launch, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 0)
 
 
 def run(head: Head, keywords: dict[str, Any], dtype: torch.dtype, impl: str, **more: Any) -> list[Tensor]:
@@ -97,14 +97,14 @@ def test_sequences_in_one_pass_where_they_fit(lengths: list[int]) -> None:
     """Fails if trajectories that fit a chunk are computed twice, or wrongly."""
     head, keywords = loss_case(lengths, width=16, vocab=70, seed=8)
     passes = []
-    dlogits = triton_head.TritonHead.dlogits
+    dlogits = launch.TritonHead.dlogits
 
     def counted(self: Any, *arguments: Any) -> Tensor:
         passes.append(1)
         return dlogits(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_head.TritonHead, "dlogits", counted)
+        patch.setattr(launch.TritonHead, "dlogits", counted)
         assert_exact(head, keywords, level="sequence")
     assert bool(passes) == (sum(lengths) > CHUNK)
 
@@ -127,9 +127,9 @@ def test_rows_without_gradient_reach_no_product(clipped: float, monkeypatch: pyt
     keywords["old_logprob"] = keywords["logprob"] - apart.repeat_interleave(torch.tensor(lengths))
     keywords["weights"] = TokenWeights(*torch.tensor([1.0, 0.0, 1.0])[:, None].expand(3, tokens))
     seen = []
-    add = triton.Gradients.add
+    add = launch.Gradients.add
     monkeypatch.setattr(
-        triton.Gradients, "add", lambda self, dlogits, *rest: seen.append(len(dlogits)) or add(self, dlogits, *rest)
+        launch.Gradients, "add", lambda self, dlogits, *rest: seen.append(len(dlogits)) or add(self, dlogits, *rest)
     )
     exact = assert_exact(head, keywords)
     assert sum(seen) == int((exact[1] != 0).sum()) == tokens - sum(lengths[: round(clipped * len(lengths))])
@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_rows_and_nothing_waits(monkeypatch: pytest.Mo
 
 def test_without_gradient_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an evaluation pays for products that nobody asked for."""
-    monkeypatch.setattr(triton.Gradients, "add", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr(launch.Gradients, "add", lambda *_: pytest.fail("a gradient was computed"))
     head, keywords = loss_case([5, 9], width=16, vocab=70, seed=7)
     keywords.pop("logprob")
     with torch.no_grad():

@@ -7,9 +7,9 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from atpo_kernels.linear_logprob import triton, triton_head
+from atpo_kernels.choices import ClipFamily, RatioLevel
+from atpo_kernels.linear_logprob import launch
 from atpo_kernels.linear_logprob.tiles import Tile
-from atpo_kernels.records import ClipMode, RatioLevel
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.error_bounds import assert_within
 from tests.helpers.interpreter import DEVICE
@@ -29,8 +29,8 @@ def small_chunks() -> Any:
     """Chunks of one tile of 16 rows, on every device."""
     with pytest.MonkeyPatch.context() as patch:
         tile = Tile(CHUNK, 64, 32, num_warps=4, num_stages=2, descriptors=True, group=2)
-        patch.setattr(triton_head, "tile_for", lambda *_: tile)
-        patch.setattr(triton, "SCRATCH_BYTES", 0)
+        patch.setattr(launch, "tile_for", lambda *_: tile)
+        patch.setattr(launch, "SCRATCH_BYTES", 0)
         yield
 
 
@@ -40,7 +40,7 @@ def small_chunks() -> Any:
 @given(
     lengths=st.lists(st.integers(0, 2 * CHUNK + 3), min_size=1, max_size=6),
     level=st.sampled_from(get_args(RatioLevel)),
-    clip=st.sampled_from(get_args(ClipMode)),
+    clip=st.sampled_from(get_args(ClipFamily)),
     extra=st.sampled_from([{}, {"kl": "k3", "kl_coef": 0.2}, {"entropy_coef": 0.1}, {"importance_cap": 1.1}]),
     seed=st.integers(0, 99),
 )

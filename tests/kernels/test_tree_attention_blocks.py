@@ -1,4 +1,4 @@
-"""Block lists of tree_attention against the mask they stand for, and FlexAttention and xformers on top of them."""
+"""Block lists of tree_attention against the mask that they list."""
 
 from __future__ import annotations
 
@@ -8,17 +8,9 @@ import torch
 from torch import Tensor
 
 from atpo_kernels import tree_attention
-from atpo_kernels.tree_attention import BlockSizes, TreeBlockLists, make_attention_blocks, make_flex_mask
+from atpo_kernels.tree_attention import BlockSizes, TreeBlockLists, make_attention_blocks
 from atpo_kernels.tree_attention import make_tree_block_lists as make_lists
-from atpo_kernels.tree_attention.flat import sequence_lengths
-from tests.helpers.tree_cases import inputs, random_row, row_of, tree_mask
-
-
-def seen_pairs(end: Tensor, prefix: int, queries: int, keys: int) -> np.ndarray:
-    """(query blocks, key blocks) number of visible pairs in each."""
-    mask = tree_mask(end, prefix).numpy().astype(int)
-    by_query = np.add.reduceat(mask, np.arange(0, mask.shape[0], queries), 0)
-    return np.add.reduceat(by_query, np.arange(0, mask.shape[1], keys), 1)
+from tests.helpers.tree_cases import inputs, random_row, row_of, seen_pairs
 
 
 def listed(offsets: Tensor, blocks: Tensor, columns: int) -> np.ndarray:
@@ -119,53 +111,6 @@ def test_the_root_of_a_wide_tree_is_cut_in_pieces() -> None:
     assert int((lists.key_parts[:, 4] - lists.key_parts[:, 1]).max()) <= 2
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 128, 300])
-@pytest.mark.parametrize(("tokens", "turn"), [(100, 30), (128, 200), (300, 40), (700, 60)])
-def test_flex_mask_equals_the_mask(tokens: int, turn: int, prefix: int) -> None:
-    """Fails if the BlockMask misses or adds a block, or evaluates no mask in a partial one."""
-    end = random_row(tokens, turn, 3)
-    mask = make_flex_mask(end, prefix)
-    seen = seen_pairs(end, prefix, 128, 128)
-    np.testing.assert_array_equal(mask.to_dense()[0, 0].numpy(), seen > 0)
-    counts = [x[0, 0].tolist() for x in (mask.kv_num_blocks, mask.full_kv_num_blocks)]
-    full = seen == np.minimum(128, tokens - np.arange(0, tokens, 128))[:, None] * 128
-    assert counts == [((seen > 0) & ~full).sum(1).tolist(), full.sum(1).tolist()]
-    query, key = torch.arange(tokens), torch.arange(prefix + tokens)
-    assert torch.equal(mask.mask_mod(None, None, query[:, None], key[None]), tree_mask(end, prefix))
-
-
-@pytest.mark.parametrize("prefix", [0, 65])
-def test_flex_equals_the_definition(prefix: int) -> None:
-    """Fails if heads are grouped otherwise, the scale is lost, or given blocks are not used."""
-    end = random_row(300, 40, 3)
-    q, k, v, _ = (x.detach() for x in inputs(300, (4, 2), 16, torch.float32, prefix=prefix))
-    expected = tree_attention(q, k, v, end, scale=0.3, impl="reference")
-    blocks = make_attention_blocks(
-        end, query_heads=4, key_heads=2, head_dim=16, dtype=torch.float32, device="cpu", impl="flex", prefix=prefix
-    )
-    for given in (None, blocks):
-        out = tree_attention(q, k, v, end, scale=0.3, impl="flex", blocks=given)
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    longer = [torch.cat([x[:1], x]) for x in (k, v)]
-    for tokens, keys in ((200, (k, v)), (300, longer)):  # another row, another prefix
-        with pytest.raises(ValueError, match="make_flex_mask"):
-            tree_attention(q[:tokens], *keys, random_row(tokens, 40, 3), impl="flex", blocks=blocks)
-
-
-def test_xformers_takes_flat_rows_on_a_gpu() -> None:
-    """Fails if a branch is computed as if it were a sequence, or a missing package is a bare ImportError."""
-    assert sequence_lengths(row_of([3, 1, 4], [0, 0, 0])) == [3, 1, 4]
-    assert sequence_lengths(row_of([3, 2, 4], [0, 1, 0])) == [5, 4]  # one child is no branch
-    branching = row_of([3, 2, 4], [0, 1, 1])
-    tensors = [x.detach() for x in inputs(9, (2, 1), 16, torch.float32)[:3]]
-    with pytest.raises(ValueError, match="flat rows only"):
-        tree_attention(*tensors, branching, impl="xformers")
-    with pytest.raises(ValueError, match="without a prefix, here 2 tokens"):
-        tree_attention(tensors[0][2:], *tensors[1:], row_of([7], [0]), impl="xformers")
-    with pytest.raises(RuntimeError, match=r"needs (the package xformers|CUDA tensors)"):
-        tree_attention(*tensors, row_of([9], [0]), impl="xformers")
-
-
 @pytest.mark.parametrize("prefix", [0, 40])
 def test_blocks_for_every_implementation(prefix: int) -> None:
     """Fails if make_attention_blocks gives blocks that the implementation does not take."""
@@ -173,9 +118,9 @@ def test_blocks_for_every_implementation(prefix: int) -> None:
     q, k, v, _ = (x.detach() for x in inputs(90, (2, 1), 16, torch.float32, prefix=prefix))
     expected = tree_attention(q, k, v, end, impl="reference")
     shape = {"query_heads": 2, "key_heads": 1, "head_dim": 16, "dtype": q.dtype}
-    for impl in ("auto", "torch", "sdpa", "reference", "flex"):
+    for impl in ("auto", "torch", "reference"):
         blocks = make_attention_blocks(end, **shape, impl=impl, prefix=prefix)
-        assert (blocks is None) == (impl in ("sdpa", "reference"))
+        assert (blocks is None) == (impl == "reference")
         out = tree_attention(q, k, v, end, impl=impl, blocks=blocks)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="prefix must be"):

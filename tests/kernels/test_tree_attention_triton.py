@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atpo_kernels import tree_attention
 from atpo_kernels.tree_attention import _choose as choose_attention
-from atpo_kernels.tree_attention import make_attention_blocks, tiles, triton_launch
+from atpo_kernels.tree_attention import launch, make_attention_blocks, tiles
 from atpo_kernels.tree_attention.tiles import Tile, Tiles
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.error_bounds import assert_no_less_precise, attention_bounds
@@ -19,6 +19,7 @@ from tests.helpers.kernel_cases import LargestOutput, NoHostSync
 from tests.helpers.tree_cases import forward_backward, inputs, random_row, row_of, tree_mask
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LONG_ROW = pytest.mark.slow(reason="a long row, interpreted")
 SMALL = (Tile(32, 16, 4, 1, 1), Tile(32, 16, 4, 1, 1), Tile(32, 64, 4, 1, 1))
 
 
@@ -44,7 +45,7 @@ def assert_precise(
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to load what a loop runs over, whatever the dtype and device."""
     small = Tiles(*SMALL, descriptors=request.param)
-    monkeypatch.setattr(triton_launch, "tiles_for", lambda *_: small)
+    monkeypatch.setattr(launch, "tiles_for", lambda *_: small)
 
 
 # a chain of turns (one stretch; its keys have full query blocks with partial ones before and behind), a star, several
@@ -81,7 +82,7 @@ def test_lengths(tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "prefix"),
-    [*product([1, 63, 65], [1, 63, 64, 65, 200]), pytest.param(300, 65, marks=pytest.mark.slow)],
+    [*product([1, 63, 65], [1, 63, 64, 65, 200]), pytest.param(300, 65, marks=LONG_ROW)],
 )
 def test_prefixes(tokens: int, prefix: int) -> None:
     """Fails if a query does not see all of the prefix, or gradients of the prefix or of the row lie elsewhere."""
@@ -94,7 +95,7 @@ def test_a_prefix_and_idle_rows() -> None:
     assert_precise(random_row(41, 12, 1), (7, 1), 16, torch.bfloat16, prefix=70)
 
 
-@pytest.mark.slow
+@LONG_ROW
 def test_a_long_row() -> None:
     """Fails on errors that need many blocks, as in the order of work or the sums of pieces."""
     assert_precise(random_row(1000, 90, 7), (2, 1), 16, torch.bfloat16)
@@ -145,10 +146,10 @@ def test_heads_first_inputs_are_not_copied() -> None:
     """Fails if what transformers hands over is copied in every layer, or what kernels cannot read is not."""
     end = random_row(64, 12, 4)
     q, k, v, _ = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in inputs(64, (4, 2), 16, DTYPES[0]))
-    call = triton_launch.Attention.prepare(q, k, v, end, 0.25, None)
+    call = launch.Attention.prepare(q, k, v, end, 0.25, None)
     assert [x.data_ptr() for x in (call.q, call.k, call.v)] == [x.data_ptr() for x in (q, k, v)]
     expanded = k[:, :1].expand(-1, 2, -1)  # heads at no distance: nothing for descriptors
-    assert all(triton_launch.Attention.prepare(q, expanded, v, end, 0.25, None).k.stride())
+    assert all(launch.Attention.prepare(q, expanded, v, end, 0.25, None).k.stride())
 
 
 def test_an_expanded_upstream_gradient() -> None:
@@ -184,10 +185,10 @@ def test_given_blocks_nothing_waits_and_nothing_is_as_large_as_the_mask(prefix: 
 @pytest.mark.parametrize("prefix", [0, 70])
 def test_pieces_of_a_key_block_add_up(monkeypatch: pytest.MonkeyPatch, prefix: int) -> None:
     """Fails if the sums of pieces lose a part, or are written to another block's keys."""
-    monkeypatch.setattr(triton_launch, "processors", lambda _: 1000)
+    monkeypatch.setattr(launch, "processors", lambda _: 1000)
     end = row_of([40, 30, 30, 40], [0, 1, 1, 1])
     assert_precise(end, (2, 1), 16, torch.bfloat16, prefix=prefix)
-    call = triton_launch.Attention.prepare(*inputs(140, (2, 1), 16, DTYPES[0])[:3], end, 0.25, None)
+    call = launch.Attention.prepare(*inputs(140, (2, 1), 16, DTYPES[0])[:3], end, 0.25, None)
     assert call.blocks.slots > 4  # the monkeypatch has an effect
 
 

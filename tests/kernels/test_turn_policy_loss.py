@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, turn_policy_loss
-from atpo_kernels.records import ClipMode, KLMode, RatioLevel, Reduction
+from atpo_kernels.choices import ClipFamily, KLEstimator, RatioLevel, Reduction
 from tests.helpers.kernel_cases import turn_offsets
 from tests.helpers.turn_loss_cases import BOUNDS, packed_case, padded_case
 
-LEVELS, CLIPS, REDUCTIONS, KLS = (get_args(x) for x in (RatioLevel, ClipMode, Reduction, KLMode))
+LEVELS, CLIPS, REDUCTIONS, KLS = (get_args(x) for x in (RatioLevel, ClipFamily, Reduction, KLEstimator))
 
 
 def loop_f(rho: Tensor, logprob: Tensor, advantage: float, c: LossConfig) -> Tensor:
@@ -302,8 +302,8 @@ def test_metrics_by_hand() -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
     out = turn_policy_loss(ratio.log(), torch.zeros_like(ratio), advantages, mask=mask, level="token")
     expected = {
-        "clip_low": 1 / 5,  # A<0 at ratio 0.5
-        "clip_high": 1 / 5,  # A>0 at ratio 2
+        "clipped_low": 1 / 5,  # A<0 at ratio 0.5
+        "clipped_high": 1 / 5,  # A>0 at ratio 2
         "ratio_mean": 6.0 / 5,
         "ratio_max": 2.0,
         "turns": 1.0,

@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atpo_kernels import LossConfig, turn_policy_loss
-from atpo_kernels.records import ClipMode, KLMode, RatioLevel, Reduction
-from atpo_kernels.turn_policy_loss import triton, triton_launch, triton_packed, triton_padded
-from atpo_kernels.turn_policy_loss.layout import Aggregation, LossArguments, LossInputs, Structure
-from atpo_kernels.turn_policy_loss.triton import PackedLoss
+from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
+from atpo_kernels.choices import ClipFamily, KLEstimator, RatioLevel, Reduction
+from atpo_kernels.turn_policy_loss import tiles
+from atpo_kernels.turn_policy_loss.launch import Launch, PackedLoss, turn_policy_loss_triton
+from bench.kernels.operators import variants
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.kernel_cases import NoHostSync, turn_offsets
 from tests.helpers.turn_loss_cases import BOUNDS, EVERY_TERM, assert_precise, converted, packed_case, padded_case, run
 
-LEVELS, CLIPS, REDUCTIONS, KLS = (get_args(x) for x in (RatioLevel, ClipMode, Reduction, KLMode))
+LEVELS, CLIPS, REDUCTIONS, KLS = (get_args(x) for x in (RatioLevel, ClipFamily, Reduction, KLEstimator))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 32
 # Empty turns, also the first and the last; one token; less than a block, a block, more than one; longer than two.
@@ -34,8 +35,8 @@ LENGTHS = [0, 5, 1, BLOCK, 0, BLOCK + 1, 2 * BLOCK + 7, 3, 0]
 def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Blocks of 32 tokens on every device, so that short rows and turns have several."""
     if "gpu" not in request.keywords:
-        for module in (triton_packed, triton_padded):
-            monkeypatch.setitem(module._BLOCKS, DEVICE, ((BLOCK, 1),))
+        for table in (tiles._PACKED_BLOCKS, tiles._PADDED_BLOCKS):
+            monkeypatch.setitem(table, DEVICE, ((BLOCK, 1),))
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -226,7 +227,7 @@ def arguments(case: dict[str, Any], reduction: Any = "sum", **fields: Any) -> Lo
         given.get("advantages"),
         given.get("weights"),
         structure,
-        Aggregation(reduction),
+        Averaging(reduction),
         LossConfig(**BOUNDS | fields),
     )
 
@@ -257,15 +258,15 @@ class Launches(TorchDispatchMode):
     @contextmanager
     def counting(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Count while active, and not what happens inside a launch: the interpreter copies tensors."""
-        original = triton_launch.Launch.run
+        original = Launch.run
 
-        def counted(launch: triton_launch.Launch) -> None:
+        def counted(launch: Launch) -> None:
             self.kernels += 1
             with torch._C._DisableTorchDispatch():
                 original(launch)
 
         with monkeypatch.context() as patch, self:
-            patch.setattr(triton_launch.Launch, "run", counted)
+            patch.setattr(Launch, "run", counted)
             yield
 
 
@@ -279,7 +280,7 @@ def test_two_launches(monkeypatch: pytest.MonkeyPatch, packed: bool, reduction: 
     given = arguments(case, reduction, **EVERY_TERM)
     launches = Launches()
     with launches.counting(monkeypatch):
-        triton.turn_policy_loss(given)
+        turn_policy_loss_triton(given)
     assert (launches.kernels, launches.others) == (2, [])
 
 
@@ -289,7 +290,7 @@ def test_nothing_waits_for_the_device(packed: bool, level: Any) -> None:
     """Fails if the host reads a number that is computed on the device."""
     given = arguments(packed_case(LENGTHS) if packed else padded_case(3, 9), level=level, **EVERY_TERM)
     with NoHostSync():
-        triton.turn_policy_loss(given)
+        turn_policy_loss_triton(given)
 
 
 @pytest.mark.parametrize("level", ["token", "turn"])
@@ -299,7 +300,7 @@ def test_packed_loss_in_ranges(level: Any, reduction: Any) -> None:
     case = packed_case(LENGTHS) | {"weights": None, "paths": None}
     case["advantages"] = torch.linspace(-1, 1, len(LENGTHS), dtype=torch.float64)
     whole = arguments(case, reduction, level=level, **EVERY_TERM)
-    expected = triton.turn_policy_loss(whole)
+    expected = turn_policy_loss_triton(whole)
     inputs = replace(whole.inputs, logprob=torch.full_like(whole.inputs.logprob, torch.nan))
     loss = PackedLoss.prepare(replace(whole, inputs=inputs), nonempty_turns=6)
     loss.outputs.partial.fill_(torch.nan)
@@ -312,11 +313,11 @@ def test_packed_loss_in_ranges(level: Any, reduction: Any) -> None:
             assert value is not None
             known[rows] = value[rows]
         loss.turns(first, count, logprob, entropy)
-        torch.testing.assert_close(loss.coef[rows], expected.coef[rows])  # right at once
+        torch.testing.assert_close(loss.grad_logprob[rows], expected.grad_logprob[rows])  # right at once
     found = loss.finish()
     torch.testing.assert_close(
-        (found.loss, found.coef, found.entropy_slope, found.metrics),
-        (expected.loss, expected.coef, expected.entropy_slope, expected.metrics),
+        (found.loss, found.grad_logprob, found.grad_entropy, found.metrics),
+        (expected.loss, expected.grad_logprob, expected.grad_entropy, expected.metrics),
     )
 
 
@@ -347,11 +348,11 @@ def test_small_kl_is_exact() -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_variants_say_all_that_compiling_needs(target: str) -> None:
     """Fails if a variant leaves out an argument of its kernel, or a block size of the wrappers is not among them."""
-    found = triton.variants(target)
+    found = variants("turn_policy_loss", target)
     for variant in found:
         assert {*variant.types, *variant.constants} == set(variant.kernel.arg_names), variant.label
         assert not {*variant.types} & {*variant.constants}
-    for kernel, blocks in (("_turns_kernel", triton_packed.GPU_BLOCKS), ("_rows_kernel", triton_padded.GPU_BLOCKS)):
+    for kernel, blocks in (("_turns_kernel", tiles.PACKED_BLOCKS), ("_rows_kernel", tiles.PADDED_BLOCKS)):
         used = {(v.constants["BLOCK"], v.num_warps) for v in found if v.kernel.__name__ == kernel}
         assert used == set(blocks)
 

@@ -7,8 +7,8 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from atpo_kernels.records import ClipMode, RatioLevel, Reduction
-from atpo_kernels.turn_policy_loss import triton_packed, triton_padded
+from atpo_kernels.choices import ClipFamily, RatioLevel, Reduction
+from atpo_kernels.turn_policy_loss import tiles
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.turn_loss_cases import EVERY_TERM, assert_precise, packed_case, padded_case
@@ -28,8 +28,8 @@ SEEDS = st.integers(0, 99)
 def small_blocks() -> Any:
     """Blocks of 16 tokens on every device."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (triton_packed, triton_padded):
-            patch.setitem(module._BLOCKS, DEVICE, ((BLOCK, 1),))
+        for table in (tiles._PACKED_BLOCKS, tiles._PADDED_BLOCKS):
+            patch.setitem(table, DEVICE, ((BLOCK, 1),))
         yield
 
 
@@ -37,7 +37,7 @@ def small_blocks() -> Any:
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 2), st.integers(0, 3 * BLOCK)), max_size=7),
     level=st.sampled_from(get_args(RatioLevel)),
-    clip=st.sampled_from(get_args(ClipMode)),
+    clip=st.sampled_from(get_args(ClipFamily)),
     seed=SEEDS,
 )
 def test_random_packed_turns(lengths: list[int], level: Any, clip: Any, seed: int) -> None:

@@ -38,14 +38,14 @@ class Running:
         ready = threading.Event()
         app = make_app(retriever, **options)
         threading.Thread(target=serve, args=(app, bound, ready.set), daemon=True).start()
-        assert ready.wait(30)
+        assert ready.wait(120)
 
     def post(self, body: Any) -> Any:
         """The answer to a body: (status, JSON)."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/retrieve", data, {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
+            with urllib.request.urlopen(request, timeout=120) as response:
                 return response.status, json.load(response)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"null") if "json" in error.headers["Content-Type"] else None
@@ -108,7 +108,7 @@ def test_invalid_bodies_are_422(server: Running, body: Any) -> None:
 
 
 def test_health(server: Running) -> None:
-    with urllib.request.urlopen(f"{server.url}/health", timeout=30) as response:
+    with urllib.request.urlopen(f"{server.url}/health", timeout=120) as response:
         assert json.load(response) == {"status": "ok", "index": "bm25", "passages": 50, "topk": 2}
 
 
@@ -160,7 +160,7 @@ class Calls:
 
     def __call__(self, queries: Sequence[str], k: int) -> list[str]:
         self.calls.append((list(queries), k))
-        assert self.go.wait(10)
+        assert self.go.wait(120)
         return [f"{query}/{k}" for query in queries]
 
 
@@ -298,7 +298,7 @@ def test_the_verb_builds_serves_and_ends(started: tuple[subprocess.Popen[str], s
     assert second.stderr.startswith("error: cannot listen at 127.0.0.1:") and second.stderr.count("\n") == 1
     assert not (tmp_path / "runs" / "indexes" / "d-bm25").exists()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (130, "retriever stopped\n")
     assert (tmp_path / "runs" / "indexes" / "c-bm25" / "manifest.json").exists()
 

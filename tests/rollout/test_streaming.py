@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_fast.engines.base import Completion, Request, TurnKey
-from atpo_fast.environment import ToolBox, ToolResult, format_result
+from atpo_fast.environment import ToolBox, ToolCall, ToolResult, format_result
+from atpo_fast.rollout import TreeSearch, in_order, tree_search
 from atpo_fast.rollout.cache_budget import CacheBudget
-from atpo_fast.rollout.turn_loop import TurnLoop
 from atpo_fast.tree import TurnTree
 from tests.helpers.scripted_engine import (
     ANSWER,
@@ -28,13 +28,13 @@ from tests.helpers.scripted_engine import (
     as_data,
     by_seed,
     encode,
-    make_loop,
+    make_search,
     prompts,
     questions,
     search_then_answer,
 )
 
-PATIENCE = 4.0  # seconds until a test that waits for what never happens fails; less than the tool box's time-out
+PATIENCE = 120.0  # seconds until a test that waits for what never happens fails; less than the tool box's time-out
 
 
 class RandomSearch(Search):
@@ -54,8 +54,8 @@ def random_polls(seed: int) -> Callable[[Request], int]:
     return lambda request: int(rng.integers(1, 12))
 
 
-def roll_out(loop: TurnLoop, count: int = 3, seed: int = 0, **options: Any) -> list[TurnTree]:
-    return loop.roll_out(questions(count), prompts(questions(count)), seed=seed, **options)
+def roll_out(search: TreeSearch, count: int = 3, seed: int = 0, **options: Any) -> list[TurnTree]:
+    return in_order(search.roll_out(questions(count), prompts(questions(count)), seed=seed, **options))
 
 
 SHAPES = st.fixed_dictionaries(
@@ -81,11 +81,11 @@ def test_both_schedules_give_the_same_trees(
     trees, counters, decoded = [], [], []
     for schedule in ("synchronous", "streaming"):
         engine = ScriptedEngine(by_seed, random_polls(seed))
-        loop = make_loop(engine, RandomSearch(seed), limit=limit, schedule=schedule, **shape)
+        search = make_search(engine, RandomSearch(seed), limit=limit, schedule=schedule, **shape)
         progress: list[tuple[int, int, int]] = []
-        grown = roll_out(loop, count, seed, greedy=greedy, on_progress=lambda *now, seen=progress: seen.append(now))
+        grown = roll_out(search, count, seed, greedy=greedy, on_progress=lambda *now, seen=progress: seen.append(now))
         trees.append([as_data(tree) for tree in grown])
-        counters.append(asdict(loop.counters))
+        counters.append(asdict(search.counters))
         decoded.append(progress[-1])
         assert not engine.in_flight and not engine.live and len(engine.released) == count
     assert trees[0] == trees[1]
@@ -98,8 +98,8 @@ def test_many_questions_with_slow_tools_give_the_same_trees() -> None:
     trees, orders = [], []
     for schedule in ("synchronous", "streaming"):
         engine = ScriptedEngine(by_seed, random_polls(1))
-        loop = make_loop(engine, RandomSearch(2, longest=0.02), schedule=schedule, initial_chains=6)
-        trees.append([as_data(tree) for tree in roll_out(loop, 10)])
+        search = make_search(engine, RandomSearch(2, longest=0.02), schedule=schedule, initial_chains=6)
+        trees.append([as_data(tree) for tree in roll_out(search, 10)])
         orders.append([request.seed for batch in engine.batches for request in batch])
     assert trees[0] == trees[1]
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
@@ -110,7 +110,7 @@ def test_the_synchronous_schedule_repeats_its_batches() -> None:
     runs = []
     for seed in (1, 2):
         engine = ScriptedEngine(by_seed, random_polls(seed))
-        roll_out(make_loop(engine, RandomSearch(seed), schedule="synchronous", cache_tokens=4000))
+        roll_out(make_search(engine, RandomSearch(seed), schedule="synchronous", cache_tokens=4000))
         runs.append([[(r.turn_key, r.path, r.seed) for r in batch] for batch in engine.batches])
     assert runs[0] == runs[1]
 
@@ -147,8 +147,8 @@ def test_nobody_waits_for_the_tool_of_another_question() -> None:
         return "<search> one</search>" if question_of(request) == "0:q0" else "<search> two</search>"
 
     engine = ScriptedEngine(script)
-    loop = make_loop(engine, gate, cache_tokens=1500, max_response_tokens=100)  # 7 branches of 100 tokens each
-    trees = roll_out(loop)
+    search = make_search(engine, gate, cache_tokens=1500, max_response_tokens=100)  # 7 branches of 100 tokens each
+    trees = roll_out(search)
     assert not gate.waited_in_vain
     assert [len(tree.leaves) for tree in trees] == [7, 7, 7]
     assert engine.released[0] == "1:q1"
@@ -167,7 +167,7 @@ def test_siblings_do_not_wait_for_each_other() -> None:
             return ANSWER
         return "<search> one</search>" if request.turn_key[1] == 2 else "<search> two</search>"
 
-    (tree,) = roll_out(make_loop(ScriptedEngine(script), gate, strategy="chain"), 1)
+    (tree,) = roll_out(make_search(ScriptedEngine(script), gate, strategy="chain"), 1)
     assert not gate.waited_in_vain
     # Written last, but by the second chain: level by level, and in a level by chains.
     assert [turn.parent for turn in tree.turns] == [-1, 0, 0, 0, 1, 2, 3]
@@ -175,7 +175,7 @@ def test_siblings_do_not_wait_for_each_other() -> None:
 
 
 def test_the_engine_is_not_polled_while_all_wait_for_tools() -> None:
-    # Fails if the loop spins: polls of an idle engine would be counted in the hundreds.
+    # Fails if the search spins: polls of an idle engine would be counted in the hundreds.
     polls: list[int] = []
 
     class Counting(ScriptedEngine):
@@ -183,8 +183,8 @@ def test_the_engine_is_not_polled_while_all_wait_for_tools() -> None:
             polls.append(len(self.in_flight))
             return super().poll()
 
-    loop = make_loop(Counting(search_then_answer), RandomSearch(0, longest=0.05), strategy="chain")
-    roll_out(loop)
+    search = make_search(Counting(search_then_answer), RandomSearch(0, longest=0.05), strategy="chain")
+    roll_out(search)
     assert min(polls) > 0 and len(polls) <= 2 * 9
 
 
@@ -192,17 +192,28 @@ def test_the_engine_is_not_polled_while_all_wait_for_tools() -> None:
 
 
 class Slow:
-    """Answers some arguments after so many seconds, or when it is told to."""
+    """Answers one argument only when it is told to."""
 
     name = "search"
 
-    def __init__(self, **seconds: float) -> None:
-        self.seconds, self.enough = seconds, threading.Event()
+    def __init__(self, argument: str) -> None:
+        self.argument, self.enough = argument, threading.Event()
 
     def __call__(self, argument: str) -> str:
-        if argument in self.seconds:
-            self.enough.wait(self.seconds[argument])
+        if argument == self.argument:
+            self.enough.wait(PATIENCE)
         return "found it"
+
+
+class Clock:
+    """In place of the rollout's `time`: a second passes whenever it is looked at, while `running` says so."""
+
+    def __init__(self, running: Callable[[], bool]) -> None:
+        self.running, self.seconds = running, 0.0
+
+    def monotonic(self) -> float:
+        self.seconds += self.running()
+        return self.seconds
 
 
 def one_of_three(prompt: str, request: Request) -> str:
@@ -212,37 +223,39 @@ def one_of_three(prompt: str, request: Request) -> str:
     return "<search> one</search>" if request.turn_key[1] == 2 else "<search> two</search>"
 
 
-def test_the_straggler_cap_ends_the_last_branch(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_straggler_cap_ends_the_last_branch(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Fails if the cap is ignored (the tool never answers in time), takes other branches too, or is not told.
-    tool = Slow(one=PATIENCE)
-    loop = make_loop(ScriptedEngine(one_of_three), tool, strategy="chain", straggler_seconds=0.05)
+    tool = Slow("one")
+    search = make_search(ScriptedEngine(one_of_three), tool, strategy="chain", straggler_seconds=0.05)
+    monkeypatch.setattr(tree_search, "time", Clock(lambda: not tool.enough.is_set()))
     with caplog.at_level(logging.WARNING):
-        first, second = roll_out(loop, 2)
+        first, second = roll_out(search, 2)
     tool.enough.set()
     for tree in (first, second):
         assert [turn.parent for turn in tree.turns] == [-1, 0, 0, 0, 1, 3]
         late = tree.turns[2]
         assert (late.finish_reason, late.tool, len(late.observation_ids)) == ("stop", "search", 0)
-    assert loop.counters.straggling_turns == 2 and loop.counters.failed_trees == 0
-    assert (loop.counters.tool_calls, loop.counters.failed_tool_calls) == (6, 0)
+    assert search.counters.timed_out_turns == 2 and search.counters.failed_trees == 0
+    assert (search.counters.tool_calls, search.counters.failed_tool_calls) == (6, 0)
     assert "question 'q0': 1 of 3 branches end without a tool's answer" in caplog.text
-    assert len(roll_out(loop, 1)[0].turns) == 7 and loop.counters.straggling_turns == 2  # the next one is whole
+    assert len(roll_out(search, 1)[0].turns) == 7 and search.counters.timed_out_turns == 2  # the next one is whole
 
 
-def test_the_late_answer_of_a_straggler_finds_nobody() -> None:
+def test_the_late_answer_of_a_straggler_finds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     # It comes while the other question goes on. Fails if it is taken for a branch that has ended.
-    given_up, answered = threading.Event(), threading.Event()
+    given_up = threading.Event()
 
     def search(argument: str) -> str:
         if argument == "one":
             given_up.wait(PATIENCE)
-            answered.set()
         elif argument == "three":
-            while not loop.counters.straggling_turns:
+            while not searches.counters.timed_out_turns:
                 time.sleep(0.001)
             given_up.set()
-            answered.wait(PATIENCE)
-            time.sleep(0.01)
+            while ToolCall("search", "one") in searches.toolbox._in_flight:  # answers come in order
+                time.sleep(0.001)
         return "found it"
 
     def script(prompt: str, request: Request) -> str:
@@ -250,24 +263,34 @@ def test_the_late_answer_of_a_straggler_finds_nobody() -> None:
             return "<search> three</search>"
         return one_of_three(prompt, request)
 
-    loop = make_loop(ScriptedEngine(script), search, strategy="chain", straggler_seconds=0.05)
-    first, second = roll_out(loop, 2)
-    assert loop.counters.straggling_turns == 1 and loop.counters.failed_tool_calls == 0
+    searches = make_search(ScriptedEngine(script), search, strategy="chain", straggler_seconds=0.05)
+    monkeypatch.setattr(tree_search, "time", Clock(lambda: not searches.counters.timed_out_turns))
+    first, second = roll_out(searches, 2)
+    assert searches.counters.timed_out_turns == 1 and searches.counters.failed_tool_calls == 0
     assert len(first.turns[2].observation_ids) == 0 and len(second.turns) == 7
 
 
-def test_the_straggler_cap_spares_what_is_no_straggler() -> None:
+def test_the_straggler_cap_spares_what_is_no_straggler(monkeypatch: pytest.MonkeyPatch) -> None:
     # All wait (nobody has ended), and a lone chain has no others to keep waiting: fails if they are cut too.
     for chains in (1, 3):
-        loop = make_loop(
+        tool = Slow("two")
+
+        def running(tool: Slow = tool) -> bool:
+            if clock.seconds > 5:  # noqa: B023  (made below, called later) it has been looked at often enough
+                tool.enough.set()
+            return not tool.enough.is_set()
+
+        clock = Clock(running)
+        monkeypatch.setattr(tree_search, "time", clock)
+        search = make_search(
             ScriptedEngine(search_then_answer),
-            Slow(two=0.2),
+            tool,
             strategy="chain",
             initial_chains=chains,
             straggler_seconds=0.01,
         )
-        (tree,) = roll_out(loop, 1)
-        assert loop.counters.straggling_turns == 0 and len(tree.turns) == 1 + 2 * chains
+        (tree,) = roll_out(search, 1)
+        assert search.counters.timed_out_turns == 0 and len(tree.turns) == 1 + 2 * chains
 
 
 # ---- failures
@@ -286,14 +309,14 @@ def test_an_engine_failure_names_its_questions_and_leaves_nothing() -> None:
         return "<search> one</search>" if question_of(request) == "0:q0" else "<search> two</search>"
 
     engine = ScriptedEngine(script, polls=lambda request: 2)
-    loop = make_loop(engine, gate)
+    search = make_search(engine, gate)
     with pytest.raises(RuntimeError, match=r"questions \['q1'\]: no room"):
-        roll_out(loop, 2)
+        roll_out(search, 2)
     assert not engine.live and not engine.in_flight and sorted(engine.released) == ["0:q0", "1:q1"]
     broken = False
     gate.open.set()
-    expected = roll_out(make_loop(ScriptedEngine(script)), 2)
-    assert [as_data(tree) for tree in roll_out(loop, 2)] == [as_data(tree) for tree in expected]
+    expected = roll_out(make_search(ScriptedEngine(script)), 2)
+    assert [as_data(tree) for tree in roll_out(search, 2)] == [as_data(tree) for tree in expected]
 
 
 class FailingToolBox(ToolBox):
@@ -316,14 +339,14 @@ def test_a_failed_future_is_an_observation() -> None:
             return ANSWER
         return "<search> three</search>" if request.turn_key[1] == 2 else "<search> two</search>"
 
-    loop = make_loop(ScriptedEngine(script), strategy="chain")
-    loop.toolbox = FailingToolBox([Search()])
-    (tree,) = roll_out(loop, 1)
+    search = make_search(ScriptedEngine(script), strategy="chain")
+    search.toolbox = FailingToolBox([Search()])
+    (tree,) = roll_out(search, 1)
     assert len(tree.leaves) == 3 and all(tree.turns[leaf].finish_reason == "eos" for leaf in tree.leaves)
     for turn, problem in ((1, "OSError: the pool is gone"), (2, "CancelledError: ")):
         expected = encode(format_result(f"Tool(search) failed: {problem}"))
         assert tree.turns[turn].observation_ids.tolist() == expected
-    assert (loop.counters.tool_calls, loop.counters.failed_tool_calls) == (3, 3)
+    assert (search.counters.tool_calls, search.counters.failed_tool_calls) == (3, 3)
 
 
 class StopRequested(Exception):
@@ -338,7 +361,7 @@ def test_progress_can_stop_a_roll_out(waiting: bool) -> None:
     if not waiting:
         gate.open.set()
     engine = ScriptedEngine(search_then_answer, random_polls(0))
-    loop = make_loop(engine, gate)
+    search = make_search(engine, gate)
     calls = 0
 
     def stop(leaves: int, total: int, decoded: int) -> None:
@@ -351,10 +374,10 @@ def test_progress_can_stop_a_roll_out(waiting: bool) -> None:
     if waiting:
         engine.polls = lambda request: 1
     with pytest.raises(StopRequested):
-        roll_out(loop, 2, on_progress=stop)
+        roll_out(search, 2, on_progress=stop)
     assert not engine.in_flight and not engine.live and sorted(engine.released) == ["0:q0", "1:q1"]
     gate.open.set()
-    assert [len(tree.leaves) for tree in roll_out(loop, 2)] == [7, 7]
+    assert [len(tree.leaves) for tree in roll_out(search, 2)] == [7, 7]
 
 
 def test_phases_tell_work_from_waiting() -> None:
@@ -368,7 +391,7 @@ def test_phases_tell_work_from_waiting() -> None:
             seen.append((name, len(engine.in_flight)))
             yield
 
-    roll_out(make_loop(engine, RandomSearch(0)), timer=Timer())
+    roll_out(make_search(engine, RandomSearch(0)), timer=Timer())
     assert {name for name, _ in seen} == {"rollout/generate", "rollout/tools"}
     assert all(not in_flight for name, in_flight in seen if name == "rollout/tools")
 
@@ -379,7 +402,7 @@ def test_phases_tell_work_from_waiting() -> None:
 def test_the_cache_budget_learns_from_finished_trees() -> None:
     # Fails if the guess forgets the last roll-out, keeps one for ever, or counts less than a tree has already.
     budget = CacheBudget(cache_tokens=1000, branches=4)
-    searches = make_loop(ScriptedEngine(by_seed), max_response_tokens=200)._searches(
+    searches = make_search(ScriptedEngine(by_seed), max_response_tokens=200)._searches(
         questions(3), prompts(questions(3)), 0
     )
     first, second, third = searches

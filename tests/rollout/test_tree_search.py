@@ -1,4 +1,4 @@
-"""The turn loop: with a scripted engine for its own logic, and with the real one for cache, masks and batching."""
+"""The tree search: with a scripted engine for its own logic, and with the real one for cache, masks and batching."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.engines.base import Completion, Request, TurnKey
-from atpo_fast.engines.paged.engine import TransformersEngine
+from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.environment import CALL_LIMIT_NOTICE, ToolBox, format_result
-from atpo_fast.rollout.turn_loop import TurnLoop
+from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
 from tests.helpers.scripted_engine import (
     ANSWER,
@@ -26,9 +26,10 @@ from tests.helpers.scripted_engine import (
     as_data,
     by_seed,
     encode,
-    make_loop,
+    make_search,
     prompts,
     questions,
+    roll_out,
     search_then_answer,
 )
 
@@ -36,10 +37,8 @@ from tests.helpers.scripted_engine import (
 
 
 def test_a_chain_is_prompt_action_result_answer() -> None:
-    engine, search = ScriptedEngine(search_then_answer), Search()
-    (tree,) = make_loop(engine, search, strategy="chain", initial_chains=1).roll_out(
-        questions(1), prompts(questions(1)), seed=0
-    )
+    engine, tool = ScriptedEngine(search_then_answer), Search()
+    (tree,) = roll_out(make_search(engine, tool, strategy="chain", initial_chains=1), questions(1))
     assert tree.question_id == "q0" and tree.meta == {"question": "one?", "answers": ["nine"]}
     call, answer = tree.turns[1], tree.turns[2]
     assert (call.action_ids.tolist(), call.finish_reason, call.tool) == (
@@ -50,7 +49,7 @@ def test_a_chain_is_prompt_action_result_answer() -> None:
     # Fails if the result is not spaced as published or gets into the action.
     assert call.observation_ids.tolist() == encode(format_result("found two"))
     assert (answer.action_ids.tolist(), answer.finish_reason, answer.tool) == (encode(ANSWER), "eos", None)
-    assert search.calls == ["two"]  # stripped
+    assert tool.calls == ["two"]  # stripped
     # The trainer's log-probs, not those of the truncated sampling distribution (0 here).
     assert call.nll == pytest.approx(np.mean([0.1 * (1 + i % 3) for i in call.action_ids]))
 
@@ -58,15 +57,15 @@ def test_a_chain_is_prompt_action_result_answer() -> None:
 def test_requests_carry_sampling_and_seed() -> None:
     # Fails if greedy evaluation samples, or if siblings share a seed.
     engine = ScriptedEngine(search_then_answer)
-    loop = make_loop(engine, temperature=0.7, top_p=0.9, top_k=5, max_turn_tokens=20, max_response_tokens=50)
-    loop.roll_out(questions(2), prompts(questions(2)), seed=0)
+    search = make_search(engine, temperature=0.7, top_p=0.9, top_k=5, max_turn_tokens=20, max_response_tokens=50)
+    roll_out(search, questions(2))
     requests = [request for batch in engine.batches for request in batch]
     assert len({request.seed for request in requests}) == len(requests)
     sampling = requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_new_tokens) == (0.7, 0.9, 5, 20)
     assert sampling.stop == ("</search>",)
     engine.batches.clear()
-    trees = loop.roll_out(questions(2), prompts(questions(2)), seed=0, greedy=True)
+    trees = roll_out(search, questions(2), greedy=True)
     sampling = engine.batches[0][0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.0, 1.0, 0)
     assert [len(tree.leaves) for tree in trees] == [1, 1] and [tree.num_trajectories for tree in trees] == [1, 1]
@@ -75,8 +74,8 @@ def test_requests_carry_sampling_and_seed() -> None:
 def test_all_branches_write_a_turn_together() -> None:
     # Fails if questions or branches are rolled out one after another: 2 turns for the chains, 2 for each round.
     engine = ScriptedEngine(search_then_answer)
-    loop = make_loop(engine, schedule="synchronous")
-    loop.roll_out(questions(4), prompts(questions(4)), seed=0)
+    search = make_search(engine, schedule="synchronous")
+    roll_out(search, questions(4))
     assert [len(batch) for batch in engine.batches][:2] == [12, 12]
     assert len(engine.batches) <= 6
 
@@ -88,22 +87,22 @@ def test_call_limit_is_answered_with_the_notice() -> None:
     def script(prompt: str, request: Request) -> str:
         return ANSWER if "call limit" in prompt else "<search> two</search>"
 
-    search = Search()
-    loop = make_loop(ScriptedEngine(script), search, limit=2, strategy="chain", initial_chains=1)
-    (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
+    tool = Search()
+    search = make_search(ScriptedEngine(script), tool, limit=2, strategy="chain", initial_chains=1)
+    (tree,) = roll_out(search, questions(1))
     # Fails if the limit is off by one or the notice is put into result tags.
     assert [t.tool for t in tree.turns[1:]] == ["search", "search", None, None]
     assert tree.turns[3].observation_ids.tolist() == encode(CALL_LIMIT_NOTICE)
     assert tree.turns[4].finish_reason == "eos"
-    assert len(search.calls) == loop.counters.tool_calls == 2 and loop.counters.turns == 4
+    assert len(tool.calls) == search.counters.tool_calls == 2 and search.counters.turns == 4
 
 
 def test_call_limit_counts_the_path_not_the_tree() -> None:
     # Fails if a re-sampled turn inherits the counter of another branch: it has its parent's count.
-    loop = make_loop(ScriptedEngine(by_seed), limit=2, expansion_rounds=4, max_response_tokens=400)
+    search = make_search(ScriptedEngine(by_seed), limit=2, expansion_rounds=4, max_response_tokens=400)
     notice = encode(CALL_LIMIT_NOTICE)
     seen = set()
-    for tree in loop.roll_out(questions(6), prompts(questions(6)), seed=1):
+    for tree in roll_out(search, questions(6), 1):
         for leaf in tree.leaves:
             for depth, n in enumerate(tree.path(leaf)[1:-1]):
                 turn = tree.turns[n]
@@ -119,13 +118,11 @@ def test_bad_calls_become_observations() -> None:
             return ANSWER
         return "<search></search>" if request.path[-1].key[0] == "0:q0" else " one</search>"
 
-    search = Search()
-    trees = make_loop(ScriptedEngine(script), search, strategy="chain", initial_chains=1).roll_out(
-        questions(2), prompts(questions(2)), seed=0
-    )
+    tool = Search()
+    trees = roll_out(make_search(ScriptedEngine(script), tool, strategy="chain", initial_chains=1), questions(2))
     texts = [TOKENIZER.decode(tree.turns[1].observation_ids) for tree in trees]
     assert all(text.startswith(" <result>\nTool(") and text.endswith("\n</result>") for text in texts)
-    assert texts[0] != texts[1] and not search.calls
+    assert texts[0] != texts[1] and not tool.calls
     assert [tree.turns[1].tool for tree in trees] == [None, None]
 
 
@@ -162,14 +159,16 @@ class Named:
 def test_no_tool_can_stop_a_rollout(tool: Callable[[str], str]) -> None:
     config = RolloutConfig(initial_chains=2, expansion_rounds=1, expansions_per_round=1)
     toolbox = ToolBox([Named(tool)], retries=0, timeout_seconds=0.5, max_chars=5000)
-    loop = TurnLoop(ScriptedEngine(search_then_answer), TOKENIZER, toolbox, config, ToolsConfig(max_result_tokens=30))
-    (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
+    search = TreeSearch(
+        ScriptedEngine(search_then_answer), TOKENIZER, toolbox, config, ToolsConfig(max_result_tokens=30)
+    )
+    (tree,) = roll_out(search, questions(1))
     assert all(tree.turns[n].finish_reason == "eos" for n in tree.leaves)
     observation = tree.turns[1].observation_ids
     assert len(observation) <= 30
     # Fails if a cut takes the closing tag away.
     assert TOKENIZER.decode(observation).endswith("\n</result>")
-    assert loop.counters.failed_tool_calls == (0 if tool is long_result else loop.counters.tool_calls)
+    assert search.counters.failed_tool_calls == (0 if tool is long_result else search.counters.tool_calls)
     if tool is long_result:
         assert len(observation) == 30
 
@@ -179,7 +178,7 @@ def test_no_tool_can_stop_a_rollout(tool: Callable[[str], str]) -> None:
 
 def test_results_leave_room_for_the_answer() -> None:
     # 120 tokens: 3 for the call, a tenth is reserved, so the result gets 120 - 3 - 12 = 105 with its closing tag.
-    loop = make_loop(
+    search = make_search(
         ScriptedEngine(search_then_answer),
         Named(long_result),
         strategy="chain",
@@ -187,7 +186,7 @@ def test_results_leave_room_for_the_answer() -> None:
         max_response_tokens=120,
         result_tokens=2000,
     )
-    (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
+    (tree,) = roll_out(search, questions(1))
     assert len(tree.turns[1].observation_ids) == 105
     assert TOKENIZER.decode(tree.turns[1].observation_ids).endswith(" one\n</result>")
     assert tree.turns[2].finish_reason == "eos"
@@ -196,8 +195,8 @@ def test_results_leave_room_for_the_answer() -> None:
 @pytest.mark.parametrize("room", range(1, 30))  # from no room for a call to room for everything
 def test_no_trajectory_is_too_long_and_only_leaves_lack_observations(room: int) -> None:
     # Fails if an observation is attached to a turn that is never continued, or a limit is passed by one.
-    loop = make_loop(ScriptedEngine(by_seed), max_response_tokens=room)
-    for tree in loop.roll_out(questions(3), prompts(questions(3)), seed=room):
+    search = make_search(ScriptedEngine(by_seed), max_response_tokens=room)
+    for tree in roll_out(search, questions(3), room):
         for n in range(1, len(tree)):
             turn = tree.turns[n]
             assert len(tree.path_ids(n)) - len(tree.turns[0].observation_ids) <= room
@@ -209,22 +208,22 @@ def test_max_positions_bounds_the_path() -> None:
     asked = questions(1)
     config = RolloutConfig(initial_chains=2, expansion_rounds=0, max_response_tokens=1000)
     size = len(prompts(asked)[0])
-    loop = TurnLoop(
+    search = TreeSearch(
         ScriptedEngine(by_seed), TOKENIZER, ToolBox([Search()]), config, ToolsConfig(), max_positions=size + 12
     )
-    (tree,) = loop.roll_out(asked, prompts(asked), seed=0)
+    (tree,) = roll_out(search, asked)
     assert max(len(tree.path_ids(leaf)) for leaf in tree.leaves) <= size + 12
-    loop.max_positions = size
+    search.max_positions = size
     with pytest.raises(ValueError, match="question 'q0': a prompt of"):
-        loop.roll_out(asked, prompts(asked), seed=0)
+        roll_out(search, asked)
 
 
 def test_a_turn_that_ran_out_of_tokens_is_a_leaf() -> None:
-    loop = make_loop(ScriptedEngine(by_seed), max_turn_tokens=2, strategy="chain")
-    (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
+    search = make_search(ScriptedEngine(by_seed), max_turn_tokens=2, strategy="chain")
+    (tree,) = roll_out(search, questions(1))
     assert [t.finish_reason for t in tree.turns[1:]] == ["length"] * 3
     # No leaf was ended by the policy: the question failed, is counted, and still has its tree.
-    assert (loop.counters.failed_trees, loop.counters.trees) == (1, 1) and len(tree.leaves) == 3
+    assert (search.counters.failed_trees, search.counters.trees) == (1, 1) and len(tree.leaves) == 3
 
 
 # ---- the search
@@ -241,7 +240,7 @@ def test_a_turn_that_ran_out_of_tokens_is_a_leaf() -> None:
     ],
 )
 def test_number_of_leaves(settings: dict[str, Any], leaves: int) -> None:
-    trees = make_loop(ScriptedEngine(by_seed), **settings).roll_out(questions(5), prompts(questions(5)), seed=3)
+    trees = roll_out(make_search(ScriptedEngine(by_seed), **settings), questions(5), 3)
     for tree in trees:
         assert len(tree.leaves) == tree.num_trajectories == leaves
         if settings.get("strategy") == "chain":
@@ -249,9 +248,7 @@ def test_number_of_leaves(settings: dict[str, Any], leaves: int) -> None:
 
 
 def test_missing_leaves_count_in_the_last_one() -> None:
-    (tree,) = make_loop(ScriptedEngine(by_seed), samples_per_tree=11).roll_out(
-        questions(1), prompts(questions(1)), seed=3
-    )
+    (tree,) = roll_out(make_search(ScriptedEngine(by_seed), samples_per_tree=11), questions(1), 3)
     assert (len(tree.leaves), tree.num_trajectories, tree.turns[tree.leaves[-1]].multiplicity) == (7, 11, 5)
 
 
@@ -264,8 +261,8 @@ def test_expansion_adds_siblings_of_the_most_uncertain_turn() -> None:
         return "<search> two</search>" if request.turn_key[1] == 2 else "<search> three</search>"
 
     engine = ScriptedEngine(script)
-    loop = make_loop(engine, initial_chains=2, expansion_rounds=1, expansions_per_round=1, branch_penalty=0.0)
-    (tree,) = loop.roll_out(questions(1), prompts(questions(1)), seed=0)
+    search = make_search(engine, initial_chains=2, expansion_rounds=1, expansions_per_round=1, branch_penalty=0.0)
+    (tree,) = roll_out(search, questions(1))
     nll = [turn.nll for turn in tree.turns]
     assert nll[1] < nll[2]
     assert [turn.parent for turn in tree.turns] == [-1, 0, 0, 1, 2, 0, 5]
@@ -275,31 +272,31 @@ def test_expansion_adds_siblings_of_the_most_uncertain_turn() -> None:
 def test_results_do_not_depend_on_batching() -> None:
     # Fails if a seed depends on the position in the batch, or grouping changes the order of turns in a tree.
     asked = questions(6)
-    whole = [as_data(tree) for tree in make_loop(ScriptedEngine(by_seed)).roll_out(asked, prompts(asked), seed=5)]
+    whole = [as_data(tree) for tree in roll_out(make_search(ScriptedEngine(by_seed)), asked, 5)]
     for cache_tokens in (64, 3000):  # one question a group; a few
         engine = ScriptedEngine(by_seed)
-        loop = make_loop(engine, cache_tokens=cache_tokens, max_response_tokens=6192)
-        assert [as_data(tree) for tree in loop.roll_out(asked, prompts(asked), seed=5)] == whole
-    turned = make_loop(ScriptedEngine(by_seed)).roll_out(asked[3:][::-1], prompts(asked)[3:][::-1], seed=5)
+        search = make_search(engine, cache_tokens=cache_tokens, max_response_tokens=6192)
+        assert [as_data(tree) for tree in roll_out(search, asked, 5)] == whole
+    turned = in_order(make_search(ScriptedEngine(by_seed)).roll_out(asked[3:][::-1], prompts(asked)[3:][::-1], seed=5))
     assert [as_data(tree) for tree in turned] == whole[3:][::-1]
-    other = make_loop(ScriptedEngine(by_seed)).roll_out(asked, prompts(asked), seed=6)
+    other = roll_out(make_search(ScriptedEngine(by_seed)), asked, 6)
     assert [as_data(tree) for tree in other] != whole
 
 
 def test_the_same_question_twice_gives_two_samples() -> None:
     asked = [questions(1)[0]] * 2
-    first, second = make_loop(ScriptedEngine(by_seed)).roll_out(asked, prompts(asked), seed=0)
+    first, second = roll_out(make_search(ScriptedEngine(by_seed)), asked)
     assert as_data(first) != as_data(second)
 
 
 def test_groups_follow_what_trees_really_use() -> None:
     # At first 7 branches x 1000 tokens fit the budget only once; what was used fits at least two questions.
     engine, asked = ScriptedEngine(search_then_answer), questions(5)
-    loop = make_loop(engine, cache_tokens=7000, max_response_tokens=1000)
-    loop.roll_out(asked, prompts(asked), seed=0)
+    search = make_search(engine, cache_tokens=7000, max_response_tokens=1000)
+    roll_out(search, asked)
     assert len(engine.batches[0]) == 3
     engine.batches.clear()
-    loop.roll_out(asked, prompts(asked), seed=1)
+    roll_out(search, asked, 1)
     assert len(engine.batches[0]) == 15
 
 
@@ -311,7 +308,7 @@ def test_trees_are_released_even_when_the_engine_fails() -> None:
 
     engine, asked = ScriptedEngine(script), questions(2)
     with pytest.raises(RuntimeError, match=r"questions \['q0', 'q1'\]: no room"):
-        make_loop(engine, schedule="synchronous").roll_out(asked, prompts(asked), seed=0)
+        roll_out(make_search(engine, schedule="synchronous"), asked)
     assert not engine.live and not engine.in_flight and engine.released == ["0:q0", "1:q1"]
 
 
@@ -325,17 +322,15 @@ def test_progress_and_phases_are_reported() -> None:
             phases.append(name)
             yield
 
-    loop = make_loop(ScriptedEngine(by_seed))
-    trees = loop.roll_out(
-        questions(3), prompts(questions(3)), seed=0, on_progress=lambda *now: seen.append(now), timer=Timer()
-    )
+    search = make_search(ScriptedEngine(by_seed))
+    trees = roll_out(search, questions(3), on_progress=lambda *now: seen.append(now), timer=Timer())
     assert seen[-1] == (21, 21, sum(len(turn.action_ids) for tree in trees for turn in tree.turns))
     assert seen == sorted(seen) and set(phases) == {"rollout/generate", "rollout/tools"}
 
 
 def test_as_many_prompts_as_questions() -> None:
     with pytest.raises(ValueError, match="2 questions but 1 prompts"):
-        make_loop(ScriptedEngine(by_seed)).roll_out(questions(2), [[1]], seed=0)
+        make_search(ScriptedEngine(by_seed)).roll_out(questions(2), [[1]], seed=0)  # at once, not with the first tree
 
 
 # ---- with the real engine
@@ -343,7 +338,7 @@ def test_as_many_prompts_as_questions() -> None:
 SMALL = word_level_tokenizer(split_words(" one two three?\n:Page Tool"))  # 10 tags among 20 tokens: calls happen often
 
 
-class RecordingEngine(TransformersEngine):
+class RecordingEngine(PagedEngine):
     """The real engine; remembers what it sampled."""
 
     sampled: list[list[int]]
@@ -373,12 +368,12 @@ def real_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).double().eval()  # float64: a batch's size cannot flip a sample
 
 
-def real_loop(*, cache_tokens: int = 262144, **rollout: Any) -> TurnLoop:
+def real_search(*, cache_tokens: int = 262144, **rollout: Any) -> TreeSearch:
     settings = {"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2, "max_response_tokens": 120}
     config = RolloutConfig(**(settings | rollout))
     engine = RecordingEngine(real_model(), SMALL, cache_tokens=cache_tokens)
     tools = ToolsConfig(call_limit=3)
-    return TurnLoop(engine, SMALL, ToolBox([Search()], retries=0), config, tools, cache_tokens=cache_tokens)
+    return TreeSearch(engine, SMALL, ToolBox([Search()], retries=0), config, tools, cache_tokens=cache_tokens)
 
 
 def real_prompts(count: int) -> list[list[int]]:
@@ -386,10 +381,11 @@ def real_prompts(count: int) -> list[list[int]]:
 
 
 def test_every_tree_token_enters_the_cache_once() -> None:
-    # The promise of the design: fails if a sibling, a later turn or an expansion round prefills anything again.
-    loop = real_loop()  # keeps 3 + 2*2 leaves, so nothing is pruned
-    trees = loop.roll_out(questions(4), real_prompts(4), seed=0)
-    counters = loop.engine.counters
+    # The promise of docs/design.md#prefix-sharing: fails if a sibling, a later turn or an expansion round prefills
+    # anything again.
+    search = real_search()  # keeps 3 + 2*2 leaves, so nothing is pruned
+    trees = in_order(search.roll_out(questions(4), real_prompts(4), seed=0))
+    counters = search.engine.counters
     assert max(len(tree.path(leaf)) for tree in trees for leaf in tree.leaves) > 3
     assert any(len(turn.children) > 1 for tree in trees for turn in tree.turns[1:])
     assert counters.prefilled_tokens == sum(tree.unique_tokens for tree in trees)
@@ -399,10 +395,10 @@ def test_every_tree_token_enters_the_cache_once() -> None:
 
 def test_actions_are_what_was_sampled_and_observations_what_was_inserted() -> None:
     # Fails if a result gets into an action (and so into the loss), or an action is decoded and encoded again.
-    loop = real_loop()
-    trees = loop.roll_out(questions(4), real_prompts(4), seed=0)
+    search = real_search()
+    trees = in_order(search.roll_out(questions(4), real_prompts(4), seed=0))
     actions = [turn.action_ids.tolist() for tree in trees for turn in tree.turns[1:]]
-    assert sorted(actions) == sorted(loop.engine.sampled)  # type: ignore[attr-defined]
+    assert sorted(actions) == sorted(search.engine.sampled)  # type: ignore[attr-defined]
     notice = SMALL.encode(CALL_LIMIT_NOTICE, add_special_tokens=False)
     opening = SMALL.encode(" <result>\n", add_special_tokens=False)
     for turn in (turn for tree in trees for turn in tree.turns[1:] if turn.children):
@@ -413,7 +409,7 @@ def test_actions_are_what_was_sampled_and_observations_what_was_inserted() -> No
 
 def test_stored_logprobs_are_those_of_a_flat_forward() -> None:
     # Fails if a turn is put under the wrong parent, or the sampling distribution's log-probs are stored.
-    trees = real_loop(temperature=0.8, top_k=5).roll_out(questions(2), real_prompts(2), seed=0)
+    trees = in_order(real_search(temperature=0.8, top_k=5).roll_out(questions(2), real_prompts(2), seed=0))
     model = real_model()
     for tree in trees:
         for leaf in tree.leaves:
@@ -426,9 +422,9 @@ def test_stored_logprobs_are_those_of_a_flat_forward() -> None:
 
 
 def test_the_real_engine_does_not_depend_on_batching() -> None:
-    whole = real_loop().roll_out(questions(3), real_prompts(3), seed=4)
-    alone = real_loop().roll_out(questions(3)[2:], real_prompts(3)[2:], seed=4)
-    grouped = real_loop(cache_tokens=700).roll_out(questions(3), real_prompts(3), seed=4)
+    whole = in_order(real_search().roll_out(questions(3), real_prompts(3), seed=4))
+    alone = in_order(real_search().roll_out(questions(3)[2:], real_prompts(3)[2:], seed=4))
+    grouped = in_order(real_search(cache_tokens=700).roll_out(questions(3), real_prompts(3), seed=4))
     assert [as_data(tree) for tree in alone] == [as_data(tree) for tree in whole[2:]]
     assert [as_data(tree) for tree in grouped] == [as_data(tree) for tree in whole]
 
@@ -437,7 +433,7 @@ def test_both_schedules_give_the_same_trees_with_the_real_engine() -> None:
     # Fails if a request that joins others in flight samples something else, or anything is prefilled twice.
     runs = []
     for schedule in ("synchronous", "streaming"):
-        loop = real_loop(schedule=schedule)
-        trees = loop.roll_out(questions(4), real_prompts(4), seed=2)
-        runs.append(([as_data(tree) for tree in trees], loop.engine.counters))
+        search = real_search(schedule=schedule)
+        trees = in_order(search.roll_out(questions(4), real_prompts(4), seed=2))
+        runs.append(([as_data(tree) for tree in trees], search.engine.counters))
     assert runs[0] == runs[1]

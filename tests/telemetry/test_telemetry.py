@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from atpo_fast.common.jsonl import append_records, read_records
+from atpo_fast.common.log import set_up_logging
 from atpo_fast.config import Config, LoggingConfig
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger, read_metrics
 
@@ -123,6 +124,7 @@ def test_truncation_drops_later_steps_of_the_resumed_phases(tmp_path: Path) -> N
 
 def test_full_disk_warns_once_and_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # fails if a full disk raises into the training loop, floods stderr, or leaves half a record before later ones
+    set_up_logging()
     logger = RunLogger(tmp_path, Config())
     logger.log("train", 1, {"reward/mean": 0.5})
     size = (tmp_path / "metrics.jsonl").stat().st_size

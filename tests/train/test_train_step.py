@@ -18,7 +18,7 @@ from atpo_fast.commands.launcher import free_port
 from atpo_fast.config import Config, ModelConfig, OptimConfig, TrainConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import PathNode, Request, SamplingParams
-from atpo_fast.engines.paged import TransformersEngine
+from atpo_fast.engines.paged import PagedEngine
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
@@ -82,7 +82,7 @@ def one_row(policy: Policy) -> PackedTrees:
 def test_it_learns() -> None:
     policy, engine, watch = setup(lr=1e-2)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)})))
-    sampler = TransformersEngine(model(), tokenizer, cache_tokens=4096)
+    sampler = PagedEngine(model(), tokenizer, cache_tokens=4096)
     objective, rewards = Objective.preset("at2po"), []
     for step in range(40):
         trees = [_sample_tree(sampler, step, question) for question in range(4)]
@@ -97,7 +97,7 @@ def test_it_learns() -> None:
     assert np.mean(rewards[-3:]) > 0.8
 
 
-def _sample_tree(sampler: TransformersEngine, step: int, question: int) -> TurnTree:
+def _sample_tree(sampler: PagedEngine, step: int, question: int) -> TurnTree:
     """Eight answers of two tokens, each rewarded by its share of one wanted token."""
     prompt, key = [1, 2 + question], (f"{step}.{question}", 0)
     requests = [

@@ -1,9 +1,9 @@
-"""Continuous batching in the transformers engine: admit requests, decode one token of each, retire the finished."""
+"""Continuous batching in the paged engine: admit requests, decode one token of each, retire the finished."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ _ADMISSION_SHARE = 8  # admit when this share (1/n) of the batch is idle: prefil
 _KEYS_PER_GROUP = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
-class Generation:
-    """The requests in flight of one engine: waiting ones in a queue, the others in the rows of the batch.
+class ContinuousBatch:
+    """Decode the requests in flight of one engine: waiting ones are in a queue, the others in the rows of the batch.
 
-    It lives while anything is in flight. What a request samples depends on its seed and its index in the completion,
-    never on its row or on what is decoded beside it.
+    It lives while anything is in flight. What a request samples depends on its seed and on the index of the token in
+    the completion, never on its row or on what is decoded beside it.
 
     Args:
         eos_ids: tokens that end a completion.
@@ -42,21 +42,24 @@ class Generation:
         self.eos_ids = np.asarray(eos_ids, dtype=np.int64)
         self.limit = self.batch_size = batch_size
         self.retired = 0  # requests since `limit` was changed
-        self.keys: set[TurnKey] = set()  # of all requests in flight
         self.waiting: deque[InFlight] = deque()
         self.table = RequestTable()
         self.rows: Rows | None = None
         self.stops = StopMatcher()
         self._submitted = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request is left."""
+        return not self.waiting and self.rows is None
+
     def add(self, request: Request, prompt: Ints, stops: StopTable) -> None:
         """Queue a request; `prompt` (p,) holds its token ids."""
         self.waiting.append(InFlight(request, prompt, self._submitted, self.stops.add(stops)))
-        self.keys.add(request.turn_key)
         self._submitted += 1
 
     def step(self) -> list[tuple[TurnKey, Completion]]:
-        """Admit what fits and decode one token of every row; the requests that this finished."""
+        """Admit what fits and decode one token of every row; return the requests that this finished."""
         self._admit()
         assert self.rows is not None
         tokens, ended = self._sample(self.rows)
@@ -67,21 +70,17 @@ class Generation:
             self._forward(_pick(tokens, left))
         return finished
 
-    def drop(self, tree: Hashable) -> None:
-        """Forget the requests of one tree; then they have nothing pinned."""
-        dropped = {key for key in self.keys if key[0] == tree}
-        if not dropped:
-            return
-        self.keys -= dropped
-        self.waiting = deque(entry for entry in self.waiting if entry.request.turn_key not in dropped)
+    def drop(self, keys: Collection[TurnKey]) -> None:
+        """Forget some requests; then they have nothing pinned."""
+        self.waiting = deque(entry for entry in self.waiting if entry.request.turn_key not in keys)
         if self.rows is not None:
-            gone = np.array([self.table.entry(index).request.turn_key in dropped for index in self.rows.requests])
+            gone = np.array([self.table.entry(index).request.turn_key in keys for index in self.rows.requests])
             for row in np.flatnonzero(gone):
-                self._give_up(int(row))
+                self._preempt(int(row))
             self._keep(np.flatnonzero(~gone))
 
     def _keep(self, left: Ints) -> None:
-        """Keep some of the rows."""
+        """Keep the rows `left` and drop the others."""
         assert self.rows is not None
         if len(left) < len(self.rows.requests):
             self.rows = self.rows.select(left) if len(left) else None
@@ -89,7 +88,7 @@ class Generation:
     # Admission
 
     def _admit(self) -> None:
-        """Reserve and fill the paths of as many waiting requests as fit, and add them to the rows."""
+        """Reserve and fill the paths of as many waiting requests as fit, and add these to the rows."""
         running = 0 if self.rows is None else len(self.rows.requests)
         if not self.waiting or (running and (self.limit - running) * _ADMISSION_SHARE < self.limit):
             return
@@ -107,7 +106,7 @@ class Generation:
             raise self._too_large(self.waiting[0], len(self.waiting[0].prompt) + 1)
 
     def _reserve(self, entry: InFlight, spare: int, new: dict[CacheNode, None]) -> bool:
-        """Pin the request's path and give every token a slot, if then `spare` slots are left; tell if it worked."""
+        """Pin the request's path and give every token a slot if `spare` slots are left then; tell whether they are."""
         prompt, spans = entry.prompt, _spans(entry.request)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)
@@ -120,7 +119,6 @@ class Generation:
             if node is None:
                 node = CacheNode(key, parent, start, prompt[:0], np.empty(0, dtype=np.int64), pins=1)
                 self.cache.add(node)
-            _check_same(node, parent, start, prompt[start:end])
             if len(node.slots) < end - start:
                 self.cache.extend(node, prompt[start:end])
                 new[node] = None
@@ -132,7 +130,7 @@ class Generation:
         return True
 
     def _rows(self, admitted: list[InFlight]) -> Rows:
-        """Rows of newly admitted requests, whose paths are filled."""
+        """Build the rows of newly admitted requests, whose paths are filled."""
         admitted.sort(key=lambda entry: len(entry.prompt))
         lengths = np.array([len(entry.prompt) for entry in admitted])
         table = np.zeros((len(admitted), int(lengths[-1])), dtype=np.int64)
@@ -153,7 +151,7 @@ class Generation:
     # Decoding
 
     def _sample(self, rows: Rows) -> tuple[Tensor, NDArray[np.bool_]]:
-        """Draw the next token of every row: (R,) tokens on the device, (R,) which rows are finished."""
+        """Draw the next token of every row; return (R,) tokens on the device and (R,) whether the row is finished."""
         table, indices = self.table, rows.requests
         numbers = uniforms(table.seeds[indices], table.counts[indices])
         draw = sample(self.model.logits(rows.hidden), numbers, table.sampling(indices))
@@ -167,7 +165,7 @@ class Generation:
         return draw.tokens, stopped | full | np.isin(tokens, self.eos_ids)
 
     def _forward(self, tokens: Tensor) -> None:
-        """Forward the sampled tokens (R,) of the rows, giving each a slot."""
+        """Give the sampled tokens (R,) of the rows slots, and forward them."""
         tokens = self._make_room(tokens)
         rows = self.rows
         assert rows is not None
@@ -195,10 +193,10 @@ class Generation:
         return groups[::-1]
 
     def _make_room(self, tokens: Tensor) -> Tensor:
-        """Until every row can have a slot, send the half of the requests that came last back to start again.
+        """Send the later half of the requests back to the queue until every row left can have a slot.
 
-        From then on no more are decoded at once than were left; the limit rises again by one after as many
-        retirements. Returns the tokens of the rows left.
+        From then on no more are decoded at once than were left; the limit rises by one after as many retirements.
+        Return the tokens of the rows left.
         """
         assert self.rows is not None
         while len(self.rows.requests) > self.cache.available:
@@ -209,14 +207,14 @@ class Generation:
             numbers = self.table.numbers[indices]
             late = numbers >= np.sort(numbers)[self.limit]
             for row in np.argsort(-numbers)[: np.count_nonzero(late)]:
-                self.waiting.appendleft(self._give_up(int(row)))
+                self.waiting.appendleft(self._preempt(int(row)))
             left = np.flatnonzero(~late)
             self._keep(left)
             tokens = _pick(tokens, left)
         return tokens
 
-    def _give_up(self, row: int) -> InFlight:
-        """End the decoding of a request, and forget what it has sampled."""
+    def _preempt(self, row: int) -> InFlight:
+        """Stop decoding a request, and forget what it has sampled."""
         assert self.rows is not None
         index = int(self.rows.requests[row])
         entry = self.table.entry(index)
@@ -230,7 +228,7 @@ class Generation:
     # Retirement
 
     def _retire(self, rows: Rows, ended: NDArray[np.bool_]) -> list[tuple[TurnKey, Completion]]:
-        """The completions of rows that have ended; their entries are kept unless they ended for good (eos)."""
+        """Take finished rows out and return their completions; cache entries stay unless nothing can follow (eos)."""
         finished = []
         for row in np.flatnonzero(ended):
             index = int(rows.requests[row])
@@ -256,7 +254,6 @@ class Generation:
             )
             finished.append((key, completion))
             self.table.remove(index)
-            self.keys.remove(key)
         self._raise_limit(len(finished))
         return finished
 
@@ -283,20 +280,11 @@ class Generation:
 
 
 def _pick(tokens: Tensor, rows: Ints) -> Tensor:
-    """Those of `rows` among (R,) tokens."""
+    """Select the tokens of `rows`: (R,) → (len(rows),)."""
     return tokens if len(rows) == len(tokens) else tokens[torch.from_numpy(rows).to(tokens.device)]
 
 
 def _spans(request: Request) -> list[tuple[TurnKey, int, int]]:
-    """Key, start and end of the turns on a request's path that have tokens."""
+    """List key, start and end of the turns on a request's path that have tokens."""
     starts = [0, *(part.end for part in request.path)]
     return [(part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start]
-
-
-def _check_same(node: CacheNode, parent: CacheNode | None, start: int, tokens: Ints) -> None:
-    same = len(node.tokens) <= len(tokens) and np.array_equal(node.tokens, tokens[: len(node.tokens)])
-    if not same or node.start != start or node.parent is not parent:
-        raise ValueError(
-            f"turn {node.key} is in the cache with other tokens or another parent; "
-            "keys must be unique among live turns (release a finished tree before its name is used again)"
-        )

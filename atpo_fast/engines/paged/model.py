@@ -1,10 +1,9 @@
-"""A Hugging Face causal LM that runs on packed tokens over the slot pool (design, section 7)."""
+"""A Hugging Face causal LM that runs on packed tokens over the slot pool (docs/design.md#prefix-sharing)."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from atpo_fast.engines.paged.attention import ATTENTION, PagedBatch
 
 
 class PagedModel:
-    """The backbone and the head of `model`, which from now on belongs to the engine.
+    """Run the backbone and the head of `model`, which from now on belongs to the engine.
 
     Raises:
         ValueError: the architecture does not take attention functions, or limits attention to a window.
@@ -39,12 +38,12 @@ class PagedModel:
         positions: Tensor,  # (T,) int64 position of each token on its path
         paged: PagedBatch,
     ) -> Tensor:
-        """(T, D) final hidden states; writes the tokens' keys and values into the pool."""
+        """Return (T, D) final hidden states; write the tokens' keys and values into the pool."""
         out = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged)
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(R, V) logits of `hidden` (R, D): float32 even where the weights are bfloat16, float64 if they are."""
+        """Return (R, V) logits of `hidden` (R, D): float32 even where the weights are bfloat16, float64 if they are."""
         head = self.model.get_output_embeddings()
         if head.weight.dtype in (torch.float32, torch.float64):
             return head(hidden)
@@ -56,37 +55,22 @@ class PagedModel:
             logits = linear(hidden.float(), self._wide_head)
         return logits if head.bias is None else logits + head.bias
 
-    def load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy new weights in, one tensor at a time; a tied parameter may come under any or all of its names.
-
-        Raises:
-            KeyError: a name that the model does not have.
-            ValueError: a tensor of another shape, or parameters that never came.
-        """
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        missing = {id(parameter): name for name, parameter in own.items()}
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy new weights in, one tensor at a time; they have been checked against `parameter_shapes`."""
+        own = dict(self.model.named_parameters())
         self._wide_head = None
-        for name, tensor in named_parameters:
-            if name not in own:
-                near = get_close_matches(name, own, n=1)
-                hint = f"; nearest: {near[0]!r}" if near else ""
-                raise KeyError(f"the engine's model has no parameter {name!r}{hint}")
-            if own[name].shape != tensor.shape:
-                raise ValueError(f"{name}: new weights have shape {tuple(tensor.shape)}, not {tuple(own[name].shape)}")
-            with torch.no_grad():
+        with torch.no_grad():
+            for name, tensor in weights:
                 own[name].copy_(tensor)
-            missing.pop(id(own[name]), None)
-        if missing:
-            raise ValueError(f"new weights lack {len(missing)} parameters: {', '.join(sorted(missing.values())[:5])}")
 
     def move(self, device: torch.device) -> None:
-        """Put the weights on another device (see `Engine.sleep`)."""
+        """Put the weights on a device, another one while the engine sleeps."""
         self._wide_head = None
         self.model.to(device)
 
 
 def _own_config(model: PreTrainedModel) -> None:
-    """Unshare the configuration, which holds the attention to use, from other models built with the same object."""
+    """Give the model its own copy of the configuration, which holds the attention to use; others may share it."""
     shared = model.config
     own = copy.deepcopy(shared)
     for module in model.modules():
@@ -100,4 +84,4 @@ def _check_architecture(model: PreTrainedModel) -> None:
         raise ValueError(f"{name} does not let its attention be replaced; use a Qwen, Llama or similar model")
     windows = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
     if windows:
-        raise ValueError(f"{name} has layers of kind {sorted(windows)}; the transformers engine needs full attention")
+        raise ValueError(f"{name} has layers of kind {sorted(windows)}; the paged engine needs full attention")

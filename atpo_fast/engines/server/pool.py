@@ -1,7 +1,7 @@
 """The replicas of a server engine: requests with retries, health checks, and the calls that go to all of them.
 
-Everything here runs on one event loop. A failed request takes its replica out until a health check has brought it
-back; a replica that comes back may have been started anew, so it is asked again what it serves and given the weights of
+Everything here runs on one event loop. A failed request takes its replica out of use until a health check brings it
+back. A replica that comes back may have been restarted, so it is asked again what it serves and given the weights of
 the last update before it gets requests.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import httpx
 
 from atpo_fast.config import ServerConfig
-from atpo_fast.engines.server.protocol import PassingError, ServerError, top_logprob
+from atpo_fast.engines.server.protocol import ServerError, TransientError, top_logprob
 from atpo_fast.engines.server.routing import Replica, Router
 
 T = TypeVar("T")
@@ -33,12 +33,12 @@ _DEV_MODE = "start vLLM with VLLM_SERVER_DEV_MODE=1, in a network where nobody e
 
 
 class ReplicaPool:
-    """Sends requests to the replicas of `config.urls`.
+    """Send requests to the replicas of `config.urls`.
 
     Args:
         config: addresses and limits.
-        headers: sent with every request.
-        temperature: at which requests will sample; where it is not 1, servers have to report log-probs after it.
+        headers: HTTP headers of every request.
+        temperature: the sampling temperature; where it is not 1, servers have to report log-probs after it.
     """
 
     def __init__(self, config: ServerConfig, headers: dict[str, str], temperature: float):
@@ -46,7 +46,7 @@ class ReplicaPool:
         self.router = Router([Replica(_base(url)) for url in config.urls], config.max_requests, config.affinity_slack)
         self.weights: str | None = None  # folder of the last update
         self.max_positions: int | None = None  # longest path, as the servers say
-        self.missing: set[str] = set()  # endpoints that servers lack, each noticed once
+        self.missing: set[str] = set()  # endpoints that servers lack, each logged once
         self._headers = headers
         self._client: httpx.AsyncClient | None = None
         self._watches: list[asyncio.Task[None]] = []
@@ -55,11 +55,11 @@ class ReplicaPool:
 
     @property
     def replicas(self) -> list[Replica]:
-        """All of them."""
+        """All replicas, up or not."""
         return self.router.replicas
 
     async def open(self) -> None:
-        """Look for the replicas until one is up.
+        """Check the replicas until each has been asked and one is up.
 
         Raises:
             ServerError: none has come up in time, or one cannot do what is needed.
@@ -79,7 +79,7 @@ class ReplicaPool:
         self._opening = False
 
     async def close(self) -> None:
-        """Give up everything."""
+        """End the health checks and close all connections."""
         for watch in self._watches:
             watch.cancel()
         await asyncio.gather(*self._watches, return_exceptions=True)
@@ -89,7 +89,7 @@ class ReplicaPool:
     # Completions
 
     async def complete(self, tree: Hashable, name: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
-        """The answer to one request, as `read` reads it.
+        """Send one request, to other replicas where it fails, and return its answer as `read` reads it.
 
         Raises:
             ServerError: the servers cannot do it or refuse it, or every try failed.
@@ -102,7 +102,7 @@ class ReplicaPool:
             try:
                 body["model"] = replica.model
                 return read(await self._ask(replica, "/v1/completions", body, self.config.timeout_seconds))
-            except PassingError as error:
+            except TransientError as error:
                 problem, avoid = f"{replica.url}: {error}", replica
                 if error.down:
                     self._suspect(replica, str(error))
@@ -113,17 +113,17 @@ class ReplicaPool:
         raise ServerError(f"{name} failed {self.config.retries + 1} times (engine.retries); last, {problem}")
 
     async def _ask(self, replica: Replica, path: str, body: Any, seconds: float, method: str = "POST") -> Any:
-        """The JSON of an answer. Raises PassingError, and ServerError where the server refuses the request."""
+        """Return the JSON of an answer. Raise TransientError, and ServerError where the server refuses the request."""
         response = await self._send(replica, path, body, seconds, method)
         status = response.status_code
         if status == 429 or status >= 500:
-            raise PassingError(f"HTTP {status} {_words(response)}", down=status != 429)
+            raise TransientError(f"HTTP {status} {_words(response)}", down=status != 429)
         if status >= 400:
             raise ServerError(f"{path} refuses the request: HTTP {status} {_words(response)}")
         try:
             return response.json()
         except ValueError as error:
-            raise PassingError(f"an answer that is not JSON: {response.text[:200]!r}") from error
+            raise TransientError(f"an answer that is not JSON: {response.text[:200]!r}") from error
 
     async def _send(
         self, replica: Replica, path: str, body: Any, seconds: float, method: str = "POST"
@@ -133,14 +133,14 @@ class ReplicaPool:
             return await asyncio.wait_for(self._client.request(method, replica.url + path, json=body), seconds)
         except (TimeoutError, asyncio.TimeoutError) as error:
             replica.look.set()
-            raise PassingError(f"no answer within {seconds:g} s") from error
+            raise TransientError(f"no answer within {seconds:g} s") from error
         except httpx.HTTPError as error:
-            raise PassingError(f"{type(error).__name__}: {error}", down=True) from error
+            raise TransientError(f"{type(error).__name__}: {error}", down=True) from error
 
     # Health
 
     async def _watch(self, replica: Replica) -> None:
-        """Check one replica for ever; it comes up here, and goes down where it does not answer."""
+        """Check one replica for ever: set it up when it answers, and down when it does not."""
         while True:
             replica.look.clear()
             try:
@@ -165,15 +165,15 @@ class ReplicaPool:
     async def _check(self, replica: Replica) -> None:
         response = await self._send(replica, "/health", None, _HEALTH_SECONDS, "GET")
         if response.status_code != 200:
-            raise PassingError(f"/health answers HTTP {response.status_code}")
+            raise TransientError(f"/health answers HTTP {response.status_code}")
         if not replica.up:
-            await self._meet(replica)
+            await self._prepare(replica)
             if replica.asked:
                 _LOG.warning("%s is in use again", replica.url)
             self.router.set_up(replica)
 
-    async def _meet(self, replica: Replica) -> None:
-        """What a replica serves, and the weights of the last update for one that comes back."""
+    async def _prepare(self, replica: Replica) -> None:
+        """Ask a replica what it serves, and give it the weights of the last update before it comes into use."""
         models = (await self._ask(replica, "/v1/models", None, _HEALTH_SECONDS, "GET")).get("data") or [{}]
         served = {str(model.get("id")): model for model in models}
         replica.model = self.config.model or next(iter(served))
@@ -201,9 +201,9 @@ class ReplicaPool:
             )
 
     def _suspect(self, replica: Replica, problem: str) -> None:
-        """No requests until its health has been checked."""
+        """Take a replica out of use until its health has been checked."""
         if replica.up:
-            self._out(replica, PassingError(problem))
+            self._out(replica, TransientError(problem))
             replica.look.set()
 
     def _patience_is_over(self) -> bool:
@@ -220,7 +220,7 @@ class ReplicaPool:
     # Calls to all replicas
 
     async def ask_all(self, path: str, replicas: Iterable[Replica] | None = None) -> None:
-        """POST to every replica that is up; an endpoint that is not there is noticed once, and then left alone."""
+        """POST to every replica that is up; an endpoint that one lacks is logged once, and not asked again."""
         up = [replica for replica in replicas or self.replicas if replica.up]
         await asyncio.gather(*(self._ask_optional(replica, path) for replica in up))
 
@@ -230,7 +230,7 @@ class ReplicaPool:
             return
         try:
             response = await self._send(replica, path, None, _ADMIN_SECONDS)
-        except PassingError as error:
+        except TransientError as error:
             self._suspect(replica, str(error))
             return
         if response.status_code in (404, 405) and endpoint not in self.missing:
@@ -240,11 +240,12 @@ class ReplicaPool:
             raise ServerError(f"{replica.url}{path} failed: HTTP {response.status_code} {_words(response)}")
 
     async def update_weights(self, folder: str) -> list[str]:
-        """Let all replicas load the weights in `folder`; the addresses of those that have.
+        """Let all replicas load the weights in `folder`; return the addresses of those that have.
 
         A replica that is down, or goes down meanwhile, loads them when it comes back.
 
-        Raises ServerError where a replica refuses, or none is up.
+        Raises:
+            ServerError: a replica refuses, or none is up.
         """
         self.weights = folder
         up = [replica for replica in self.replicas if replica.up]
@@ -252,7 +253,7 @@ class ReplicaPool:
             *(self._load_weights(replica, folder) for replica in up), return_exceptions=True
         )
         for replica, outcome in zip(up, outcomes, strict=True):
-            if isinstance(outcome, PassingError):
+            if isinstance(outcome, TransientError):
                 self._suspect(replica, str(outcome))
             elif isinstance(outcome, BaseException):
                 raise ServerError(f"{replica.url}: {outcome}") from outcome
@@ -262,14 +263,14 @@ class ReplicaPool:
         return loaded
 
     async def weights_are(self, folder: str, urls: Sequence[str]) -> None:
-        """Another process has let the replicas at `urls` load `folder`; the others have to load it before use."""
+        """Note that another process has let the replicas at `urls` load `folder`; the others load it before use."""
         self.weights = folder
         for replica in self.replicas:
             if replica.url not in urls:
                 self._suspect(replica, "it has not taken the last weights")
 
     async def _load_weights(self, replica: Replica, folder: str) -> None:
-        """Load weights; what the replica's cache holds of the old ones is forgotten."""
+        """Let a replica load weights and forget its cache, which holds keys and values of the old ones."""
         body = {"method": "reload_weights", "kwargs": {"weights_path": folder}, "timeout": _ADMIN_SECONDS}
         response = await self._send(replica, "/collective_rpc", body, _ADMIN_SECONDS)
         if response.status_code in (404, 405):
@@ -278,17 +279,17 @@ class ReplicaPool:
             raise ServerError(
                 f"it could not load the weights in {folder} (HTTP {response.status_code} {_words(response)}): it must "
                 "be vLLM >=0.24 and see this folder under the same path (engine.weights_dir); after a failure "
-                "it has to be started anew"
+                "it has to be restarted"
             )
         await self._ask_optional(replica, "/reset_prefix_cache")
 
 
 def _base(url: str) -> str:
-    """An address without what the paths begin with."""
+    """Strip from an address what the paths begin with."""
     return url.rstrip("/").removesuffix("/v1")
 
 
 def _words(response: httpx.Response) -> str:
-    """What an error's answer says, short."""
+    """Shorten the text of an error's answer."""
     text = " ".join(response.text.split())
     return text if len(text) <= 300 else text[:300] + " …"

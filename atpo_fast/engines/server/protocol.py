@@ -1,4 +1,4 @@
-"""What is said to a completions server and what its answer means: token ids in, token ids and log-probs out.
+"""Write requests to a completions server and read its answers: token ids in, token ids and log-probs out.
 
 The endpoint is OpenAI's `POST /v1/completions` with vLLM's extensions: `return_token_ids` (vLLM 0.10.2 and later) or at
 least `return_tokens_as_token_ids`, `stop_token_ids`, `include_stop_str_in_output`, `ignore_eos`. Text is never read:
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atpo_fast.common.errors import ServerError
-from atpo_fast.engines.base import Completion, FinishReason, Request
+from atpo_fast.common.errors import EngineError
+from atpo_fast.engines.request import Completion, FinishReason, Request
 from atpo_fast.engines.stops import StopTable
 
 _TOKEN_ID = "token_id:"  # what vLLM puts before an id in the place of a token's text
@@ -23,8 +23,12 @@ _HOW_TO_START = (
 )
 
 
-class PassingError(Exception):
-    """A failure that another try may not meet; `down`: the replica may be dead and has to be looked at."""
+class ServerError(EngineError):
+    """The servers cannot do what a rollout needs; the message says which, why, and what to do."""
+
+
+class TransientError(Exception):
+    """A failure that another try may not meet; `down`: the replica may be dead, so its health has to be checked."""
 
     def __init__(self, message: str, *, down: bool = False):
         super().__init__(message)
@@ -33,25 +37,27 @@ class PassingError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion, and how many tokens of its prompt the server had in its cache (0 where it does not say)."""
+    """Hold a completion, and how many tokens of its prompt the server had in its cache (0 where it does not say)."""
 
     completion: Completion
     cached_tokens: int
 
 
-def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """The body of a request but for `model`; all that a server's own defaults could change is given.
-
-    Raises:
-        ValueError: top-p or top-k. A server tells log-probs under the truncated distribution only, and the trainer
-            needs those without.
+def refuse_truncation(request: Request) -> None:
+    """Raise ValueError for top-p or top-k: a server tells log-probs under the truncated distribution only, and the
+    trainer needs those without.
     """
     wanted = request.sampling
     if wanted.temperature > 0 and (wanted.top_p < 1 or wanted.top_k > 0):
         raise ValueError(
             "engine.name=server: top_p and top_k must be off, because servers do not tell the log-probs that the "
-            "trainer needs; use the vllm or the transformers engine to truncate"
+            "trainer needs; use an engine in the trainer's process to truncate"
         )
+
+
+def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Build the body of a request but for `model`; every option that a server's own defaults could change is given."""
+    wanted = request.sampling
     return {
         "prompt": [int(token) for token in request.prompt_ids],
         "add_special_tokens": False,
@@ -77,11 +83,11 @@ def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
 
 
 def read_answer(answer: Any, request: Request, stops: StopTable, eos_ids: Sequence[int]) -> Answer:
-    """The completion in the JSON of an answer.
+    """Read the completion in the JSON of an answer.
 
     Raises:
         ServerError: the server does not speak token ids, or ends turns by other rules than those asked for.
-        PassingError: not an answer of the protocol, or the server gave up on the request.
+        TransientError: not an answer of the protocol, or the server gave up on the request.
     """
     choice = _choice(answer)
     token_ids, logprobs = _tokens(choice)
@@ -99,23 +105,23 @@ def read_answer(answer: Any, request: Request, stops: StopTable, eos_ids: Sequen
 
 
 def top_logprob(answer: Any) -> float:
-    """The largest log-prob in an answer of one token. Raises PassingError when there is none."""
+    """Read the largest log-prob in an answer of one token. Raise TransientError when there is none."""
     try:
         (entry,) = _choice(answer)["logprobs"]["top_logprobs"]
         return max(entry.values())
     except (KeyError, TypeError, ValueError) as error:
-        raise PassingError(f"an answer without top_logprobs: {str(answer)[:200]}") from error
+        raise TransientError(f"an answer without top_logprobs: {str(answer)[:200]}") from error
 
 
 def _choice(answer: Any) -> dict[str, Any]:
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise PassingError(f"an answer that is not one completion: {str(answer)[:200]}")
+        raise TransientError(f"an answer that is not one completion: {str(answer)[:200]}")
     return choices[0]
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Token ids and their log-probs."""
+    """Read the token ids and their log-probs."""
     listed = choice.get("logprobs") or {}
     logprobs, names = listed.get("token_logprobs"), listed.get("tokens") or ()
     ids = choice.get("token_ids")
@@ -126,7 +132,7 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     if logprobs is None or None in logprobs:
         raise ServerError("the server does not return log-probs: it must honour `logprobs` in POST /v1/completions")
     if not ids or len(ids) != len(logprobs):
-        raise PassingError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
+        raise TransientError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
     return [int(token) for token in ids], [float(value) for value in logprobs]
 
 
@@ -146,7 +152,7 @@ def _check_prompt(returned: list[int] | None, request: Request) -> None:
 def _end(
     token_ids: Sequence[int], stops: StopTable, eos_ids: Sequence[int]
 ) -> tuple[int, FinishReason | None, str | None]:
-    """(tokens of the turn, why it ends there, stop string); without an end, all tokens and None."""
+    """Find the end of a turn: (its tokens, why it ends there, stop string); without an end, all tokens and None."""
     state = 0
     for count, token in enumerate(token_ids, start=1):
         state = int(stops.next_state[state, token])
@@ -163,7 +169,7 @@ def _require_length(choice: dict[str, Any], request: Request, stops: StopTable) 
     if finish == "length":
         return
     if finish != "stop":
-        raise PassingError(f"the server gave up on turn {request.turn_key} ({finish})")
+        raise TransientError(f"the server gave up on turn {request.turn_key} ({finish})")
     if isinstance(cause, str) and cause in stops.stops:
         hint = f"it found {cause!r}, which these tokens do not contain: it serves another tokenizer than this run's"
     else:

