@@ -22,9 +22,6 @@ SHORT = {
     "atpo_fast/config/logging.py": "a section of the configuration, of which each has its file",
     "atpo_fast/config/section.py": "what all sections share, which none of them can hold",
     "atpo_fast/policy/model.py": "loads a model, also for engines that have no policy",
-    "kernels/atpo_kernels/devices.py": "facts of a device that all operators ask for",
-    "kernels/atpo_kernels/linear_logprob/matmul.py": "one matrix product for both implementations of the operator",
-    "kernels/atpo_kernels/linear_logprob/reference.py": "the operator's definition, of which each has its file",
 }
 """Files of fewer lines than `SHORTEST`, and why they are; those named __init__.py are not asked."""
 
