@@ -28,7 +28,7 @@ def assign_credit(
     advantage: str = "node_value",
     k: int = 4,
 ) -> None:
-    """Turn leaf rewards into advantages, in place (design, section 3).
+    """Turn leaf rewards into advantages, in place (docs/design.md#credit).
 
     Fills `tree.values` and `tree.advantages`, one float per turn. The methods other than `at2po` give each trajectory
     one advantage: they also fill `tree.leaf_advantages` (N,), nan except on leaves, and `tree.advantages` is then the

@@ -1,4 +1,4 @@
-"""Credit per trajectory: one advantage per leaf (design, section 3)."""
+"""Credit per trajectory: one advantage per leaf (docs/design.md#credit)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AT2PO: values of turns from the leaves up, and advantages from the values (design, section 3)."""
+"""AT2PO: values of turns from the leaves up, and advantages from the values (docs/design.md#credit)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine as the tree search sees it (design, section 7), and the manners that all engines share.
+"""The engine as the tree search sees it (docs/design.md#engines), and the manners that all engines share.
 
 `Engine` says what is asked of an engine. `CheckedEngine` owns the manners: requests are checked before any of them
 begins, new weights are checked against the model, and neither weights nor cache nor memory change while requests are in

@@ -1,4 +1,4 @@
-"""What an engine is asked and what it answers (design, section 7): token ids in, token ids and log-probs out."""
+"""What an engine is asked and what it answers (docs/design.md#engines): token ids in, token ids and log-probs out."""
 
 from __future__ import annotations
 

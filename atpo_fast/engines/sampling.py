@@ -1,4 +1,4 @@
-"""Draw tokens from logits, each request with its own parameters and its own random numbers (design, section 7).
+"""Draw tokens from logits, each request with its own parameters and its own random numbers (docs/design.md#engines).
 
 A token is drawn by inverting the cumulative distribution at one uniform number that is a hash of (request seed, index
 of the token in the completion). The draw therefore does not depend on what else is in the batch, or on its order.

@@ -1,4 +1,4 @@
-"""Stop strings found on token ids, without decoding during generation (design, section 7).
+"""Stop strings found on token ids, without decoding during generation (docs/design.md#stop-strings).
 
 The strings become one Aho-Corasick automaton over bytes. Walking the text of every vocabulary token through it once
 gives a table `next_state[state, token]`; a batch is then advanced by one look-up. A stop string may be spread over

@@ -1,4 +1,4 @@
-"""What is optimised: the loss of one packed row, and the named presets (design, section 4)."""
+"""What is optimised: the loss of one packed row, and the named presets (docs/design.md#objective)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Objective:
     loss_config: LossConfig = field(default_factory=LossConfig)
     """Ratio level, clip family, KL, entropy bonus, importance weights."""
     aggregation: Aggregation = "seq-mean-token-mean"
-    """Weight of a token of a trajectory: see section 4 of the design."""
+    """Weight of a token of a trajectory: see docs/design.md#aggregation."""
     denominator: Denominator = "global"
     """global: means over the whole mini-batch on all ranks. local: over each row, then over rows (published code)."""
     max_length: int = 1

@@ -1,4 +1,4 @@
-"""Which turns are packed, and where: pruning, and cutting of trees over the row budget (design, section 5)."""
+"""Which turns are packed, and where: pruning, and cutting of trees over the row budget (docs/design.md#cutting)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AEPO's entropy-aware advantages, on packed rows (design, section 4; arXiv:2510.14545)."""
+"""AEPO's entropy-aware advantages, on packed rows (docs/design.md#further-terms; arXiv:2510.14545)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writing the rows: tokens in depth-first pre-order, predictors, offsets and path tables (design, section 5)."""
+"""Writing the rows: tokens in depth-first pre-order, predictors, offsets and path tables.
+
+See docs/design.md#fields-of-a-row.
+"""
 
 from __future__ import annotations
 

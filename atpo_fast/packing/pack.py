@@ -24,7 +24,7 @@ def pack_trees(
     prune: bool = True,
     max_prefix: int = 0,
 ) -> list[PackedTrees]:
-    """Lay trees out in rows of at most `max_tokens` tokens (design, sections 4 and 5).
+    """Lay trees out in rows of at most `max_tokens` tokens (docs/design.md#packing).
 
     Give all trees of the mini-batch, of all ranks: the averages of the objective run over them, and the losses of the
     rows sum to the batch loss. A tree over the budget is cut into rows that repeat their ancestors with weight 0 or,

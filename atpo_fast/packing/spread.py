@@ -1,4 +1,4 @@
-"""Filling rows with pieces of trees, and spreading rows over ranks (design, section 5)."""
+"""Filling rows with pieces of trees, and spreading rows over ranks (docs/design.md#spreading)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the de-duplicated loss (design, section 4).
+"""Weights of the de-duplicated loss (docs/design.md#deduplication).
 
 The weight of an action token t of trajectory l is `scale[l] * share[t]`: `scale` depends on the trajectory and on the
 denominators, `share` is 1 but for `turn-mean`.

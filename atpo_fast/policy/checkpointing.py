@@ -1,4 +1,4 @@
-"""Activation checkpointing that leaves tokens without gradient out of the backward (design, section 5).
+"""Activation checkpointing that leaves tokens without gradient out of the backward (docs/design.md#checkpointing).
 
 Once the loss is known, so are the rows of the final hidden states that carry gradient: those of clipped turns are 0.
 A token k is needed if a row q that sees it, k <= q < subtree_end[k], carries some; the gradient of every other token is

@@ -1,4 +1,4 @@
-"""The LM head as the place where the fused operators run (design, section 8).
+"""The LM head as the place where the fused operators run (docs/design.md#head).
 
 Keeping the operators inside a module's `forward` is what lets ZeRO-3 gather the weight before, release it after, and
 collect its gradient; a partitioned weight never reaches a kernel.

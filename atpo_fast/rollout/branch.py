@@ -1,4 +1,4 @@
-"""One question's search while it is going on: its tree, and the branches of its current round (design, section 2).
+"""One question's search while it is going on: its tree, and the branches of its current round (docs/design.md#search).
 
 Branches of one round may write and wait in any order. Their turns enter the tree together when the round ends, in an
 order that does not depend on it: level by level, and within a level in the order of the branches.

@@ -1,4 +1,4 @@
-"""Decide how many questions are searched at once (design, section 7)."""
+"""Decide how many questions are searched at once (docs/design.md#search)."""
 
 from __future__ import annotations
 

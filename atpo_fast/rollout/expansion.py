@@ -1,4 +1,4 @@
-"""Choose the turns of a search tree that are re-sampled, and the leaves that are kept (design, section 2)."""
+"""Choose the turns of a search tree that are re-sampled, and the leaves that are kept (docs/design.md#search)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tree search: from questions to search trees, as they are finished (design, section 2).
+"""The tree search: from questions to search trees, as they are finished (docs/design.md#search).
 
 One loop over events. A branch is ready, then written by the engine, then answered by a tool, then ready again, until it
 ends (`BranchState`). A search's round ends with its last branch, and the next one begins. The streaming schedule moves

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (design, section 8).
+"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (docs/design.md#checkpoints).
 
     checkpoints/step_000050/deepspeed/...   model, optimizer, as DeepSpeed writes them
     checkpoints/step_000050/hf/             safetensors, config, tokenizer

@@ -1,4 +1,4 @@
-"""The RL loop: roll out, score, credit, pack, update, sync (design, sections 1 and 8).
+"""The RL loop: roll out, score, credit, pack, update, sync (docs/design.md#loop).
 
 One step rolls out `questions_per_step` questions over all ranks and takes one optimizer step per mini-batch of
 `questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are

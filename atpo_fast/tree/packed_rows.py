@@ -1,4 +1,4 @@
-"""The record between packing and the policy: one row of packed search trees (design, section 5).
+"""The record between packing and the policy: one row of packed search trees (docs/design.md#fields-of-a-row).
 
 Shapes: T tokens, A action tokens, N turns with at least one action token, S trajectories (distinct leaves),
 P entries of the leaf → turn path tables.

@@ -1,4 +1,4 @@
-"""The search tree of one question: what rollout writes and everything after it reads (design, section 2).
+"""The search tree of one question: what rollout writes and everything after it reads (docs/design.md#tree).
 
 A turn is what the policy wrote between two observations, plus the observation that the environment answered.
 Turn 0 is the root: no action, the prompt as its observation. Turns are numbered in the order of `add_turn`, so a
@@ -178,7 +178,7 @@ class TurnTree:
 
 
 def overlap(trees: Sequence[TurnTree]) -> float:
-    """Compute `1 - T_tree / T_flat` over a forest (design, section 5); 0 for an empty one."""
+    """Compute `1 - T_tree / T_flat` over a forest (docs/design.md#overlap); 0 for an empty one."""
     flat = sum(tree.flat_tokens for tree in trees)
     return 1.0 - sum(tree.unique_tokens for tree in trees) / flat if flat else 0.0
 

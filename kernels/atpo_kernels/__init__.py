@@ -1,4 +1,4 @@
-"""Fused operators for policy-gradient training of agents on turns and search trees (design, section 6).
+"""Fused operators for policy-gradient training of agents on turns and search trees (docs/design.md#operators).
 
     from atpo_kernels import linear_logprob, turn_policy_loss, linear_turn_policy_loss, tree_attention
 

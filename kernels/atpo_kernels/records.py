@@ -1,4 +1,4 @@
-"""Records that the loss operators take and return: configuration, weights, paths, losses (design, section 4)."""
+"""Records that the loss operators take and return: configuration, weights, paths, losses (docs/design.md#objective)."""
 
 from __future__ import annotations
 

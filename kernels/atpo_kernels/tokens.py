@@ -167,7 +167,10 @@ def padded_shares(
     denominator: float | Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # (B, T)
-    """Compute the aggregation weight w of every token of a padded batch (design, section 4); 0 outside the mask."""
+    """Compute the aggregation weight w of every token of a padded batch; 0 outside the mask.
+
+    See docs/design.md#objective.
+    """
     batch, length = valid.shape
     share = valid.to(dtype)
     rows = max(batch, 1) if denominator is None else denominator

@@ -1,4 +1,4 @@
-"""Credit equals numbers worked out by hand for every method and option (design, section 3)."""
+"""Credit equals numbers worked out by hand for every method and option (docs/design.md#credit)."""
 
 from __future__ import annotations
 

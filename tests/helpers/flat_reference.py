@@ -1,4 +1,4 @@
-"""The flat objective, written as a plain loop over trajectories from section 4 of the design, and a toy causal model.
+"""The flat objective, written as a plain loop over trajectories from docs/design.md#objective, and a toy causal model.
 
 Nothing here is shared with the packed path but `TurnTree` and the names in `Objective`.
 """
@@ -188,7 +188,7 @@ def _kl(logp: Tensor, ref: Tensor, mode: str) -> Tensor:
 
 
 def _weights(flat: Flat, acting: list[int], flats: Sequence[Flat], objective: Objective) -> Tensor:
-    """(action tokens,) w of section 4."""
+    """(action tokens,) w of docs/design.md#aggregation."""
     batch, tokens = len(flats), len(acting)
     turns = [flat.turn[t] for t in acting]
     own = torch.tensor([turns.count(turn) for turn in turns], dtype=DOUBLE)

@@ -16,7 +16,7 @@ ROWS, LENGTH, WIDTH, VOCAB = 4, 7, 32, 64
 
 
 class LossHead(nn.Module):
-    """The LM head with the loss in it, as README.md shows."""
+    """The LM head with the loss in it, as docs/integrations.md shows."""
 
     def __init__(self, linear: nn.Linear, loss: FusedLinearTurnPolicyLoss):
         super().__init__()

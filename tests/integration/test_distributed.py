@@ -1,4 +1,4 @@
-"""The gradient does not depend on ranks, rows, accumulation or ZeRO stage (design, section 8)."""
+"""The gradient does not depend on ranks, rows, accumulation or ZeRO stage (docs/design.md#loop)."""
 
 from __future__ import annotations
 

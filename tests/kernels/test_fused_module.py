@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atpo_kernels import FusedLinearTurnPolicyLoss, LossConfig, fused_module, turn_policy_loss
 
 B, T, D, V = 5, 12, 5, 11
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
 SECTION = "## Drop the loss into another trainer"
 LEVELS = ("token", "turn", "sequence")
 BOUNDS = {"epsilon_low": 0.1, "epsilon_high": 0.15}
@@ -437,12 +437,9 @@ def test_partitioned_weight() -> None:
         FusedLinearTurnPolicyLoss()(batch.hidden, torch.empty(0, dtype=torch.float64), **batch.arguments())
 
 
-def test_readme_snippets() -> None:
-    """Fails if the README's snippets do not run, or call the loss in a way that gives no gradient."""
-    text = README.read_text()
-    if SECTION not in text:
-        pytest.skip(f"README.md has no section {SECTION!r}")
-    section = text.split(SECTION)[1].split("\n## ")[0]
+def test_snippets_of_the_documentation() -> None:
+    """Fails if the snippets for other trainers do not run, or call the loss in a way that gives no gradient."""
+    section = PAGE.read_text().split(SECTION)[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(blocks) == 3
     batch = Batch(torch.float32)

@@ -1,4 +1,4 @@
-"""A flat batch packs into rows that give the flat batch's loss and gradients (design, section 5)."""
+"""A flat batch packs into rows that give the flat batch's loss and gradients (docs/design.md#flat-batches)."""
 
 from __future__ import annotations
 

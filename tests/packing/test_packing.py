@@ -1,4 +1,4 @@
-"""Layout of packed rows, cutting, pruning, denominators and spreading (design, section 5)."""
+"""Layout of packed rows, cutting, pruning, denominators and spreading (docs/design.md#packing)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed trees give the loss and every gradient of the flat trajectories, in float64 (design, sections 4 and 5)."""
+"""Packed trees give the loss and every gradient of the flat trajectories, in float64 (docs/design.md#deduplication)."""
 
 from __future__ import annotations
 

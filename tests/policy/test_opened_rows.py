@@ -1,4 +1,7 @@
-"""Trees over the row budget, computed depth-first with their ancestors' keys and values (design, section 5)."""
+"""Trees over the row budget, computed depth-first with their ancestors' keys and values.
+
+See docs/design.md#opened-rows.
+"""
 
 from __future__ import annotations
 

@@ -381,7 +381,8 @@ def real_prompts(count: int) -> list[list[int]]:
 
 
 def test_every_tree_token_enters_the_cache_once() -> None:
-    # The promise of the design: fails if a sibling, a later turn or an expansion round prefills anything again.
+    # The promise of docs/design.md#prefix-sharing: fails if a sibling, a later turn or an expansion round prefills
+    # anything again.
     search = real_search()  # keeps 3 + 2*2 leaves, so nothing is pruned
     trees = in_order(search.roll_out(questions(4), real_prompts(4), seed=0))
     counters = search.engine.counters

@@ -1,4 +1,4 @@
-"""The search tree: structure, counts and errors (design, section 2)."""
+"""The search tree: structure, counts and errors (docs/design.md#tree)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of packed tokens over a pool of cache slots, as a Hugging Face attention function (design, section 7).
+"""Attention of packed tokens over a pool of cache slots, as a Hugging Face attention function (docs/design.md#engines).
 
 Tokens of all requests are packed into one row (1, T), so the model's linear layers see no padding. The attention
 function writes their keys and values into the pool, gathers each request's keys and values by its slots, and attends.

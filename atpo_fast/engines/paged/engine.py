@@ -1,4 +1,4 @@
-"""Batched generation with any Hugging Face causal LM and one cache entry per tree token (design, section 7)."""
+"""Batched generation with any Hugging Face causal LM and one cache entry per tree token (docs/design.md#engines)."""
 
 from __future__ import annotations
 

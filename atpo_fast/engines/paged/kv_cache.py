@@ -1,4 +1,6 @@
-"""Keys and values of tree tokens: a pool of slots, and a cache that hands them to turns (design, section 7).
+"""Keys and values of tree tokens: a pool of slots, and a cache that hands them to turns.
+
+See docs/design.md#prefix-sharing.
 
 A cache node holds the slots of one turn's tokens (its action and its observation) and is named by the turn's key, so
 chains, siblings and expansion rounds that pass through a turn share its entries whatever their tokens are.

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM that runs on packed tokens over the slot pool (design, section 7)."""
+"""A Hugging Face causal LM that runs on packed tokens over the slot pool (docs/design.md#prefix-sharing)."""
 
 from __future__ import annotations
 

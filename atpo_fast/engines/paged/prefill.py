@@ -1,4 +1,4 @@
-"""Fill cache nodes: forward the tokens that have slots but no keys and values yet (design, section 7)."""
+"""Fill cache nodes: forward the tokens that have slots but no keys and values yet (docs/design.md#prefix-sharing)."""
 
 from __future__ import annotations
 

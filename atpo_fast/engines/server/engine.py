@@ -1,4 +1,4 @@
-"""Running completions servers as an engine (design, section 7): vLLM, or any other that speaks token ids.
+"""Running completions servers as an engine (docs/design.md#engines): vLLM, or any other that speaks token ids.
 
 `protocol.py` says what is asked and what an answer means, `routing.py` which replica is asked, `pool.py` sends the
 requests, tries again and watches the replicas' health, `weights.py` writes the folders through which weights travel.

@@ -1,4 +1,4 @@
-"""vLLM as an engine: token ids in and out, its own prefix cache, weights pushed into it (design, section 7).
+"""vLLM as an engine: token ids in and out, its own prefix cache, weights pushed into it (docs/design.md#engines).
 
 Stop strings are found on token ids by the same automaton as in the paged engine: vLLM decodes no text, and a
 request is aborted as soon as the automaton has found one. Where vLLM runs ahead of us (asynchronous scheduling), tokens

@@ -1,4 +1,4 @@
-"""Find out which vLLM is installed, and build its `LLM` (design, section 7)."""
+"""Find out which vLLM is installed, and build its `LLM` (docs/design.md#engines)."""
 
 from __future__ import annotations
 

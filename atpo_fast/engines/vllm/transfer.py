@@ -1,4 +1,6 @@
-"""Send weights to vLLM engines on GPUs of their own, over NCCL, in buckets of bounded size (design, section 7).
+"""Send weights to vLLM engines on GPUs of their own, over NCCL, in buckets of bounded size.
+
+See docs/design.md#weight-sync.
 
 Each rank sends to its own engine: both form an NCCL group in which the rank is the source and the engine's workers
 follow. The workers are told a bucket's names and shapes by RPC and receive while the rank sends.

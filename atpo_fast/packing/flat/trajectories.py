@@ -25,7 +25,9 @@ def from_trajectories(
     dtype: torch.dtype = torch.float32,
     prune: bool = True,
 ) -> list[PackedTrees]:
-    """Pack a flat batch with its common prefixes merged; the loss is that of the flat batch (design, section 5).
+    """Pack a flat batch with its common prefixes merged; the loss is that of the flat batch.
+
+    See docs/design.md#flat-batches.
 
     Give the whole mini-batch, of all ranks. Tokens merge where that keeps the loss exact: prompts and observations
     token by token; actions token by token too, but as whole turns at the ratio level `turn`; and only where the old

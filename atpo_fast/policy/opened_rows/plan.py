@@ -1,4 +1,4 @@
-"""The order in which rows are forwarded and back-propagated, alike on all ranks (design, sections 5 and 8)."""
+"""The order in which rows are forwarded and back-propagated, alike on all ranks (docs/design.md#opened-rows)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an opened row leaves for the rows below it, and what they send back (design, section 5).
+"""What an opened row leaves for the rows below it, and what they send back (docs/design.md#opened-rows).
 
 A tree over the row budget is computed depth-first (`plan.py`). An opened row is forwarded without gradient and leaves
 the keys and values of every layer and its last final hidden state. The rows below read them, and their backward adds

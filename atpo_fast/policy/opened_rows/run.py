@@ -1,4 +1,4 @@
-"""The loops over rows of which some are opened: one to learn from them, one to score them (design, section 5).
+"""The loops over rows of which some are opened: one to learn from them, one to score them (docs/design.md#opened-rows).
 
 Everything that forwards packed rows goes through here: the trainer's updates, the cold start, the scoring under the old
 and the reference policy, and trainers without DeepSpeed.

@@ -1,4 +1,7 @@
-"""Log-prob and entropy of target tokens straight from hidden states, without the (A, V) logits (design, section 6)."""
+"""Log-prob and entropy of target tokens straight from hidden states, without the (A, V) logits.
+
+See docs/design.md#operators.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Turn-level policy loss straight from hidden states: LM head and loss in one (design, section 6)."""
+"""Turn-level policy loss straight from hidden states: LM head and loss in one.
+
+See docs/design.md#gradient-in-the-forward.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention over packed search trees: every token sees its own path and nothing else (design, sections 5 and 6)."""
+"""Attention over packed search trees: every token sees its own path and nothing else (docs/design.md#mask)."""
 
 from __future__ import annotations
 

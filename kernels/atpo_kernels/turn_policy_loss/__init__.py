@@ -1,4 +1,4 @@
-"""Turn-level policy loss on log-probs, for packed trees and for padded batches (design, section 4)."""
+"""Turn-level policy loss on log-probs, for packed trees and for padded batches (docs/design.md#objective)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def turn_policy_loss(
     turn. A 1-D tensor without `turn_offsets` is one padded row.
 
     Weights. Either `advantages`, aggregated by `reduction`, or `weights` = (W+, W-, W0) that already hold advantages
-    and aggregation (design, section 4). `reduction` is, with |y| the action tokens of a row, K its turns, a a turn:
+    and aggregation (docs/design.md#aggregation). `reduction` is, with |y| the action tokens of a row, K its turns, a a
+    turn:
 
         seq-mean-token-mean      1/B sum 1/|y| sum      the default of padded batches, and the published one
         token-mean               1/sum|y|

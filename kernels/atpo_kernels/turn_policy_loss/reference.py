@@ -1,4 +1,4 @@
-"""Definition of `turn_policy_loss`: its formulas under autograd, one turn at a time (design, section 4)."""
+"""Definition of `turn_policy_loss`: its formulas under autograd, one turn at a time (docs/design.md#objective)."""
 
 from __future__ import annotations
 

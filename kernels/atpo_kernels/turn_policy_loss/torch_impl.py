@@ -1,8 +1,8 @@
 """`turn_policy_loss` in vectorised PyTorch: value and exact derivative of every token in closed form, no host sync.
 
 The derivative is the straight-through one: with u the log-ratio averaged over a token, a turn or a sequence,
-rho = exp(min(u, max_log_ratio)) has d rho / d logprob = rho for each of its tokens, also above the cap (design,
-section 4).
+rho = exp(min(u, max_log_ratio)) has d rho / d logprob = rho for each of its tokens, also above the cap
+(docs/design.md#objective).
 """
 
 from __future__ import annotations

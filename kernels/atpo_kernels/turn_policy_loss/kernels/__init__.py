@@ -1,7 +1,7 @@
 """Triton kernels of `turn_policy_loss`: one launch for the loss of every token, one for the sums.
 
 For each token, with W+, W- and W0 its weights, rho the ratio of its group (token, turn or sequence) and g+, g- the clip
-family (design, section 4):
+family (docs/design.md#objective):
 
     loss = trust (W- g-(rho) - W+ g+(rho)) + kl_coef W0 KL - entropy_coef W0 entropy
     rho = exp(min(mean of logprob - old_logprob over the group, max_log_ratio))
