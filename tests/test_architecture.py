@@ -26,7 +26,6 @@ SHORT = {
     "bench/attention/sdpa.py": "one implementation to compare with, of which each has its file",
     "bench/kernels/bench_kernels.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/update/bench_update.py": "what pytest-benchmark runs of this subject, of which each has its file",
-    "kernels/atpo_kernels/choices.py": "the choices of a loss without PyTorch, for configurations too",
 }
 """Files of fewer lines than `SHORTEST`, and why they are; those named __init__.py are not asked."""
 

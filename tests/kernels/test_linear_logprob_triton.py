@@ -74,7 +74,7 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, rows: int, width: int, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peaked_logits(dtype: torch.dtype, peak: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if exponentials are taken before the peak is subtracted, or a sum is not rescaled when the peak rises."""
-    monkeypatch.setattr(triton_head, "processors", lambda *_: 2)  # two ranges of the vocabulary, of two tiles each
+    monkeypatch.setattr(launch, "processors", lambda *_: 2)  # two ranges of the vocabulary, of two tiles each
     head = random_head(48, 32, 200, peak=peak, seed=3).rounded(dtype)
     exact, ours, plain = (
         run(head, d, impl) for d, impl in ((torch.float64, "reference"), (dtype, "triton"), (dtype, "reference"))
