@@ -137,7 +137,7 @@ def test_total_failure_is_told() -> None:
 
 def test_a_hanging_tool_hangs_nothing() -> None:
     # Fails (by running for ever) if a try is waited for without a limit.
-    results = ToolBox([hang, echo], retries=1, timeout_seconds=0.05, workers=1).run(
+    results = ToolBox([hang, echo], retries=1, timeouts={"hang": 0.05}, workers=1).run(
         [ToolCall("hang", "x"), ToolCall("echo", "y")]
     )
     assert results[0].text == "Tool(hang) failed: TimeoutError: no answer within 0.05 seconds"

@@ -299,7 +299,7 @@ def test_a_coroutine_that_blocks_its_loop_stops_no_other_tool() -> None:
         release.wait(60)
         return argument
 
-    with ToolBox([block, echo], retries=0, timeout_seconds=0.1) as toolbox:
+    with ToolBox([block, echo], retries=0, timeouts={"block": 0.1}) as toolbox:
         blocked, fine = toolbox.run([ToolCall("block", "x"), ToolCall("echo", "y")])
         assert "TimeoutError" in blocked.text and fine.text == "y"
         release.set()
@@ -389,7 +389,7 @@ def test_whatever_a_tool_does_is_answered(act: Callable[[], Any], text: str, cor
 def test_hanging_threads_are_bounded() -> None:
     """Fails if every hanging call leaves one more thread, or the tool stays unavailable when they return."""
     gate, before = Gate(), threading.active_count()
-    with ToolBox([gate, echo], retries=0, timeout_seconds=0.02, workers=8) as toolbox:
+    with ToolBox([gate, echo], retries=0, timeouts={"gate": 0.02}, workers=8) as toolbox:
         results = toolbox.run([ToolCall("gate", str(i)) for i in range(300)])
         # One more than the bound, at most as many as were running when it was passed, and the pool.
         assert threading.active_count() <= before + MAX_ABANDONED + 1 + 8 + 1
