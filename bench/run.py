@@ -1,12 +1,14 @@
-"""Measure operators, layers and whole updates side by side with their peers: a record per case in bench/results/.
+"""Measure operators, layers and whole updates side by side with their peers: a record for each case in bench/results/.
 
-    python bench/run.py                     every case of this machine (a GPU where there is one), must-show cases first
-    python bench/run.py --quick             the must-show cases alone
-    python bench/run.py --cases turn_policy_loss,clipped       cases whose name has one of these in it
-    python bench/run.py --list
+    python -m bench                         every case of this machine (a GPU where there is one), must-show cases first
+    python -m bench --quick                 the must-show cases alone
+    python -m bench --cases turn_policy_loss,clipped       cases whose name has one of these in it
+    python -m bench --list                  print the names
+
+Other commands: report, resources, quickstart-seeds, streaming, retrieval (`python -m bench report --help`).
 
 Needs torch, transformers and numpy, and triton on a GPU; peers that are not installed are skipped by name.
-`report_results.py` makes tables and plots of the records.
+`python -m bench report` makes tables and plots of the records.
 """
 
 from __future__ import annotations
@@ -17,16 +19,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from case import Case
-from cases import for_device
-from measure import clock, synchronize
-from records import RESULTS, device_name, environment, slug, write_record
+
+from bench.cases import for_device
+from bench.core.case import Case
+from bench.core.measure import clock, synchronize
+from bench.core.records import RESULTS, device_name, environment, write_record
 
 _SECONDS = {"cuda": 1.0, "cpu": 3.0}  # of samples per implementation
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    options = _parser().parse_args(arguments)
+    parts = options.cases.split(",")
+    chosen = [
+        case
+        for case in for_device(options.device)
+        if any(part in case.name for part in parts) and (case.quick or not options.quick)
+    ]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return
+    begun = time.perf_counter()
+    for at, case in enumerate(chosen):
+        spent = time.perf_counter() - begun
+        if options.budget is not None and spent > options.budget:
+            print(f"budget of {options.budget:g} s spent: {len(chosen) - at} cases not run")
+            break
+        record = run_case(case, options.device, options.seconds)
+        write_record(case.name, case.bench, options.device, options.results, **record)
+        synchronize(options.device)
+        print(f"[{spent:.0f} s] {case.name}: {_summary(record)}", flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", default="", help="parts of names, separated by commas")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--quick", action="store_true", help="the must-show cases alone")
+    parser.add_argument("--budget", type=float, help="seconds after which no further case is started")
+    parser.add_argument("--seconds", type=float, help="seconds of samples per implementation")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    return parser
+
+
 def run_case(case: Case, device: str, seconds: float | None = None) -> dict[str, Any]:
-    """The fields of one record."""
+    """Measure a case and return the fields of its record."""
     measured = case.measure(device, _SECONDS[device] if seconds is None else seconds)
     about = {"device": device_name(device), "environment": environment(), "clock": clock(device)}
     return case.fields() | about | measured
@@ -39,39 +80,3 @@ def _summary(record: dict[str, Any]) -> str:
         return f"{name} {found['ms']['p50']:.3f} ms"
 
     return "; ".join(entry(name, found) for name, found in record["implementations"].items())
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", default="", help="parts of names, separated by commas")
-    parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--quick", action="store_true", help="the must-show cases alone")
-    parser.add_argument("--budget", type=float, help="seconds after which no further case is started")
-    parser.add_argument("--seconds", type=float, help="seconds of samples per implementation")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
-    options = parser.parse_args(arguments)
-    parts = options.cases.split(",")
-    chosen = [
-        case
-        for case in for_device(options.device)
-        if any(part in case.name for part in parts) and (case.quick or not options.quick)
-    ]
-    begun = time.perf_counter()
-    for at, case in enumerate(chosen):
-        spent = time.perf_counter() - begun
-        if options.list:
-            print(case.name)
-        elif options.budget is not None and spent > options.budget:
-            print(f"budget of {options.budget:g} s spent: {len(chosen) - at} cases not run")
-            break
-        else:
-            record = run_case(case, options.device, options.seconds)
-            write_record(f"{slug(options.device)}-{case.name}", case.bench, options.results, **record)
-            synchronize(options.device)
-            print(f"[{spent:.0f} s] {case.name}: {_summary(record)}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from atpo_fast.config.schema import Config
 
 
 def batch_arithmetic(config: Config) -> str:
-    """What a run amounts to, a line each: trajectories, mini-batches, path length, steps, ranks; then warnings.
+    """Say what a run amounts to, a line each: trajectories, mini-batches, path length, steps, ranks; then warnings.
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """
@@ -15,12 +15,12 @@ def batch_arithmetic(config: Config) -> str:
 
 
 def longest_path(config: Config) -> int:
-    """Tokens of the longest possible trajectory, prompt included."""
+    """Count the tokens of the longest possible trajectory, prompt included."""
     return config.data.max_prompt_tokens + config.rollout.max_response_tokens
 
 
 def minibatches_per_step(config: Config) -> int:
-    """Optimizer steps per rollout batch."""
+    """Count the optimizer steps per rollout batch."""
     return config.train.questions_per_step // config.train.questions_per_minibatch
 
 
@@ -35,7 +35,7 @@ def _counts(config: Config) -> list[str]:
         f" {_count(minibatches, 'mini-batch', 'mini-batches')} of {train.questions_per_minibatch * leaves}",
         f"{_tree_shape(config)}",
         f"longest path: {config.data.max_prompt_tokens} prompt + {rollout.max_response_tokens} response"
-        f" = {longest_path(config)} tokens; rows of at most {train.max_tokens} tokens",
+        f" = {longest_path(config)} tokens; rows of at most {train.row_tokens} tokens",
         f"{_count(train.steps, 'step')} × {_count(minibatches, 'mini-batch', 'mini-batches')}"
         f" = {_count(train.steps * minibatches, 'optimizer step')};"
         f" {_every('evaluation', train.eval_every)}, {_every('checkpoint', train.save_every)}",
@@ -47,10 +47,10 @@ def _tree_shape(config: Config) -> str:
     rollout = config.rollout
     chains = _count(rollout.initial_chains, "chain")
     if rollout.strategy == "chain":
-        return f"search: {chains} per question, no expansion; tools: {', '.join(config.tools.names)}"
+        return f"search: {chains} per question, no expansion; tools: {', '.join(config.tools.builtin)}"
     return (
         f"search: {chains} + {_count(rollout.expansion_rounds, 'round')} × {rollout.expansions_per_round} expansions"
-        f" per question ({rollout.strategy}); tools: {', '.join(config.tools.names)}"
+        f" per question ({rollout.strategy}); tools: {', '.join(config.tools.builtin)}"
     )
 
 

@@ -2,72 +2,77 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from atpo_fast.config.schema import Config, as_dict
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message has one line per fault."""
+from atpo_fast.common.errors import ConfigError
+from atpo_fast.common.files import replacing
+from atpo_fast.config.names import KEYS, KIND_KEY, KINDS, SECTIONS, join, unknown_key
+from atpo_fast.config.renamed import OLD_SECTIONS, new_name, new_value
+from atpo_fast.config.schema import Config
+from atpo_fast.config.section import as_dict
+from atpo_fast.config.yaml_text import Dumper, Loader
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """One value of a leaf key and where it was given."""
+    """One value of a key and where it was given."""
 
     value: Any
     origin: str
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file (none: the defaults) with `a.b=value` overrides, later ones winning.
+_Settings = dict[str, _Setting]
 
-    Values of overrides are YAML: `null`, `1e-6`, `[a.json, b.json]`. Raises ConfigError for a file that is missing,
-    empty or malformed (file and line), for unknown keys (with the nearest legal one), and for values of the wrong type
-    or out of range (key, value, file).
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of a YAML file (none: the defaults) with `a.b=value` overrides, later ones winning.
+
+    Values of overrides are YAML: `null`, `1e-6`, `[a.json, b.json]`. An override that chooses another engine than the
+    file takes the place of the file's whole section.
+
+    Raises:
+        ConfigError: a file that is missing, empty or malformed (file and line), keys that are unknown (with the nearest
+            legal one), renamed (with the new name) or of an engine that is not chosen, and values of the wrong type or
+            out of range (key, value, file).
     """
     settings = {} if path is None else _read_settings(Path(path))
+    given: _Settings = {}
     for override in overrides:
-        settings.update(_read_override(override))
-    unknown = [f"{s.origin}: {_unknown_key(name)}" for name, s in settings.items() if name not in _LEAVES]
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+        given.update(_read_override(override))
+    settings = _without_replaced_kinds(settings, given) | given
+    faults = [*_misnamed(settings), *_misplaced(settings)]
+    if faults:
+        raise ConfigError("\n".join(faults))
     try:
         return TypeAdapter(Config).validate_python(_nested(settings))
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(error, settings, path))) from None
+        raise ConfigError("\n".join(_illegal(error, settings, path))) from None
 
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the whole configuration as YAML that `load_config` reads back equal; a killed write leaves the old file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_text(dump_config(config), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def dump_config(config: Config) -> str:
-    """The whole configuration as YAML text."""
-    text: str = yaml.dump(as_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """Return the whole configuration as YAML text; of the engines only the chosen one's options."""
+    text: str = yaml.dump(as_dict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
 def read_deepspeed(config: Config) -> dict[str, Any]:
-    """The DeepSpeed JSON that `config.deepspeed` names; raises ConfigError when it is missing or no JSON object."""
+    """Read the DeepSpeed JSON that `config.deepspeed` names.
+
+    Raises ConfigError when it is missing or no JSON object.
+    """
     path = Path(config.deepspeed)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -85,8 +90,8 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read_settings(path: Path) -> dict[str, _Setting]:
-    """Leaf settings of a YAML file by dotted name."""
+def _read_settings(path: Path) -> _Settings:
+    """Read the settings of a YAML file by dotted name."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -99,8 +104,8 @@ def _read_settings(path: Path) -> dict[str, _Setting]:
     return settings
 
 
-def _read_override(override: str) -> dict[str, _Setting]:
-    """Leaf settings of one `a.b=value`."""
+def _read_override(override: str) -> _Settings:
+    """Read the settings of one `a.b=value`."""
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {override!r}: must look like key=value, for example train.steps=10")
@@ -109,10 +114,10 @@ def _read_override(override: str) -> dict[str, _Setting]:
     return _parse(value, origin, prefix=prefix) or {prefix: _Setting(None, origin)}
 
 
-def _parse(text: str, origin: str, prefix: str = "", lines: bool = False) -> dict[str, _Setting] | None:
-    """Leaf settings of a YAML text whose top level is the section or key `prefix`; None for an empty text."""
+def _parse(text: str, origin: str, prefix: str = "", lines: bool = False) -> _Settings | None:
+    """Read the settings of a YAML text whose top level is the section or key `prefix`; None for an empty text."""
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         return None if node is None else dict(_leaves(loader, node, prefix, origin, lines))
     except yaml.MarkedYAMLError as error:
@@ -123,10 +128,11 @@ def _parse(text: str, origin: str, prefix: str = "", lines: bool = False) -> dic
         raise ConfigError(f"{origin}: malformed YAML: {error}") from None
 
 
-def _leaves(loader: _Loader, node: yaml.Node, name: str, origin: str, lines: bool) -> Iterator[tuple[str, _Setting]]:
-    """(dotted name, setting) of every leaf under a YAML node; sections are walked, anything else is a leaf."""
+def _leaves(loader: Loader, node: yaml.Node, name: str, origin: str, lines: bool) -> Iterator[tuple[str, _Setting]]:
+    """Yield (dotted name, setting) of every key under a YAML node; sections are walked, anything else is a value."""
     where = f"{origin}:{node.start_mark.line + 1}" if lines else origin
-    if name and name not in _SECTIONS:
+    old = name in OLD_SECTIONS and not (isinstance(node, yaml.MappingNode) and node.value)
+    if old or (name and name not in SECTIONS and name not in OLD_SECTIONS):
         yield name, _Setting(loader.construct_object(node, deep=True), where)
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -134,21 +140,17 @@ def _leaves(loader: _Loader, node: yaml.Node, name: str, origin: str, lines: boo
             key = str(key_node.value)
             if key in seen:
                 line = f" (line {key_node.start_mark.line + 1})" if lines else ""
-                raise ConfigError(f"{origin}: key {_join(name, key)} is given twice{line}")
+                raise ConfigError(f"{origin}: key {join(name, key)} is given twice{line}")
             seen.add(key)
-            yield from _leaves(loader, value_node, _join(name, key), origin, lines)
+            yield from _leaves(loader, value_node, join(name, key), origin, lines)
     elif loader.construct_object(node, deep=True) is not None:  # an empty section keeps its defaults
         what = f"{name} is a section: give" if name else "the configuration must be a mapping of"
-        raise ConfigError(f"{where}: {what} {_join(name, 'key')}: value, not {node.value!r}")
+        raise ConfigError(f"{where}: {what} {join(name, 'key')}: value, not {node.value!r}")
 
 
-def _join(prefix: str, key: str) -> str:
-    return f"{prefix}.{key}" if prefix else key
-
-
-def _nested(settings: dict[str, _Setting]) -> dict[str, Any]:
-    """Dotted names as nested dictionaries."""
-    nested: dict[str, Any] = {}
+def _nested(settings: _Settings) -> dict[str, Any]:
+    """Turn dotted names into nested dictionaries, in which every section says of which kind it is."""
+    nested: dict[str, Any] = {section: {KIND_KEY: kinds.default} for section, kinds in KINDS.items()}
     for name, setting in settings.items():
         *sections, key = name.split(".")
         inner = nested
@@ -158,32 +160,53 @@ def _nested(settings: dict[str, _Setting]) -> dict[str, Any]:
     return nested
 
 
+# --- sections of several kinds -----------------------------------------------------------------------------------
+
+
+def _without_replaced_kinds(settings: _Settings, given: _Settings) -> _Settings:
+    """Leave out the file's sections of which the overrides in `given` choose another kind."""
+    replaced: set[str] = set()
+    for section in KINDS:
+        kind = join(section, KIND_KEY)
+        if kind in settings and kind in given and settings[kind].value != given[kind].value:
+            replaced.add(section)
+    return {name: setting for name, setting in settings.items() if name.rpartition(".")[0] not in replaced}
+
+
+def _misplaced(settings: _Settings) -> Iterator[str]:
+    """Yield a line per key that belongs to another kind of its section than the chosen one."""
+    for section, kinds in KINDS.items():
+        key = join(section, KIND_KEY)
+        chosen = settings.get(key)
+        kind = kinds.default if chosen is None else chosen.value
+        if chosen is not None and (not isinstance(kind, str) or kind not in kinds.keys):
+            other = new_value(key, kind)
+            hint = f"; {kind} is now called {other}" if other else ""
+            yield f"{chosen.origin}: {key}={kind!r}: must be one of {', '.join(kinds.keys)}{hint}"
+            continue
+        for name, setting in settings.items():
+            owners = kinds.owners(name)
+            if owners and kind not in owners:
+                belongs = " or ".join(f"{key}={owner}" for owner in owners)
+                yield f"{setting.origin}: {name} belongs to {belongs}, but {key} is {kind}"
+
+
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
-def _unknown_key(name: str) -> str:
-    """What to say about a key that does not exist."""
-    section, _, key = name.rpartition(".")
-    while section and section not in _SECTIONS:
-        if section in _LEAVES:
-            return f"unknown key {name}: {section} is a value, not a section"
-        section = section.rpartition(".")[0]
-    same_key = [leaf for leaf in _LEAVES if leaf.rpartition(".")[2] == key]
-    inside = [leaf for leaf in _LEAVES if leaf.rpartition(".")[0] == section]
-    legal = [*_LEAVES, *_SECTIONS]
-    near = (
-        difflib.get_close_matches(name, legal, n=1, cutoff=0.85)
-        or difflib.get_close_matches(name, inside, n=1)
-        or same_key
-        or difflib.get_close_matches(name, legal, n=1, cutoff=0.0)
-    )
-    return f"unknown key {name}: did you mean {' or '.join(near)}?"
+def _misnamed(settings: _Settings) -> Iterator[str]:
+    """Yield a line per key that does not exist, or not any more."""
+    for name, setting in settings.items():
+        if name not in KEYS:
+            yield f"{setting.origin}: {new_name(name, setting.value) or unknown_key(name)}"
 
 
-def _faults(error: ValidationError, settings: dict[str, _Setting], path: str | Path | None) -> Iterator[str]:
-    """One line per fault that pydantic found."""
+def _illegal(error: ValidationError, settings: _Settings, path: str | Path | None) -> Iterator[str]:
+    """Yield a line per fault that pydantic found."""
     for fault in error.errors(include_url=False):
         parts = [str(part) for part in fault["loc"]]
+        if parts[:1] and parts[0] in KINDS:  # pydantic puts the kind behind the section's name
+            del parts[1:2]
         name = next((n for i in range(len(parts), 0, -1) if (n := ".".join(parts[:i])) in settings), "")
         message = fault["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:] if message.startswith("Input") else message
@@ -193,54 +216,3 @@ def _faults(error: ValidationError, settings: dict[str, _Setting], path: str | P
         setting = settings[name]
         hint = "; write null for none" if setting.value in ("none", "None") else ""
         yield f"{setting.origin}: {name}={setting.value!r}: {message}{hint}"
-
-
-# --- the schema as dotted names ----------------------------------------------------------------------------------
-
-
-def _dotted(cls: type, prefix: str = "") -> Iterator[tuple[str, bool]]:
-    """(dotted name, is it a section) of every field of a configuration class."""
-    hints = get_type_hints(cls)
-    for field in fields(cls):
-        name = _join(prefix, field.name)
-        inner = hints[field.name]
-        yield name, is_dataclass(inner)
-        if is_dataclass(inner):
-            yield from _dotted(cast(type, inner), name)
-
-
-_LEAVES = [name for name, section in _dotted(Config) if not section]
-_SECTIONS = [name for name, section in _dotted(Config) if section]
-
-
-# --- YAML 1.2 scalars: `1e-6` is a number, `off` and `no` are words ------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars of YAML 1.2."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would not read back as text."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Quoted with escapes where PyYAML would otherwise write a character that it reads back as a line break."""
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
-
-_SCALARS = {
-    "null": (r"~|null|", ["~", "n", ""]),
-    "bool": (r"true|false", list("tf")),
-    "int": (r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-        list("-+.0123456789"),
-    ),
-}
-for _yaml_class in (_Loader, _Dumper):
-    _yaml_class.yaml_implicit_resolvers = {}
-    for _tag, (_pattern, _first) in _SCALARS.items():
-        _yaml_class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)

@@ -22,7 +22,7 @@ class BM25Settings:
     shard_passages: int = 250_000  # passages of a shard: bounds the memory of the build
 
     def identity(self) -> dict[str, Any]:
-        """What the index depends on."""
+        """Return what the index depends on."""
         return asdict(self)
 
 
@@ -40,7 +40,7 @@ class DenseSettings:
     batch_texts: int = 64  # texts of one forward
 
     def identity(self) -> dict[str, Any]:
-        """What the vectors depend on, and how queries are encoded."""
+        """Return what the vectors depend on, and how queries are encoded."""
         folder = Path(self.encoder)
         return {
             "encoder": str(folder.resolve()) if folder.is_dir() else self.encoder,

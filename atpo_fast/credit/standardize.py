@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+
+from atpo_fast.tree.forest import Floats, Ints, group_sum
 
 EPSILON = 1e-6
-
-Floats = NDArray[np.float64]
-
-
-def group_sum(group: NDArray[np.int64], values: Floats, size: int = 0) -> Floats:
-    """(max(groups, size),) sum of `values` by group number."""
-    return np.bincount(group, weights=values, minlength=size).astype(np.float64)
 
 
 def group_mean_std(
     values: Floats,  # (S,)
     multiplicity: Floats,  # (S,) how often each value counts
-    group: NDArray[np.int64],  # (S,) group number
+    group: Ints,  # (S,) group number
     *,
     ddof: int,
 ) -> tuple[Floats, Floats, Floats]:
-    """(S,) mean, standard deviation and size of each entry's group.
+    """Compute mean, standard deviation and size of each entry's group: three arrays of (S,).
 
     `ddof` 0 is the population, 1 the sample standard deviation; it is 0 where the group has too few values. A group
     of equal values has exactly the standard deviation 0.

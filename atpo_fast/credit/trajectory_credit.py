@@ -1,55 +1,67 @@
-"""Credit per trajectory: one advantage per leaf (design, section 3)."""
+"""Credit per trajectory: one advantage per leaf (docs/design.md#credit)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from atpo_fast.credit.forest_table import Floats, ForestTable, Ints
 from atpo_fast.credit.standardize import EPSILON, group_mean_std
+from atpo_fast.tree.forest import Floats, Ints
 
 
-def grpo(table: ForestTable) -> Floats:
-    """(S,) rewards standardised over the question's leaves, sample std (arXiv:2402.03300). One leaf: 0."""
-    return _standardize(table.reward, table.multiplicity, table.leaf_question)
+@dataclass(frozen=True, slots=True)
+class Leaves:
+    """The leaves of all trees (S), one after another."""
+
+    reward: Floats  # (S,)
+    multiplicity: Floats  # (S,) how often each counts
+    tree: Ints  # (S,) number of the leaf's tree
+    question: Ints  # (S,) number of its question, of which there may be several trees
 
 
-def tree_grpo(table: ForestTable) -> Floats:
-    """(S,) standardised over the question's leaves and then again over the tree's (arXiv:2509.21240, `tree_2norm`).
+def grpo(leaves: Leaves) -> Floats:
+    """Standardise rewards over the question's leaves, with the sample std (arXiv:2402.03300): (S,). One leaf gets 0."""
+    return _standardize(leaves.reward, leaves.multiplicity, leaves.question)
+
+
+def tree_grpo(leaves: Leaves) -> Floats:
+    """Standardise over the question's leaves and then again over the tree's: (S,) (arXiv:2509.21240, `tree_2norm`).
 
     A tree with a single leaf keeps the question-level advantage, as in the published code.
     """
-    over_question = grpo(table)
-    over_tree = _standardize(over_question, table.multiplicity, table.leaf_tree)
-    _, _, size = group_mean_std(over_question, table.multiplicity, table.leaf_tree, ddof=1)
+    over_question = grpo(leaves)
+    over_tree = _standardize(over_question, leaves.multiplicity, leaves.tree)
+    _, _, size = group_mean_std(over_question, leaves.multiplicity, leaves.tree, ddof=1)
     return np.where(size > 1, over_tree, over_question)
 
 
-def rloo(table: ForestTable) -> Floats:
-    """(S,) reward minus the mean reward of the question's other leaves (arXiv:2402.14740). One leaf: 0."""
-    mean, _, size = group_mean_std(table.reward, table.multiplicity, table.leaf_question, ddof=1)
-    return (table.reward - mean) * size / np.maximum(size - 1.0, 1.0)
+def rloo(leaves: Leaves) -> Floats:
+    """Subtract the mean reward of the question's other leaves: (S,) (arXiv:2402.14740). One leaf gets 0."""
+    mean, _, size = group_mean_std(leaves.reward, leaves.multiplicity, leaves.question, ddof=1)
+    return (leaves.reward - mean) * size / np.maximum(size - 1.0, 1.0)
 
 
-def reinforce_plus_plus(table: ForestTable) -> Floats:
-    """(S,) reward minus the question's mean, then standardised over all leaves of the batch, sample std.
+def reinforce_plus_plus(leaves: Leaves) -> Floats:
+    """Subtract the question's mean, then standardise over all leaves of the batch, with the sample std: (S,).
 
     REINFORCE++ with baseline (arXiv:2501.03262, section on multiple samples per prompt). The batch is the list of
     trees given to `assign_credit`.
     """
-    mean, _, _ = group_mean_std(table.reward, table.multiplicity, table.leaf_question, ddof=1)
-    return _standardize(table.reward - mean, table.multiplicity, np.zeros_like(table.leaf_question))
+    mean, _, _ = group_mean_std(leaves.reward, leaves.multiplicity, leaves.question, ddof=1)
+    return _standardize(leaves.reward - mean, leaves.multiplicity, np.zeros_like(leaves.question))
 
 
-def pass_at_k(table: ForestTable, k: int) -> Floats:
-    """(S,) advantage of a leaf for the best reward of k leaves of its question (arXiv:2508.10751, section 2.3).
+def pass_at_k(leaves: Leaves, k: int) -> Floats:
+    """Credit each leaf for the best reward of k leaves of its question: (S,) (arXiv:2508.10751, section 2.3).
 
     A = (E[best of k | leaf among them] - E[best of k]) / (std[best of k] + 1e-6) over all k-subsets of the question's
     leaves; for 0/1 rewards these are the paper's closed forms. Fewer than k leaves: all of them are the subset.
     """
-    advantage = np.zeros(len(table.reward))
-    for question in np.unique(table.leaf_question):
-        member = np.flatnonzero(table.leaf_question == question)
-        advantage[member] = _pass_at_k_of_group(table.reward[member], table.multiplicity[member].astype(np.int64), k)
+    advantage = np.zeros(len(leaves.reward))
+    for question in np.unique(leaves.question):
+        member = np.flatnonzero(leaves.question == question)
+        advantage[member] = _pass_at_k_of_group(leaves.reward[member], leaves.multiplicity[member].astype(np.int64), k)
     return advantage
 
 
@@ -59,7 +71,7 @@ def _standardize(values: Floats, multiplicity: Floats, group: Ints) -> Floats:
 
 
 def _pass_at_k_of_group(reward: Floats, multiplicity: Ints, k: int) -> Floats:
-    """(s,) advantages of the s distinct leaves of one question."""
+    """Compute the advantages of the s distinct leaves of one question: (s,)."""
     source = np.repeat(np.arange(len(reward)), multiplicity)
     source = source[np.argsort(reward[source], kind="stable")]
     ordered = reward[source]  # (n,) ascending
@@ -80,7 +92,10 @@ def _pass_at_k_of_group(reward: Floats, multiplicity: Ints, k: int) -> Floats:
 
 
 def _subset_share(below: Ints, n: int, k: int) -> Floats:
-    """C(below, k-1) / C(n, k): the share of k-subsets of n whose best has `below` members under it; 0 for k = 0."""
+    """Compute C(below, k-1) / C(n, k), (n,): the share of k-subsets of n whose best has `below` members under it.
+
+    It is 0 for k = 0.
+    """
     if k == 0:
         return np.zeros(len(below))
     usable = below >= k - 1

@@ -1,56 +1,56 @@
-"""AT2PO: values of turns from the leaves up, and advantages from the values (design, section 3)."""
+"""AT2PO: values of turns from the leaves up, and advantages from the values (docs/design.md#credit)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from atpo_fast.credit.forest_table import Floats, ForestTable
 from atpo_fast.credit.standardize import EPSILON, group_mean_std
-
-VALUES = ("child_softmax", "child_mean", "leaf_mean")
-ADVANTAGES = ("node_value", "diff_parent", "diff_global", "diff_localglobal")
+from atpo_fast.tree.forest import Floats, Forest
 
 
-def turn_values(table: ForestTable, *, leaf_norm: bool, value: str) -> Floats:
-    """(N,) value of every turn.
+def turn_values(forest: Forest, reward: Floats, *, leaf_norm: bool, value: str) -> Floats:
+    """Compute the value of every turn, (N,), from the (S,) `reward` of the leaves.
 
     With `leaf_norm` rewards are standardised within the tree by the population std. Multiplicity counts trajectories:
     in that mean and std, and in `leaf_mean`; the child values weigh turns of the tree, each once, as the published code
     does, whose copies of a leaf are not in the tree. Turns without a leaf below have value 0.
     """
-    z = _standardized_rewards(table) if leaf_norm else table.reward
+    z = _standardized(forest, reward) if leaf_norm else reward
     if value == "leaf_mean":
-        leaves = table.sum_leaves_below(table.multiplicity)
-        return table.sum_leaves_below(table.multiplicity * z) / np.maximum(leaves, 1.0)
-    has_leaf = table.sum_leaves_below(table.multiplicity) > 0
-    weight = np.where(has_leaf, _child_softmax(table) if value == "child_softmax" else 1.0, 0.0)
-    total = table.sum_children(weight)
-    values = np.zeros(len(table.parent))
-    values[table.leaves] = z
-    for level in table.levels[:0:-1]:
-        parent = table.parent[level]
+        leaves = forest.sum_leaves_below(forest.multiplicity)
+        return forest.sum_leaves_below(forest.multiplicity * z) / np.maximum(leaves, 1.0)
+    has_leaf = forest.sum_leaves_below(forest.multiplicity) > 0
+    weight = np.where(has_leaf, _child_softmax(forest) if value == "child_softmax" else 1.0, 0.0)
+    total = forest.sum_children(weight)
+    values = np.zeros(len(forest.parent))
+    values[forest.leaves] = z
+    for level in forest.levels[:0:-1]:
+        parent = forest.parent[level]
         np.add.at(values, parent, weight[level] * values[level] / total[parent])
     return values
 
 
-def turn_advantages(table: ForestTable, values: Floats, *, advantage: str) -> Floats:
-    """(N,) advantage of every turn from (N,) values; the differences are 0 at the root, which has no action."""
+def turn_advantages(forest: Forest, values: Floats, *, advantage: str) -> Floats:
+    """Compute the advantage of every turn, (N,), from (N,) `values`.
+
+    The differences are 0 at the root, which has no action.
+    """
     if advantage == "node_value":
         return values.copy()
-    local = values - np.where(table.parent >= 0, values[table.parent], values)
-    root = np.repeat(table.offsets[:-1], np.diff(table.offsets))
-    to_root = values - values[root]
+    local = values - np.where(forest.parent >= 0, values[forest.parent], values)
+    to_root = values - values[forest.tree_offsets[forest.tree]]
     return {"diff_parent": local, "diff_global": to_root, "diff_localglobal": local + to_root}[advantage]
 
 
-def _standardized_rewards(table: ForestTable) -> Floats:
-    mean, std, _ = group_mean_std(table.reward, table.multiplicity, table.leaf_tree, ddof=0)
-    return (table.reward - mean) / (std + EPSILON)
+def _standardized(forest: Forest, reward: Floats) -> Floats:
+    """Standardise the (S,) `reward` of the leaves within each tree, with the population std: (S,)."""
+    mean, std, _ = group_mean_std(reward, forest.multiplicity, forest.tree[forest.leaves], ddof=0)
+    return (reward - mean) / (std + EPSILON)
 
 
-def _child_softmax(table: ForestTable) -> Floats:
-    """(N,) exp(H), scaled within siblings so that the largest is 1."""
-    inner = table.parent >= 0
-    largest = np.full(len(table.parent), -np.inf)
-    np.maximum.at(largest, table.parent[inner], table.nll[inner])
-    return np.where(inner, np.exp(table.nll - np.where(inner, largest[table.parent], table.nll)), 1.0)
+def _child_softmax(forest: Forest) -> Floats:
+    """Weigh every turn by exp(H), scaled within siblings so that the largest is 1: (N,)."""
+    inner, entropy = forest.parent >= 0, forest.nll
+    largest = np.full(len(forest.parent), -np.inf)
+    np.maximum.at(largest, forest.parent[inner], entropy[inner])
+    return np.where(inner, np.exp(entropy - np.where(inner, largest[forest.parent], entropy)), 1.0)

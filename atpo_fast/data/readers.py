@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.common.errors import DataError
 from atpo_fast.data.questions import Passage, Question
-from atpo_fast.data.rows import DataError, Row, read_rows
+from atpo_fast.data.records import Row, read_rows
 
 _ALIAS_SEPARATOR = "<|answer_split|>"
 _ID_FIELDS = ("id", "_id", "qid", "idx")

@@ -10,9 +10,9 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
-from atpo_fast.config.schema import MCPServerConfig
+from atpo_fast.common.event_loop import EventLoopThread
+from atpo_fast.config import MCPServerConfig
 from atpo_fast.environment.arguments import ArgumentError, SchemaArguments
-from atpo_fast.environment.event_loop import EventLoopThread
 from atpo_fast.environment.function_tool import ToolError
 
 _LOG = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import RewardConfig
+from atpo_fast.config import RewardConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.tags import TAGS, close_tag, format_result, open_tag
 from atpo_fast.tree.turn_tree import TurnTree

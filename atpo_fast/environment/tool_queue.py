@@ -14,8 +14,8 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from atpo_fast.common.event_loop import LazyEventLoop
 from atpo_fast.environment.answers import Failure, Outcome, answer_text, failure_of
-from atpo_fast.environment.event_loop import LazyEventLoop
 from atpo_fast.environment.function_tool import is_async
 
 MAX_ABANDONED = 32  # calls of one tool that never returned; with more the tool is not called any more

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_result, stop_after_attempt, wait_exponential
 
+from atpo_fast.common.event_loop import EventLoopThread, LazyEventLoop
 from atpo_fast.environment.answers import Outcome
 from atpo_fast.environment.descriptions import tool_schema
-from atpo_fast.environment.event_loop import EventLoopThread, LazyEventLoop
 from atpo_fast.environment.function_tool import as_tool
 from atpo_fast.environment.tags import TAGS, ToolCall
 from atpo_fast.environment.tool_queue import Attempt, ToolQueue

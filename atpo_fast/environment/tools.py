@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.config.schema import ToolsConfig
+from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment.arguments import JsonSchema
 from atpo_fast.environment.descriptions import tool_schema
@@ -48,7 +48,7 @@ def described_schemas(tools: ToolsConfig, further: Sequence[Tool]) -> list[JsonS
 
     With further tools that is all tools but the search, which the published prompt describes itself.
     """
-    known = [PythonTool] if "python" in tools.names else []
+    known = [PythonTool] if "python" in tools.builtin else []
     return [tool_schema(tool) for tool in (*known, *further)] if further else []
 
 
@@ -70,13 +70,13 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Seque
     further = open_further_tools(tools) if further is None else further
     built_in: list[Any] = []
     try:
-        for name in tools.names:
+        for name in tools.builtin:
             built_in.append(_python(tools) if name == "python" else _search(tools, passages))
         return ToolBox(
             [*built_in, *further],
             retries=tools.retries,
             timeout_seconds=tools.timeout_seconds,
-            workers=tools.workers,
+            workers=tools.calls_per_tool,
             max_chars=_CHARS_PER_TOKEN * tools.max_result_tokens,
             backoff_seconds=tools.backoff_seconds,
             concurrency=tools.concurrency,

@@ -1,17 +1,15 @@
-"""What is optimised: the loss of one packed row, and the named presets (design, section 4)."""
+"""What is optimised: the loss of one packed row, and the named presets (docs/design.md#objective)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
-from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
-
-Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
-Denominator = Literal["global", "local"]
+from atpo_kernels.choices import Aggregation, Denominator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +19,7 @@ class Objective:
     loss_config: LossConfig = field(default_factory=LossConfig)
     """Ratio level, clip family, KL, entropy bonus, importance weights."""
     aggregation: Aggregation = "seq-mean-token-mean"
-    """Weight of a token of a trajectory: see section 4 of the design."""
+    """Weight of a token of a trajectory: see docs/design.md#aggregation."""
     denominator: Denominator = "global"
     """global: means over the whole mini-batch on all ranks. local: over each row, then over rows (published code)."""
     max_length: int = 1
@@ -34,9 +32,20 @@ class Objective:
         """Whether rows have to hold trajectories whole: for ratios over trajectories, and means over rows."""
         return self.loss_config.level == "sequence" or self.denominator == "local"
 
+    @property
+    def every_token_counts(self) -> bool:
+        """Whether tokens without advantage matter too.
+
+        They do for KL and entropy terms, for `local` denominators, and for entropy-aware advantages, whose statistics
+        run over all tokens.
+        """
+        config = self.loss_config
+        terms = config.needs_reference or config.needs_entropy or self.entropy_advantage != 0
+        return terms or self.denominator == "local"
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Objective:
-        """The objective of a published method; `overrides` are fields of this class or of `LossConfig`.
+        """Make the objective of a published method; `overrides` are fields of this class or of `LossConfig`.
 
         Raises ValueError for an unknown name, naming the known ones.
         """
@@ -45,18 +54,18 @@ class Objective:
         return PRESETS[name].with_(**overrides)
 
     def with_(self, **overrides: Any) -> Objective:
-        """A copy with some fields of this class or of its `LossConfig` replaced."""
+        """Copy with some fields of this class or of its `LossConfig` replaced."""
         own = {k: v for k, v in overrides.items() if k in self.__dataclass_fields__}
         inner = {k: v for k, v in overrides.items() if k not in own}
         config = own.pop("loss_config", self.loss_config)
         return replace(self, loss_config=replace(config, **inner), **own)
 
     def loss(self, logprob: Tensor, row: PackedTrees, entropy: Tensor | None = None) -> Tensor:
-        """() loss of a row from its (A,) log-probs; losses of all rows of a batch sum to the batch loss."""
+        """Compute the () loss of a row from its (A,) log-probs; losses of all rows of a batch sum to the batch loss."""
         return self.evaluate(logprob, row, entropy).loss
 
     def evaluate(self, logprob: Tensor, row: PackedTrees, entropy: Tensor | None = None) -> TurnLoss:
-        """Loss, metrics and coefficients of a row from its (A,) log-probs and, where needed, (A,) entropies."""
+        """Compute loss, metrics and coefficients of a row from its (A,) log-probs and, where needed, (A,) entropies."""
         return turn_policy_loss(
             logprob,
             row.old_logprob,
@@ -72,12 +81,12 @@ class Objective:
 
 
 def token_weights(row: PackedTrees) -> TokenWeights:
-    """(W+, W-, W0) of a row."""
+    """Collect the (A,) weights W+, W-, W0 of a row."""
     return TokenWeights(row.weight_pos, row.weight_neg, row.weight_all)
 
 
 def leaf_paths(row: PackedTrees) -> LeafPaths:
-    """The path tables of a row."""
+    """Collect the path tables of a row."""
     return LeafPaths(row.path_offsets, row.path_turns, row.path_weight_pos, row.path_weight_neg)
 
 

@@ -1,25 +1,25 @@
-"""Which turns are packed, and where: pruning, and cutting of trees over the row budget (design, section 5)."""
+"""Which turns are packed, and where: pruning, and cutting of trees over the row budget (docs/design.md#cutting)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from atpo_fast.objective import Objective
 from atpo_fast.packing import depth_first
-from atpo_fast.packing.depth_first import Piece, work_off
-from atpo_fast.packing.forest import Bools, Forest, Ints, offsets, ranges
+from atpo_fast.packing.depth_first import Piece, cut_depth_first
 from atpo_fast.packing.weights import ForestWeights
-
-if TYPE_CHECKING:  # the objective imports the record of this package
-    from atpo_fast.objective import Objective
+from atpo_fast.tree.forest import Bools, Forest, Ints, offsets, ranges
 
 
 @dataclass(slots=True)
 class Cut:
-    """Pieces of the trees. A turn has one copy (C) in every piece that contains it: several where its tree was cut into
-    pieces that repeat their ancestors."""
+    """The pieces into which trees are cut.
+
+    A turn has one copy (C) in every piece that contains it: several where its tree was cut into pieces that repeat
+    their ancestors.
+    """
 
     kept: Bools  # (N,) turns that are packed
     length: Ints  # (N,) tokens packed of each turn
@@ -30,20 +30,17 @@ class Cut:
     piece_tokens: Ints  # (pieces,)
     piece_depth: Ints  # (pieces,) opened pieces above, whose tokens it reads as a prefix
     piece_prefix: Ints  # (pieces,) tokens of those
-    piece_alone: Bools  # (pieces,) of a tree worked off depth-first: a row of its own, in this order
+    piece_own_row: Bools  # (pieces,) of a tree cut depth-first: each is a row of its own, in this order
 
 
 def turns_to_keep(forest: Forest, weights: ForestWeights, objective: Objective, prune: bool) -> Bools:
-    """(N,) turns of trees with trajectories, without the subtrees that have no gradient.
+    """Choose the turns to pack, (N,): those of trees with trajectories, without the subtrees that have no gradient.
 
-    Nothing is pruned when every token counts: KL or entropy terms, `local` denominators, entropy-aware advantages
-    (whose statistics run over all tokens).
+    Nothing is pruned without `prune`, nor under an objective in which every token counts.
     """
-    config = objective.loss_config
-    every_token = config.needs_reference or config.needs_entropy or objective.entropy_advantage != 0
-    if not prune or every_token or objective.denominator == "local":
+    if not prune or objective.every_token_counts:
         return np.bincount(forest.tree[forest.leaves], minlength=len(forest.names))[forest.tree] > 0
-    if config.level == "sequence":  # one ratio per trajectory: all of it or nothing
+    if objective.loss_config.level == "sequence":  # one ratio per trajectory: all of it or nothing
         used = np.zeros(len(forest.parent), dtype=np.int64)
         entry = (weights.path_pos != 0) | (weights.path_neg != 0)
         used[forest.leaves[np.unique(forest.path_leaf[entry])]] = 1
@@ -62,17 +59,17 @@ def cut_trees(forest: Forest, kept: Bools, max_tokens: int, max_prefix: int = 0)
     """
     length = _packed_lengths(forest, kept)
     paths = _Paths.of(forest, kept, length)
-    worked_off = [piece for plan in _depth_first(forest, kept, length, paths, max_tokens, max_prefix) for piece in plan]
-    apart = np.isin(forest.tree, [forest.tree[piece.turns[0]] for piece in worked_off])
-    if worked_off:
-        paths = _Paths.of(forest, kept & ~apart, length)
+    opening = [piece for plan in _depth_first(forest, kept, length, paths, max_tokens, max_prefix) for piece in plan]
+    others = kept & ~np.isin(forest.tree, [forest.tree[piece.turns[0]] for piece in opening])
+    if opening:
+        paths = _Paths.of(forest, others, length)
     _check_paths(forest, paths, max_tokens)
-    cut = _repeat_ancestors(forest, kept & ~apart, length, paths, max_tokens)
-    return _with_pieces(cut, kept, worked_off) if worked_off else cut
+    cut = _repeat_ancestors(forest, others, length, paths, max_tokens)
+    return _with_pieces(cut, kept, opening) if opening else cut
 
 
 def _packed_lengths(forest: Forest, kept: Bools) -> Ints:
-    """Tokens per turn; an observation whose every reader was pruned is left out."""
+    """Count the tokens to pack of each turn, (N,): without its observation when every turn that reads it was pruned."""
     children = np.bincount(forest.parent[forest.parent >= 0], minlength=len(kept))
     below = kept & (forest.parent >= 0)
     kept_children = np.bincount(forest.parent[below], minlength=len(kept))
@@ -92,12 +89,13 @@ class _Paths:
 
     @classmethod
     def of(cls, forest: Forest, kept: Bools, length: Ints) -> _Paths:
-        """The paths of the kept turns."""
+        """Collect the paths of the kept turns."""
         terminals, first, last = _terminals(forest, kept)
         return cls(terminals, first, last, *_path_costs(forest, length, terminals))
 
 
 def _repeat_ancestors(forest: Forest, kept: Bools, length: Ints, paths: _Paths, max_tokens: int) -> Cut:
+    """Cut every tree over the budget into pieces that repeat their ancestors."""
     new_piece = _piece_starts(forest.tree[paths.terminals], paths.cost, paths.shared, max_tokens)
     piece_of_terminal = np.cumsum(new_piece) - 1
     turn = np.flatnonzero(kept)
@@ -121,19 +119,19 @@ def _repeat_ancestors(forest: Forest, kept: Bools, length: Ints, paths: _Paths, 
         piece_tokens=np.bincount(copy_piece, weights=length[copy_turn], minlength=pieces).astype(np.int64),
         piece_depth=none,
         piece_prefix=none,
-        piece_alone=none > 0,
+        piece_own_row=none > 0,
     )
 
 
 def _depth_first(
     forest: Forest, kept: Bools, length: Ints, paths: _Paths, max_tokens: int, max_prefix: int
 ) -> list[list[Piece]]:
-    """The pieces of each tree for which this is possible and cheaper than to repeat ancestors."""
+    """Cut each tree depth-first for which this is possible and cheaper than to repeat ancestors."""
     chosen = []
     tree = forest.tree[paths.terminals]
     total = np.bincount(tree, weights=paths.cost - paths.shared)
     for over in np.flatnonzero(total > max_tokens) if max_prefix else []:
-        plan = work_off(forest, kept, length, int(np.flatnonzero(forest.tree == over)[0]), max_tokens)
+        plan = cut_depth_first(forest, kept, length, int(np.flatnonzero(forest.tree == over)[0]), max_tokens)
         possible = plan.longest_row <= max_tokens and plan.longest_prefix <= max_prefix
         if possible and plan.cost < _repeated_cost(paths, np.flatnonzero(tree == over), max_tokens):
             chosen.append(plan.pieces)
@@ -141,7 +139,7 @@ def _depth_first(
 
 
 def _repeated_cost(paths: _Paths, member: Ints, max_tokens: int) -> float:
-    """What repeating ancestors costs a tree, in the unit of `DepthFirst.cost`."""
+    """Compute what repeating ancestors costs a tree, in the unit of `DepthFirst.cost`; `member` are its paths."""
     cost, shared = paths.cost[member], paths.shared[member]
     if cost.max() > max_tokens:
         return np.inf
@@ -150,7 +148,7 @@ def _repeated_cost(paths: _Paths, member: Ints, max_tokens: int) -> float:
 
 
 def _with_pieces(cut: Cut, kept: Bools, pieces: list[Piece]) -> Cut:
-    """`cut` and further pieces behind its own."""
+    """Append further pieces to those of `cut`."""
     counts = np.array([len(piece.turns) for piece in pieces])
     turn = np.concatenate([piece.turns for piece in pieces])
     number = len(cut.piece_tokens) + np.repeat(np.arange(len(pieces)), counts)
@@ -165,12 +163,12 @@ def _with_pieces(cut: Cut, kept: Bools, pieces: list[Piece]) -> Cut:
         piece_tokens=np.append(cut.piece_tokens, tokens),
         piece_depth=np.append(cut.piece_depth, [piece.depth for piece in pieces]),
         piece_prefix=np.append(cut.piece_prefix, [piece.prefix_tokens for piece in pieces]),
-        piece_alone=np.append(cut.piece_alone, np.ones(len(pieces), dtype=bool)),
+        piece_own_row=np.append(cut.piece_own_row, np.ones(len(pieces), dtype=bool)),
     )
 
 
 def _terminals(forest: Forest, kept: Bools) -> tuple[Ints, Ints, Ints]:
-    """Kept turns without kept children in pre-order, and per turn the first and last of them in its subtree."""
+    """Find the kept turns without kept children, (E,) in pre-order, and the first and last of them under each, (N,)."""
     below = kept & (forest.parent >= 0)
     terminal = kept & (np.bincount(forest.parent[below], minlength=len(kept)) == 0)
     terminals = np.flatnonzero(terminal)
@@ -182,7 +180,7 @@ def _terminals(forest: Forest, kept: Bools) -> tuple[Ints, Ints, Ints]:
 
 
 def _path_costs(forest: Forest, length: Ints, terminals: Ints) -> tuple[Ints, Ints]:
-    """Tokens of each terminal's path, and how many of them lie on the previous terminal's path too."""
+    """Count the tokens of each terminal's path, (E,), and those of them on the previous terminal's path too, (E,)."""
     cost = forest.prefix_length[terminals] + length[terminals]
     shared = np.zeros(len(terminals), dtype=np.int64)
     if len(terminals) > 1:
@@ -196,6 +194,7 @@ def _path_costs(forest: Forest, length: Ints, terminals: Ints) -> tuple[Ints, In
 
 
 def _check_paths(forest: Forest, paths: _Paths, max_tokens: int) -> None:
+    """Raise ValueError, naming tree, turn and remedy, for a path that is longer than a row."""
     terminals, cost = paths.terminals, paths.cost
     long = np.flatnonzero(cost > max_tokens)
     if not long.size:
@@ -210,12 +209,12 @@ def _check_paths(forest: Forest, paths: _Paths, max_tokens: int) -> None:
     raise ValueError(
         f"tree {forest.names[forest.tree[turn]]}: the path to turn {forest.index[turn]} has {cost[worst]} tokens "
         f"({prompt} of the prompt + {cost[worst] - prompt} of the response) and does not fit in a row of {max_tokens}; "
-        f"raise train.max_tokens to at least {cost[worst]}, or train.prefix_memory_gb for the keys of its ancestors"
+        f"raise train.row_tokens to at least {cost[worst]}, or train.prefix_memory_gb for the keys of its ancestors"
     )
 
 
 def _piece_starts(tree: Ints, cost: Ints, shared: Ints, max_tokens: int) -> Bools:
-    """(terminals,) whether a piece starts here; trees within the budget are one piece."""
+    """Decide at which paths a piece starts, (E,); trees within the budget are one piece."""
     starts = np.diff(tree, prepend=-1) != 0
     total = np.bincount(tree, weights=cost - shared)
     for over in np.flatnonzero(total > max_tokens):
@@ -225,7 +224,7 @@ def _piece_starts(tree: Ints, cost: Ints, shared: Ints, max_tokens: int) -> Bool
 
 
 def _cheapest_cut(cost: Ints, shared: Ints, max_tokens: int) -> Bools:
-    """Dynamic program over the paths of one tree: a piece that starts at path i repeats `shared[i]` tokens."""
+    """Choose the paths of one tree at which pieces start, by a dynamic program; a start at i repeats `shared[i]`."""
     count = len(cost)
     grown = np.cumsum(cost - shared)  # tokens of the paths 0..i without repeats
     size_offset = cost - grown  # piece i..j has size_offset[i] + grown[j] tokens

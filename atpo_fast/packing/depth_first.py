@@ -1,7 +1,7 @@
-"""Trees over the row budget, worked off depth-first in pieces that read their ancestors' keys and values (design, 5).
+"""Cutting trees depth-first into pieces that read their ancestors' keys and values (docs/design.md#opened-rows).
 
 A turn whose subtree exceeds the budget is *opened*: it gets a row of its own, whose keys and values are kept while the
-rows below it are worked off. Its other children go together into rows that see the opened turns above as a prefix.
+rows below it are computed. Its other children go together into rows that see the opened turns above as a prefix.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atpo_fast.packing.forest import Bools, Forest, Ints
-from atpo_fast.packing.rows import fill_rows
+from atpo_fast.packing.spread import fill_rows
+from atpo_fast.tree.forest import Bools, Forest, Ints
 
 ROW_TOKENS = 1024
-"""A row that holds almost nothing costs about what this many tokens cost: launches, and under ZeRO gathered weights."""
-OPENED_SHARE = 1 / 3
-"""Of a token's forward and backward, what opening costs: one more forward (none with checkpointed layers)."""
+"""Cost of a row that holds almost nothing, in tokens: kernel launches, and under ZeRO the gathering of weights."""
+OPENING_COST = 1 / 3
+"""Cost of opening a token, in forwards and backwards of it: one more forward (none with checkpointed layers)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A row of one tree, without the turns above it."""
+    """Turns of one tree that make a row, without those above them."""
 
     turns: Ints  # (n,) in pre-order
     depth: int  # opened rows above
@@ -31,17 +31,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class DepthFirst:
-    """A tree in pieces, an opened one before those below it."""
+    """A tree in pieces, each opened one before those below it."""
 
     pieces: list[Piece]
     longest_row: int  # tokens
     longest_prefix: int  # tokens
     cost: float
-    """What it costs beyond its tokens, in tokens forwarded and back-propagated."""
+    """Cost beyond its own tokens, in tokens forwarded and back-propagated."""
 
 
-def work_off(forest: Forest, kept: Bools, length: Ints, root: int, max_tokens: int) -> DepthFirst:
-    """The pieces of the tree at `root` whose rows hold at most `max_tokens` tokens (but for longer turns).
+def cut_depth_first(forest: Forest, kept: Bools, length: Ints, root: int, max_tokens: int) -> DepthFirst:
+    """Cut the tree at `root` into pieces of at most `max_tokens` tokens (but for longer turns).
 
     Args:
         kept: (N,) turns that are packed.
@@ -76,12 +76,12 @@ def work_off(forest: Forest, kept: Bools, length: Ints, root: int, max_tokens: i
         pieces=pieces,
         longest_row=max(int(length[piece.turns].sum()) for piece in pieces),
         longest_prefix=max(piece.prefix_tokens for piece in pieces),
-        cost=OPENED_SHARE * opened + ROW_TOKENS * rows,
+        cost=OPENING_COST * opened + ROW_TOKENS * rows,
     )
 
 
 def _subtrees(forest: Forest, kept: Bools, roots: Ints) -> Ints:
-    """The kept turns of several subtrees, in pre-order."""
+    """List the kept turns of the subtrees at `roots`, in pre-order."""
     ranks = np.concatenate([np.arange(forest.order[r], forest.order[r] + forest.subtree_size[r]) for r in roots])
     by_rank = np.argsort(forest.order)
     turns = by_rank[np.sort(ranks)]

@@ -1,18 +1,15 @@
-"""AEPO's entropy-aware advantages, on packed rows (design, section 4; arXiv:2510.14545)."""
+"""AEPO's entropy-aware advantages, on packed rows (docs/design.md#further-terms; arXiv:2510.14545)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from atpo_fast.packing.packed_trees import PackedTrees
-
-if TYPE_CHECKING:  # the objective imports the record of this package
-    from atpo_fast.objective import Objective
+from atpo_fast.objective import Objective
+from atpo_fast.tree.packed_rows import PackedTrees
 
 
 def apply_entropy_advantage(
@@ -22,7 +19,7 @@ def apply_entropy_advantage(
     *,
     all_reduce: Callable[[Tensor], Tensor] = lambda moments: moments,
 ) -> list[PackedTrees]:
-    """Rows whose advantages are multiplied by `1 + c * (H_t - mean H) / std H`, c = `objective.entropy_advantage`.
+    """Multiply the rows' advantages by `1 + c * (H_t - mean H) / std H`, c = `objective.entropy_advantage`.
 
     Mean and sample std run over the action tokens of all trajectories of the batch. A negative factor swaps W+ and W-.
 
@@ -48,7 +45,7 @@ def apply_entropy_advantage(
 def _mean_std(
     rows: Sequence[PackedTrees], entropies: Sequence[Tensor], all_reduce: Callable[[Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Over flat tokens, in two passes; a std of 0 counts as 1."""
+    """Compute mean and sample std over flat tokens, in two passes; a std of 0 counts as 1."""
     device = rows[0].targets.device if rows else torch.device("cpu")
     pairs = [(row.trajectory_count.double(), h.detach().double()) for row, h in zip(rows, entropies, strict=True)]
     first = torch.zeros(2, dtype=torch.float64, device=device)
@@ -64,7 +61,7 @@ def _mean_std(
 
 
 def _scaled(row: PackedTrees, factor: Tensor) -> PackedTrees:
-    """`factor` (A,) on the advantages of a row."""
+    """Multiply the advantages of a row by `factor`, (A,)."""
     size, keep = factor.abs().to(row.weight_pos.dtype), factor >= 0
     pos, neg = row.weight_pos * size, row.weight_neg * size
     return replace(row, weight_pos=torch.where(keep, pos, neg), weight_neg=torch.where(keep, neg, pos))

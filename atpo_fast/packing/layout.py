@@ -1,4 +1,7 @@
-"""Writing the rows: tokens in depth-first pre-order, predictors, offsets and path tables (design, section 5)."""
+"""Writing the rows: tokens in depth-first pre-order, predictors, offsets and path tables.
+
+See docs/design.md#fields-of-a-row.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from atpo_fast.packing.cutting import Cut
-from atpo_fast.packing.forest import Forest, Ints, offsets, ranges
-from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.packing.weights import ForestWeights
+from atpo_fast.tree.forest import Forest, Ints, offsets, ranges
+from atpo_fast.tree.packed_rows import PackedTrees
 
 
 @dataclass(slots=True)
@@ -34,7 +37,7 @@ class _Copies:
 def write_rows(
     forest: Forest, cut: Cut, row_of_piece: Ints, weights: ForestWeights, dtype: torch.dtype
 ) -> list[PackedTrees]:
-    """The packed rows. Raises ValueError for an action token with nothing before it to predict it."""
+    """Write the packed rows. Raises ValueError for an action token with nothing before it to predict it."""
     if not len(cut.piece_tokens):
         return []
     copies = _order_copies(forest, cut, row_of_piece)
@@ -58,6 +61,7 @@ def write_rows(
 
 
 def _order_copies(forest: Forest, cut: Cut, row_of_piece: Ints) -> _Copies:
+    """Order the copies by row, piece and pre-order, and find where their tokens lie in their rows."""
     order = np.lexsort((forest.order[cut.copy_turn], cut.copy_piece, row_of_piece[cut.copy_piece]))
     turn, piece = cut.copy_turn[order], cut.copy_piece[order]
     row_offsets = offsets(np.bincount(row_of_piece[piece]))
@@ -83,8 +87,10 @@ def _order_copies(forest: Forest, cut: Cut, row_of_piece: Ints) -> _Copies:
 
 
 def _last_token_before(forest: Forest, turn: Ints, key: Ints, end: Ints) -> Ints:
-    """(C,) position, over all rows, of the last token on the path before each copy; -1 if it is not in the piece.
-    Meaningless without actions."""
+    """Find the position, over all rows, of the last token on the path before each copy, (C,); -1 if not in the piece.
+
+    Entries of copies without actions have no meaning.
+    """
     bare = np.flatnonzero((forest.prefix_length[turn] == 0) & (forest.action_length[turn] > 0))
     if bare.size:
         at = int(turn[bare[0]])
@@ -102,7 +108,7 @@ def _last_token_before(forest: Forest, turn: Ints, key: Ints, end: Ints) -> Ints
 
 
 def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dict[str, Any]:
-    """Fields over the T tokens of the row whose copies are `mine`."""
+    """Write the fields over the T tokens of the row whose copies are `mine`."""
     turn, length = copies.turn[mine], copies.length[mine]
     with_observation = length > forest.action_length[turn]
     parts: list[Ints] = []
@@ -120,7 +126,7 @@ def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dic
 def _action_fields(
     forest: Forest, weights: ForestWeights, copies: _Copies, mine: slice, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Fields over the A action tokens and the N turns of the row whose copies are `mine`."""
+    """Write the fields over the A action tokens and the N turns of the row whose copies are `mine`."""
     acting = mine.start + np.flatnonzero(forest.action_length[copies.turn[mine]] > 0)
     turn = copies.turn[acting]
     length = forest.action_length[turn]
@@ -149,13 +155,14 @@ def _action_fields(
 
 
 def _gather(arrays: list[NDArray], turns: list[int]) -> NDArray:
+    """Join the arrays of the given turns; none give an empty array of floats."""
     return np.concatenate([arrays[n] for n in turns]) if turns else np.zeros(0)
 
 
 def _write_paths(
     forest: Forest, cut: Cut, copies: _Copies, weights: ForestWeights, row_of_piece: Ints, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """Path tables of every row: its trajectories in the order of their leaves."""
+    """Write the path tables of every row: its trajectories in the order of their leaves."""
     leaf_piece = cut.piece_of_turn[forest.leaves]
     kept = np.flatnonzero(leaf_piece >= 0)
     row = row_of_piece[leaf_piece[kept]]

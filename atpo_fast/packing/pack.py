@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from atpo_fast.objective import Objective
 from atpo_fast.packing.cutting import cut_trees, turns_to_keep
-from atpo_fast.packing.forest import Forest, forest_of_trees
 from atpo_fast.packing.layout import write_rows
-from atpo_fast.packing.packed_trees import PackedTrees
-from atpo_fast.packing.rows import fill_rows
+from atpo_fast.packing.spread import fill_rows
 from atpo_fast.packing.weights import Weigh, tree_weights
-from atpo_fast.tree import TurnTree
-
-if TYPE_CHECKING:  # the objective imports the record of this package
-    from atpo_fast.objective import Objective
+from atpo_fast.tree import Forest, TurnTree, as_forest
+from atpo_fast.tree.packed_rows import PackedTrees
 
 
 def pack_trees(
-    trees: Sequence[TurnTree],
+    trees: Sequence[TurnTree] | Forest,
     objective: Objective,
     max_tokens: int,
     *,
@@ -28,7 +24,7 @@ def pack_trees(
     prune: bool = True,
     max_prefix: int = 0,
 ) -> list[PackedTrees]:
-    """Lay trees out in rows of at most `max_tokens` tokens (design, sections 4 and 5).
+    """Lay trees out in rows of at most `max_tokens` tokens (docs/design.md#packing).
 
     Give all trees of the mini-batch, of all ranks: the averages of the objective run over them, and the losses of the
     rows sum to the batch loss. A tree over the budget is cut into rows that repeat their ancestors with weight 0 or,
@@ -36,13 +32,13 @@ def pack_trees(
     rows below it, of greater `depth`.
 
     Args:
-        trees: trees after `assign_credit`. A tree without leaves is left out.
+        trees: trees after `assign_credit`, or their table (`as_forest`). A tree without leaves is left out.
         objective: aggregation, denominator and ratio level.
         max_tokens: longest row.
         dtype: of the floating-point fields.
         prune: leave out subtrees without gradient; they still count in the averages. Their number of tokens is
             `pruned_tokens(trees, rows)`.
-        max_prefix: ancestor tokens whose keys and values may be kept while the rows below them are worked off. Trees
+        max_prefix: ancestor tokens whose keys and values may be kept while the rows below them are computed. Trees
             repeat their ancestors at 0, and under ratio level `sequence` or denominator `local`, whose trajectories
             have to lie whole in a row.
 
@@ -53,10 +49,10 @@ def pack_trees(
         ValueError: no credit; an advantage that is not finite; a path too long for `max_tokens` and `max_prefix`; an
             action token without any token before it.
     """
-    if not trees:
+    forest = as_forest(trees)
+    if not forest.trees:
         return []
-    forest = forest_of_trees(trees)
-    weigh = tree_weights(forest, trees, objective)
+    weigh = tree_weights(forest, objective)
     return pack_forest(forest, weigh, objective, max_tokens, dtype=dtype, prune=prune, max_prefix=max_prefix)
 
 
@@ -70,16 +66,16 @@ def pack_forest(
     prune: bool,
     max_prefix: int = 0,
 ) -> list[PackedTrees]:
-    """`pack_trees` on a forest with given weights."""
+    """Lay a forest out in rows under given weights; arguments, result and errors are those of `pack_trees`."""
     weights = weigh(None)
     kept = turns_to_keep(forest, weights, objective, prune)
     cut = cut_trees(forest, kept, max_tokens, 0 if objective.whole_trajectories else max_prefix)
-    row_of_piece = fill_rows(cut.piece_tokens, max_tokens, cut.piece_alone)
+    row_of_piece = fill_rows(cut.piece_tokens, max_tokens, cut.piece_own_row)
     if objective.denominator == "local":
         weights = weigh(row_of_piece[cut.piece_of_turn[forest.leaves]])
     return write_rows(forest, cut, row_of_piece, weights, dtype)
 
 
 def pruned_tokens(trees: Sequence[TurnTree], rows: Sequence[PackedTrees]) -> int:
-    """Tokens of the trees that the rows left out."""
+    """Count the tokens of the trees that the rows left out."""
     return sum(tree.unique_tokens for tree in trees) - sum(row.unique_tokens for row in rows)

@@ -1,21 +1,48 @@
-"""Spreading rows over ranks (design, section 5)."""
+"""Filling rows with pieces of trees, and spreading rows over ranks (docs/design.md#spreading)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.tree.forest import Bools, Ints
+from atpo_fast.tree.packed_rows import PackedTrees, empty_row
 
 PAIRS_PER_TOKEN = 12288.0
 """FLOPs of a token's linear layers over FLOPs of one visible pair of the attention: about 6 x hidden size (2048)."""
 
 
+def fill_rows(piece_tokens: Ints, max_tokens: int, own_row: Bools | None = None) -> Ints:
+    """Choose the row of each piece, (pieces,): best fit, longest first.
+
+    Rows are numbered in the order of their first piece.
+
+    Args:
+        piece_tokens: (pieces,) tokens of each.
+        max_tokens: longest row.
+        own_row: (pieces,) whether a piece shares its row with no other; none does if not given.
+    """
+    row = np.zeros(len(piece_tokens), dtype=np.int64)
+    room: list[int] = []
+    for piece in np.argsort(-piece_tokens, kind="stable").tolist():
+        need = int(piece_tokens[piece])
+        separate = own_row is not None and bool(own_row[piece])
+        fitting = [] if separate else [(left - need, r) for r, left in enumerate(room) if left >= need]
+        chosen = min(fitting)[1] if fitting else len(room)
+        if not fitting:
+            room.append(-1 if separate else max_tokens)
+        room[chosen] -= need
+        row[piece] = chosen
+    _, first, number = np.unique(row, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
+
+
 def spread_rows(
     rows: Sequence[PackedTrees], ranks: int, *, pairs_per_token: float = PAIRS_PER_TOKEN
 ) -> list[list[PackedTrees]]:
-    """One list of rows per rank, all of the same length (at least one), balanced by cost.
+    """Deal rows to ranks: one list per rank, all of the same length (at least one), balanced by cost.
 
     The i-th rows of all ranks run at the same time, so they are chosen to be alike, and within a step the longest row
     goes to the rank that has done least. A row stays with the rows above and below it. Empty rows fill up.
@@ -37,7 +64,7 @@ def spread_rows(
 
 
 def _units(rows: Sequence[PackedTrees]) -> list[list[PackedTrees]]:
-    """Rows that stay together: one without rows above, and those below it."""
+    """Group rows that stay together: one without rows above, and those below it."""
     units: list[list[PackedTrees]] = []
     for row in rows:
         if row.depth:
@@ -48,39 +75,7 @@ def _units(rows: Sequence[PackedTrees]) -> list[list[PackedTrees]]:
 
 
 def row_cost(row: PackedTrees, pairs_per_token: float = PAIRS_PER_TOKEN) -> float:
-    """Cost of a row in visible query-key pairs: its linear layers and its attention."""
+    """Estimate the cost of a row, its linear layers and its attention, in visible query-key pairs."""
     keys = torch.arange(row.num_tokens, device=row.subtree_end.device)
     seen = float((row.subtree_end - keys).sum())
     return row.num_tokens * (pairs_per_token + row.prefix_tokens) + seen
-
-
-def empty_row(dtype: torch.dtype = torch.float32) -> PackedTrees:
-    """A row that runs a real forward and backward and adds exactly 0: two tokens, one action token of weight 0."""
-    zero = torch.zeros(1, dtype=dtype)
-    index = torch.zeros(1, dtype=torch.int32)
-    return PackedTrees(
-        input_ids=torch.zeros(2, dtype=torch.int64),
-        position_ids=torch.arange(2),
-        subtree_end=torch.full((2,), 2, dtype=torch.int32),
-        predictor=torch.zeros(1, dtype=torch.int64),
-        targets=torch.zeros(1, dtype=torch.int64),
-        old_logprob=zero.clone(),
-        rollout_logprob=zero.clone(),
-        ref_logprob=zero.clone(),
-        turn_offsets=torch.tensor([0, 1], dtype=torch.int32),
-        weight_pos=zero.clone(),
-        weight_neg=zero.clone(),
-        weight_all=zero.clone(),
-        trajectory_count=zero.clone(),
-        path_offsets=torch.tensor([0, 1], dtype=torch.int32),
-        path_turns=index.clone(),
-        path_weight_pos=zero.clone(),
-        path_weight_neg=zero.clone(),
-        leaf_multiplicity=zero.clone(),
-        turn_tree=index - 1,
-        turn_index=index - 1,
-        leaf_turn=index - 1,
-        leaf_tree=index - 1,
-        unique_tokens=0,
-        flat_tokens=0,
-    )

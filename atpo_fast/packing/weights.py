@@ -1,4 +1,4 @@
-"""Weights of the de-duplicated loss (design, section 4).
+"""Weights of the de-duplicated loss (docs/design.md#deduplication).
 
 The weight of an action token t of trajectory l is `scale[l] * share[t]`: `scale` depends on the trajectory and on the
 denominators, `share` is 1 but for `turn-mean`.
@@ -6,17 +6,13 @@ denominators, `share` is 1 but for `turn-mean`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from atpo_fast.packing.forest import Bools, Floats, Forest, Ints, group_sum
-from atpo_fast.tree import TurnTree
-
-if TYPE_CHECKING:  # the objective imports the record of this package
-    from atpo_fast.objective import Objective
+from atpo_fast.objective import Objective
+from atpo_fast.tree.forest import Bools, Floats, Forest, Ints, group_sum
 
 
 @dataclass(slots=True)
@@ -32,17 +28,17 @@ class ForestWeights:
 
 
 Weigh = Callable[[Ints | None], ForestWeights]
-"""Weights given the row of each trajectory (S,); None: denominators over everything."""
+"""Computes the weights, given the row of each trajectory, (S,); None puts the denominators over everything."""
 
 
 def trajectory_scale(
-    objective: Objective,
+    objective: Objective,  # its aggregation and max_length
     tokens: Floats,  # (S,) action tokens of each trajectory
     turns: Floats,  # (S,) turns with action tokens of each trajectory
     multiplicity: Floats,  # (S,)
     row: Ints | None,  # (S,) row of each trajectory; None: one global mean
 ) -> Floats:
-    """(S,) factor of each trajectory's token weights, by `objective.aggregation`."""
+    """Compute the factor of each trajectory's token weights, (S,), by `objective.aggregation`."""
     group = np.zeros(len(tokens), dtype=np.int64) if row is None else row
     rows = int(group.max(initial=0)) + 1
     if objective.aggregation == "token-mean":
@@ -58,27 +54,27 @@ def trajectory_scale(
     return 1.0 / (trajectories * per_trajectory[objective.aggregation])
 
 
-def tree_weights(forest: Forest, trees: Sequence[TurnTree], objective: Objective) -> Weigh:
-    """The weights of trees with credit: `leaf_advantages` where set, else `advantages`.
+def tree_weights(forest: Forest, objective: Objective) -> Weigh:
+    """Weigh the forest's trees by their credit: `leaf_advantages` where set, else `advantages`.
 
     Raises ValueError for a tree without credit or with an advantage that is not finite.
     """
-    advantage, leaf_advantage, per_leaf = _advantages(forest, trees)
+    advantage, leaf_advantage, per_leaf = _advantages(forest)
     path_leaf, path_turns = forest.path_leaf, forest.path_turns
     tokens = group_sum(path_leaf, forest.action_length[path_turns], len(forest.leaves))
     turns = np.diff(forest.path_offsets).astype(np.float64)
     share = np.ones(len(forest.parent))
     if objective.aggregation == "turn-mean":
         share /= np.maximum(forest.action_length, 1)
-    count = forest.sum_up(forest.at_leaves(forest.multiplicity))
+    count = forest.sum_leaves_below(forest.multiplicity)
     path_advantage = np.where(per_leaf[path_turns], leaf_advantage[path_leaf], advantage[path_turns])
 
     def weigh(row: Ints | None) -> ForestWeights:
         base = forest.multiplicity * trajectory_scale(objective, tokens, turns, forest.multiplicity, row)
-        below = forest.sum_up(forest.at_leaves(base))
+        below = forest.sum_leaves_below(base)
 
         def signed(sign: float) -> Floats:
-            of_leaves = forest.sum_up(forest.at_leaves(base * np.maximum(sign * leaf_advantage, 0.0)))
+            of_leaves = forest.sum_leaves_below(base * np.maximum(sign * leaf_advantage, 0.0))
             return share * np.where(per_leaf, of_leaves, below * np.maximum(sign * advantage, 0.0))
 
         path_base = base[path_leaf] * share[path_turns]
@@ -96,8 +92,9 @@ def tree_weights(forest: Forest, trees: Sequence[TurnTree], objective: Objective
     return weigh
 
 
-def _advantages(forest: Forest, trees: Sequence[TurnTree]) -> tuple[Floats, Floats, Bools]:
-    """(N,) advantage of turns, (S,) advantage of leaves (0 where per turn), (N,) whether credit is per leaf."""
+def _advantages(forest: Forest) -> tuple[Floats, Floats, Bools]:
+    """Read (N,) advantages of turns, (S,) of leaves (0 where credit is per turn), and (N,) where credit is per leaf."""
+    trees = forest.trees
     for tree, name in zip(trees, forest.names, strict=True):
         if tree.advantages is None or len(tree.advantages) != len(tree):
             raise ValueError(f"tree {name} has no advantages for its {len(tree)} turns: call assign_credit first")

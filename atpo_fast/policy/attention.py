@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
 
-from atpo_fast.policy.prefix import RowPrefix
+from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_kernels import make_attention_blocks, tree_attention
 
 TREE_ATTENTION = "atpo_tree"
 
 
 def register() -> None:
-    """Tell transformers about `atpo_tree`; calling it twice does no harm."""
+    """Make `atpo_tree` known to transformers; calling it twice does no harm."""
     AttentionInterface.register(TREE_ATTENTION, _tree_attention_forward)
 
 
@@ -39,7 +39,7 @@ def check_supported(config: PretrainedConfig) -> None:
 
 
 def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """(query heads, key heads, width of a head) of a model."""
+    """Return the numbers of query heads and of key heads of a model, and the width of a head."""
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -52,7 +52,7 @@ def attention_blocks(
     device: torch.device,
     prefix_tokens: int = 0,
 ) -> Any:
-    """What the attention of all layers of a row shares."""
+    """Make the block lists that the attention of all layers of a row shares."""
     heads, key_heads, width = head_shape(config)
     return make_attention_blocks(
         subtree_end,
@@ -66,8 +66,11 @@ def attention_blocks(
 
 
 def prefix_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
-    """Memory for one token of a row's prefix: its keys and values, twice as a row's graph has them behind one another,
-    their gradients in float32, and its layers' outputs."""
+    """Compute the bytes that one token of a row's prefix takes.
+
+    They hold its keys and values, twice because a row's graph has them behind one another, their gradients in float32,
+    and its layers' outputs.
+    """
     _, key_heads, width = head_shape(config)
     per_layer = 2 * key_heads * width * (2 * dtype.itemsize + 4) + config.hidden_size * dtype.itemsize
     return config.num_hidden_layers * per_layer

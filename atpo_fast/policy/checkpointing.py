@@ -1,4 +1,4 @@
-"""Activation checkpointing that leaves tokens without gradient out of the backward (design, section 5).
+"""Activation checkpointing that leaves tokens without gradient out of the backward (docs/design.md#checkpointing).
 
 Once the loss is known, so are the rows of the final hidden states that carry gradient: those of clipped turns are 0.
 A token k is needed if a row q that sees it, k <= q < subtree_end[k], carries some; the gradient of every other token is
@@ -13,24 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from atpo_fast.policy.prefix import RowPrefix
+from atpo_fast.common.choices import GradientCheckpointing
+from atpo_fast.policy.opened_rows.prefix import RowPrefix
 
-if TYPE_CHECKING:
-    from atpo_fast.config.schema import GradientCheckpointing
-
-WORTH_CUTTING = 0.95  # tokens are left out when no more than this share is needed
-BY_TOKEN = ("position_ids", "position_embeddings")  # what decoder layers are given by token, as (1, T, ...)
+WORTH_CUTTING = 0.95  # share of needed tokens up to which the others are left out
+BY_TOKEN = ("position_ids", "position_embeddings")  # arguments of decoder layers that are (1, T, ...)
 
 
 class GradientTokens:
-    """Which tokens of a row the backward needs; filled in when the gradient of the final hidden states arrives.
+    """The tokens of a row that its backward needs, known when the gradient of the final hidden states arrives.
 
     Args:
         subtree_end: (T,) of the row, on the device.
@@ -41,7 +39,7 @@ class GradientTokens:
         self._subtree_end, self._make_blocks = subtree_end, make_blocks
         self.index: Tensor | None = None  # (K,) int64 in order; None: all
         self.subtree_end: Tensor | None = None  # (K,) int32 of the row of the needed tokens; None: all
-        self.dropped = 0  # T - K
+        self.skipped = 0  # T - K
         self._attention: dict[str, Any] | None = None  # what attention is given of that row, once a layer asks
         self._whole: list[Any] = []  # values of BY_TOKEN ...
         self._cut: dict[str, Any] = {}  # ... and the same of the needed tokens
@@ -56,11 +54,11 @@ class GradientTokens:
         if len(index) > WORTH_CUTTING * len(needed):
             return
         place = nn.functional.pad(needed.cumsum(0), (1, 0))
-        self.index, self.dropped = index, len(needed) - len(index)
+        self.index, self.skipped = index, len(needed) - len(index)
         self.subtree_end = place[end][index].int()
 
     def cut(self, run: partial[Tensor]) -> partial[Tensor]:
-        """A layer's call over the needed tokens."""
+        """Restrict a layer's call to the needed tokens."""
         if self.subtree_end is None:
             return run
         if self._attention is None:
@@ -77,16 +75,16 @@ class GradientTokens:
         return None if value is None else self.take(value)
 
     def take(self, values: Tensor) -> Tensor:  # (1, T, ...) -> (1, K, ...)
-        """Of the needed tokens."""
+        """Select the needed tokens: (1, T, ...) to (1, K, ...)."""
         return values if self.index is None else values.index_select(1, self.index)
 
     def put_back(self, values: Tensor, like: Tensor) -> Tensor:  # (1, K, ...), (1, T, ...) -> (1, T, ...)
-        """Zeros for the others."""
+        """Put values of the needed tokens in their places among zeros: (1, K, ...) to (1, T, ...)."""
         return values if self.index is None else torch.zeros_like(like).index_copy_(1, self.index, values)
 
 
 class _Recomputed(torch.autograd.Function):
-    """A call whose input alone is kept; the backward makes it again over the needed tokens."""
+    """A call of which only the input is kept; the backward calls again over the needed tokens."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -109,7 +107,9 @@ class _Recomputed(torch.autograd.Function):
 
 
 def checkpoint_layer(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
-    """Hugging Face's hook for checkpointing a decoder layer; its keyword arguments hold `gradient_tokens`.
+    """Run a decoder layer whose backward computes it again: Hugging Face's hook.
+
+    The keyword arguments of `run` hold the row's `gradient_tokens` and `row_prefix`.
 
     A row that is closed was forwarded when it was opened, and its layers' outputs are known from there.
     """
@@ -123,7 +123,7 @@ def checkpoint_layer(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, 
 
 
 def checkpoint_mlp(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
-    """The same hook: the layer runs as it is, and its MLP is told the row's tokens."""
+    """Run a decoder layer as it is, and tell its MLP the row's tokens: the same hook."""
     mlp = run.func.__self__.mlp  # type: ignore[attr-defined]  # of the decoder layer, whose call this is
     mlp.gradient_tokens = run.keywords["gradient_tokens"]
     try:
@@ -133,12 +133,12 @@ def checkpoint_mlp(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
 
 
 def _mlp_forward(mlp: Any, plain: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
-    """The forward of a checkpointed MLP; `plain` is its own, which calls the modules that hold its parameters."""
+    """Run a checkpointed MLP; `plain` is its own forward, which calls the modules that hold its parameters."""
     return plain(hidden) if mlp.gradient_tokens is None else _Recomputed.apply(plain, mlp.gradient_tokens, hidden, None)
 
 
 def enable_checkpointing(model: PreTrainedModel, choice: GradientCheckpointing) -> None:
-    """Compute again in the backward of training what `choice` says.
+    """Let the backward of training compute again what `choice` says.
 
     Raises ValueError for a choice that does not exist, for models that draw random numbers in a layer, which would be
     others the second time, and under `mlp` for models without a module of that name in every decoder layer.

@@ -1,4 +1,4 @@
-"""The LM head as the place where the fused operators run (design, section 8).
+"""The LM head as the place where the fused operators run (docs/design.md#head).
 
 Keeping the operators inside a module's `forward` is what lets ZeRO-3 gather the weight before, release it after, and
 collect its gradient; a partitioned weight never reaches a kernel.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atpo_fast.objective import Objective
 from atpo_fast.objective.objective import leaf_paths, token_weights
-from atpo_fast.packing.packed_trees import PackedTrees
+from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import linear_logprob, linear_turn_policy_loss
 
 
@@ -27,7 +27,7 @@ class RowLoss(NamedTuple):
 
 
 class PolicyHead(nn.Module):
-    """An `nn.Linear` to the vocabulary, replaced: same parameters under the same names, other forward.
+    """Takes the place of an `nn.Linear` to the vocabulary: the same parameters and names, another forward.
 
     Args:
         linear: the model's output embedding; its parameters are taken over (tied ones stay tied).
@@ -46,7 +46,7 @@ class PolicyHead(nn.Module):
         row: PackedTrees,
         objective: Objective | None = None,
     ) -> tuple[Tensor, Tensor] | RowLoss:
-        """(log-prob, entropy), each (A,), or the row's loss when an objective is given."""
+        """Compute (log-prob, entropy), each (A,), or the row's loss when an objective is given."""
         if objective is None:
             return linear_logprob(hidden, self.weight, row.targets, bias=self.bias, temperature=self.temperature)
         out = linear_turn_policy_loss(
@@ -68,7 +68,10 @@ class PolicyHead(nn.Module):
 
 
 def install_head(model: nn.Module, temperature: float) -> PolicyHead:
-    """Swap the `lm_head` of a Hugging Face causal LM for a `PolicyHead`; returns it."""
+    """Swap the `lm_head` of a Hugging Face causal LM for a `PolicyHead`, and return it.
+
+    Raises TypeError for a head that is not linear.
+    """
     linear = model.lm_head
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"lm_head is a {type(linear).__name__}; expected torch.nn.Linear")

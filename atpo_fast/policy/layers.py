@@ -26,7 +26,7 @@ ROPE = "apply_rotary_pos_emb"  # what transformers' attention modules call RoPE
 def use_liger(model: PreTrainedModel, device_type: str = "cuda") -> bool:
     """Let a model's layers run on Liger's kernels for tensors on such a device; the others run as before.
 
-    Returns whether they do: False, with the model left alone, for an architecture not in `MODEL_TYPES` and without
+    Returns whether they do: False, with the model as it was, for an architecture not in `MODEL_TYPES` and without
     liger-kernel. A second call for the same model does nothing.
     """
     if model.config.model_type not in MODEL_TYPES or find_spec("liger_kernel") is None:
@@ -52,7 +52,7 @@ def _bind(module: Any, forward: Callable[..., Tensor], device_type: str) -> None
 
 
 def _bind_rope(attention: Any, device_type: str) -> None:
-    """Attention modules call RoPE by a name of their file: this one's forward gets another function by that name."""
+    """Give an attention module's forward another function under the name by which its file calls RoPE."""
     forward = type(attention).forward
     if not isinstance(forward, FunctionType) or ROPE not in forward.__code__.co_names:
         return  # another version of transformers
@@ -63,7 +63,7 @@ def _bind_rope(attention: Any, device_type: str) -> None:
 
 
 def _choose(device_type: str, liger: Callable[..., Any], plain: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-    """Liger has no float64."""
+    """Call Liger's function for tensors on its device, the plain one for others and for float64, which Liger lacks."""
     return (liger if x.device.type == device_type and x.dtype != torch.float64 else plain)(x, *args)
 
 

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atpo_fast.common.choices import GradientCheckpointing, Liger
 from atpo_fast.objective import Objective
-from atpo_fast.packing.packed_trees import PackedTrees
 from atpo_fast.policy.attention import TREE_ATTENTION, attention_blocks, check_supported, register
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
 from atpo_fast.policy.layers import use_liger
-from atpo_fast.policy.prefix import NO_PREFIX, RowPrefix
-
-if TYPE_CHECKING:
-    from atpo_fast.config.schema import GradientCheckpointing, Liger
+from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
+from atpo_fast.tree.packed_rows import PackedTrees
 
 
 class Policy(nn.Module):
-    """Runs packed rows through a causal LM.
+    """A causal LM over packed rows.
 
     Args:
         model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`. Its attention and
@@ -53,7 +51,7 @@ class Policy(nn.Module):
             use_liger(model)
         enable_checkpointing(model, gradient_checkpointing)
         self.model = model
-        self.dropped_tokens = 0  # left out of backward passes so far, with gradient checkpointing
+        self.skipped_tokens = 0  # left out of backward passes so far, with gradient checkpointing
 
     def forward(
         self,
@@ -65,18 +63,20 @@ class Policy(nn.Module):
         """Score one row: ((A,) log-prob, (A,) entropy), or its loss when an objective is given.
 
         Args:
-            prefix: what the row reads of the rows above it and leaves for those below (`walk`).
+            row: a row on the policy's device.
+            objective: what the loss is of; none: log-probs and entropies.
+            prefix: what the row reads of the rows above it and leaves for those below (`run_passes`).
             score: False leaves the head out and returns the (A, D) hidden states that predict the action tokens.
         """
         hidden = prefix.predicting(self.hidden_states(row, prefix), row.predictor)
         return self.model.lm_head(hidden, row, objective) if score else hidden
 
     def hidden_states(self, row: PackedTrees, prefix: RowPrefix = NO_PREFIX) -> Tensor:
-        """(T, D) final hidden states of a row. Raises ValueError for a row with a prefix that is not given."""
+        """Compute the (T, D) final hidden states of a row. Raises ValueError for a row whose prefix is not given."""
         if len(prefix.above) != row.depth:
             raise ValueError(
-                f"this row continues {row.depth} opened rows, but {len(prefix.above)} are given: make the passes of "
-                "`walk(rows, plan_passes([rows])[0])`, or pack with max_prefix=0"
+                f"this row continues {row.depth} opened rows, but {len(prefix.above)} are given: use `score_rows` or "
+                "`accumulate_gradients`, which pass rows as `plan_passes` says, or pack with max_prefix=0"
             )
         subtree_end = row.subtree_end.to(self.device, non_blocking=True)
 
@@ -100,11 +100,11 @@ class Policy(nn.Module):
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
 
-    def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:
+    def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:  # (1, T, D)
         tokens.observe(gradient)
-        self.dropped_tokens += tokens.dropped
+        self.skipped_tokens += tokens.skipped
 
     @property
     def device(self) -> torch.device:
-        """Where rows have to be."""
+        """The device on which rows have to be."""
         return next(self.parameters()).device

@@ -8,7 +8,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.jsonl import plain
+from atpo_fast.common.files import replacing
+from atpo_fast.common.jsonl import plain
 from atpo_fast.report.collect import collect_forest, collect_run, has_records
 from atpo_fast.tree.storage import is_parquet
 
@@ -37,14 +38,13 @@ def build_report(source: Path | str) -> Path:
 
 
 def _write(page: Path, data: dict[str, Any]) -> Path:
-    draft = page.with_name(page.name + ".tmp")
-    draft.write_text(render(data), encoding="utf-8", errors="replace")
-    draft.replace(page)
+    with replacing(page) as partial:
+        partial.write_text(render(data), encoding="utf-8", errors="replace")
     return page
 
 
 def render(run: dict[str, Any]) -> str:
-    """The page of the data that `collect_run` or `collect_forest` gives."""
+    """Draw the page of the data that `collect_run` or `collect_forest` gives."""
     folder = files("atpo_fast.report")
     page = (folder / "template.html").read_text(encoding="utf-8")
     for mark, name in _PARTS.items():
@@ -54,7 +54,7 @@ def render(run: dict[str, Any]) -> str:
 
 
 def embeddable_json(data: Any) -> str:
-    """JSON that may stand inside a <script> element: no character that HTML would react to."""
+    """Encode as JSON that may be put inside a <script> element: without a character that HTML would react to."""
     text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

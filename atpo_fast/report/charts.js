@@ -45,7 +45,7 @@ function drawSummary() {
   const line = byId("headline");
   const values = [before, after].filter((value) => typeof value === "number");
   const times = [typeof before === "number" && "before RL", typeof after === "number" && (finished ? "after RL" : "so far")];
-  const set = questions ? ` on ${questions} test questions` : "";
+  const set = questions ? ` on ${questions} evaluation questions` : "";
   if (values.length) element("b", values.map((value) => value.toFixed(3)).join(" → "), line);
   element("span", values.length ? `exact match${set}, greedy: ${times.filter(Boolean).join(" → ")}` : "No evaluation yet.", line);
   for (const [name, value] of run.facts) {

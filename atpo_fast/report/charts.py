@@ -32,12 +32,12 @@ class Chart(TypedDict):
 _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Reward of sampled trajectories", "train", "mean over leaves", "line", {
         "reward/mean": "reward", "reward/em": "exact match", "reward/f1": "F1", "reward/format": "format"}),
-    ("Evaluation, greedy", "eval", "mean over test questions", "line", {
+    ("Evaluation, greedy", "eval", "mean over evaluation questions", "line", {
         "eval/em": "exact match", "eval/f1": "F1", "eval/format": "format"}),
     ("Policy entropy", "train", "nats per token", "line", {
         "policy/entropy": "trainer, all tokens", "rollout/entropy": "rollout, mean of turns"}),
     ("Clipped ratios", "train", "share of action tokens", "line", {
-        "policy/clip_low": "below the range", "policy/clip_high": "above the range"}),
+        "policy/clipped_low": "below the range", "policy/clipped_high": "above the range"}),
     ("KL divergence", "train", "nats per token", "log", {
         "policy/approx_kl": "old policy, approximate", "rollout/mismatch_kl": "rollout to trainer",
         "rollout/logprob_gap": "rollout to trainer, mean difference of log-probs",
@@ -48,14 +48,14 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Overlap of trajectories", "train", "1 − unique / flat tokens", "line", {"tokens/overlap": "overlap"}),
     ("Tokens per step", "train", "tokens", "line", {
         "tokens/flat": "flat", "tokens/unique": "unique", "tokens/decoded": "sampled", "tokens/pruned": "pruned"}),
-    ("Cold start loss", "sft", "nats per action token", "line", {"sft/loss": "loss"}),
+    ("Cold start loss", "cold_start", "nats per action token", "line", {"cold_start/loss": "loss"}),
 )  # fmt: skip
-_X_LABELS = {"train": "RL step", "eval": "RL step", "sft": "optimizer step"}
+_X_LABELS = {"train": "RL step", "eval": "RL step", "cold_start": "optimizer step"}
 _NOT_DRAWN = {"phase", "step", "time", "time/total"}
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
-    """Charts of all metrics that have a point: the chosen ones, the phase times, then the further ones one by one."""
+    """Draw all metrics that have a point: the chosen charts, the phase times, then the further metrics one by one."""
     by_phase: dict[str, list[Record]] = {}
     for record in _newest_per_step(records):
         by_phase.setdefault(record["phase"], []).append(record)
@@ -72,7 +72,7 @@ def charts(records: Sequence[Record]) -> list[Chart]:
 
 
 def _newest_per_step(records: Sequence[Record]) -> list[Record]:
-    """One record per phase and step, the last one written, in the order of steps."""
+    """Keep one record per phase and step, the last one written, in the order of steps."""
     newest: dict[tuple[str, int], Record] = {}
     for record in records:
         if isinstance(record.get("phase"), str) and isinstance(record.get("step"), int):
@@ -87,7 +87,7 @@ def _chart(title: str, phase: str, y: str, kind: str, metrics: dict[str, str], r
 
 
 def _points(records: Sequence[Record], metric: str) -> list[Point]:
-    """(step, value) where the metric was recorded; a value that is not finite leaves a gap."""
+    """Return (step, value) where the metric was recorded; a value that is not finite leaves a gap."""
     return [(record["step"], _finite(record[metric])) for record in records if _is_number(record.get(metric))]
 
 
@@ -100,7 +100,7 @@ def _finite(value: float) -> float | None:
 
 
 def _phase_times(records: Sequence[Record]) -> Chart:
-    """Seconds per step by phase; a phase with parts (`a/b`) is drawn as its parts and the rest, evaluation whole."""
+    """Stack the seconds per step by phase; one with parts (`a/b`) as its parts and the rest, evaluation whole."""
     recorded = dict.fromkeys(name for record in records for name in record if name.startswith("time/"))
     names = [name for name in recorded if name != "time/total" and not name.startswith("time/eval/")]
     series: list[Series] = []
@@ -113,6 +113,6 @@ def _phase_times(records: Sequence[Record]) -> Chart:
 
 
 def _own_seconds(record: Record, name: str, parts: Sequence[str]) -> float | None:
-    """Seconds of a phase without its parts."""
+    """Return the seconds of a phase without those of its parts."""
     inner = sum(record[part] for part in parts if _is_number(record.get(part)))
     return _finite(max(0.0, record[name] - inner)) if _is_number(record.get(name)) else 0.0

@@ -19,7 +19,7 @@ FORESTS = ("rollouts.jsonl", "rollouts.parquet")  # of `atpo-fast rollout`, in t
 
 
 def collect_run(folder: Path) -> dict[str, Any]:
-    """Everything the page shows: name, facts, charts, trees, configuration, and what is missing.
+    """Gather everything that the page shows: name, facts, charts, trees, configuration, and what is missing.
 
     Raises:
         ValueError: metrics.jsonl or trees.jsonl has a malformed line that is not its last.
@@ -47,7 +47,7 @@ def collect_run(folder: Path) -> dict[str, Any]:
 
 
 def collect_forest(path: Path) -> dict[str, Any]:
-    """The same for the first trees of a file of `atpo-fast rollout`.
+    """Gather the same for the first trees of a file of `atpo-fast rollout`.
 
     Raises:
         ValueError: a record is not a stored tree.
@@ -68,7 +68,7 @@ def collect_forest(path: Path) -> dict[str, Any]:
 
 
 def has_records(folder: Path) -> bool:
-    """Whether a folder holds anything to report on."""
+    """Tell whether a folder holds anything to report on."""
     return any((folder / name).exists() for name in (METRICS_FILE, *FORESTS))
 
 
@@ -78,7 +78,7 @@ def _now() -> str:
 
 def _missing_phases(records: list[dict[str, Any]]) -> list[str]:
     present = {record.get("phase") for record in records}
-    names = {"sft": "cold start (sft)", "train": "training", "eval": "evaluation"}
+    names = {"cold_start": "cold start", "train": "training", "eval": "evaluation"}
     return [f"no {text} records in metrics.jsonl" for phase, text in names.items() if records and phase not in present]
 
 
@@ -108,7 +108,7 @@ def _read_config(path: Path, missing: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _read_trees(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """Trees of the first and of the last step written, at most `TREES_SHOWN`; without any, those of a forest."""
+    """Read the trees of the first and of the last step, at most `TREES_SHOWN`; without any, those of a forest."""
     records = read_trees(folder / TREES_FILE) if (folder / TREES_FILE).is_file() else []
     trees = [tree for tree in records if isinstance(tree.get("step"), int) and tree.get("turns")]
     if not trees:
@@ -125,7 +125,7 @@ def _read_trees(folder: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 
 def _headline(summary: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Exact match before and after RL: from the summary, else from the evaluations so far."""
+    """Return exact match before and after RL: from the summary, else from the evaluations so far."""
     evaluated = [r for r in records if r.get("phase") == "eval" and isinstance(r.get("eval/em"), int | float)]
     seen = [record["eval/em"] for record in evaluated]
     return {
@@ -178,7 +178,7 @@ def _outcome_facts(summary: dict[str, Any], records: list[dict[str, Any]]) -> li
 
 
 def _elapsed(records: list[dict[str, Any]]) -> float | None:
-    """Seconds between the first and the last record: a lower bound, interruptions included."""
+    """Return the seconds between the first and the last record, interruptions included; None for fewer than two."""
     times = [r["time"] for r in records if isinstance(r.get("time"), int | float) and math.isfinite(r["time"])]
     return max(times) - min(times) if len(times) > 1 else None
 

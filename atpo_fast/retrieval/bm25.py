@@ -24,6 +24,8 @@ import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
+from atpo_fast.common.files import replacing
+
 _TOKENS: dict[str, Any] = {"token_pattern": r"(?u)\b\w+\b", "stopwords": "en"}  # lower-case words, no stemming
 _CHUNK = 4096  # passages counted at once
 _SCORE_BLOCK = 1 << 20  # postings scored at once
@@ -186,14 +188,12 @@ def score(counted: Postings, statistics: Statistics, k1: float, b: float) -> Pos
 def write_postings(postings: Postings, path: Path, *, lengths: bool) -> None:
     """Write one file, in one go: header (N or 0, W, P), words, starts, passages, weights, and lengths if asked for."""
     header = [len(postings.lengths) if lengths else 0, len(postings.words), len(postings.passages)]
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.array(header, dtype=np.int64).tofile(file)
         for values in (postings.words, postings.starts, postings.passages, postings.weights):
             values.tofile(file)
         if lengths:
             postings.lengths.tofile(file)
-    partial.replace(path)
 
 
 def read_postings(path: Path) -> Postings:

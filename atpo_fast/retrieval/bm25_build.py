@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from atpo_fast.common.files import replacing
 from atpo_fast.config.retrieval import BM25Settings
 from atpo_fast.retrieval.bm25 import (
     Postings,
@@ -70,14 +71,13 @@ def _write_statistics(folder: Path, shards: int, report: Report) -> None:
     for shard in range(shards):
         report("adding up shards", shard, shards)
         statistics = statistics.add(_counted(folder, shard))
-    partial = folder / "shards" / "statistics.partial.npz"
-    np.savez(
-        partial,
-        words=statistics.words,
-        frequencies=statistics.frequencies,
-        totals=[statistics.passages, statistics.tokens],
-    )
-    partial.replace(_statistics_path(folder))
+    with replacing(_statistics_path(folder)) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            words=statistics.words,
+            frequencies=statistics.frequencies,
+            totals=[statistics.passages, statistics.tokens],
+        )
 
 
 def _read_statistics(folder: Path) -> Statistics:

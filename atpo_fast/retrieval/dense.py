@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atpo_fast.common.files import replacing
 from atpo_fast.config.retrieval import DenseSettings
 from atpo_fast.retrieval.documents import Documents
 from atpo_fast.retrieval.index import Report
@@ -96,9 +97,8 @@ def _encode(
         texts = [settings.passage_prefix + documents.contents(number) for number in range(start, stop)]
         vectors[start:stop] = encoder.encode(texts)
         vectors.flush()
-        partial = note.with_suffix(".partial")
-        partial.write_text(str(stop))
-        partial.replace(note)
+        with replacing(note) as partial:
+            partial.write_text(str(stop))
     report("encoding passages", len(documents), len(documents))
     return vectors
 
@@ -112,9 +112,8 @@ def _write_faiss(vectors: NDArray[Any], target: Path, settings: DenseSettings, r
         report("building the FAISS index", start, len(vectors))
         index.add(np.ascontiguousarray(vectors[start : start + _ADD_BLOCK], dtype=np.float32))
     report("building the FAISS index", len(vectors), len(vectors))
-    partial = target.with_name(f"{target.name}.partial")
-    faiss.write_index(index, str(partial))
-    partial.replace(target)
+    with replacing(target) as partial:
+        faiss.write_index(index, str(partial))
 
 
 def _new_faiss(vectors: NDArray[Any], settings: DenseSettings) -> Any:

@@ -22,8 +22,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from atpo_fast.common.errors import DataError
 from atpo_fast.data.readers import read_passages
-from atpo_fast.data.rows import DataError, parse_line
+from atpo_fast.data.records import parse_line
 
 _BOM = b"\xef\xbb\xbf"
 _FLUSH_OFFSETS = 1 << 20

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.common.errors import IndexMismatchError
+from atpo_fast.common.files import replacing
+
 FORMAT = 1
 _NAME = "manifest.json"
 _SAMPLE = 1 << 16
-
-
-class IndexMismatchError(FileExistsError):
-    """The index folder holds an index of something else, or is in use; the message says what to do."""
 
 
 @dataclass(slots=True)
@@ -40,9 +39,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it in one go."""
-        partial = folder / f"{_NAME}.partial"
-        partial.write_text(json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1) + "\n")
-        partial.replace(folder / _NAME)
+        with replacing(folder / _NAME) as partial:
+            partial.write_text(json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1) + "\n")
 
 
 def make_manifest(kind: str, corpus: Sequence[Path], settings: dict[str, Any]) -> Manifest:

@@ -1,22 +1,7 @@
-"""Rollout: an engine writes turns, the turn loop runs tools and grows search trees."""
+"""Rollout: the tree search lets an engine write turns, runs tools and grows search trees."""
 
-from atpo_fast.rollout.engine import Completion, Engine, EngineCounters, PathNode, Request, SamplingParams
+from atpo_fast.rollout.counters import RolloutCounters
 from atpo_fast.rollout.expansion import expansion_scores, keep_leaves, select_turns
-from atpo_fast.rollout.reporting import RolloutCounters
-from atpo_fast.rollout.transformers_engine import TransformersEngine
-from atpo_fast.rollout.turn_loop import TurnLoop
+from atpo_fast.rollout.tree_search import TreeSearch, in_order
 
-__all__ = [
-    "Completion",
-    "Engine",
-    "EngineCounters",
-    "PathNode",
-    "Request",
-    "RolloutCounters",
-    "SamplingParams",
-    "TransformersEngine",
-    "TurnLoop",
-    "expansion_scores",
-    "keep_leaves",
-    "select_turns",
-]
+__all__ = ["RolloutCounters", "TreeSearch", "expansion_scores", "in_order", "keep_leaves", "select_turns"]

@@ -1,4 +1,4 @@
-"""How many questions are searched at once (design, section 7)."""
+"""Decide how many questions are searched at once (docs/design.md#search)."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from atpo_fast.rollout.search import Search
+from atpo_fast.rollout.branch import Search
 
-_USAGE_MARGIN = 1.25  # head room over what the largest tree used
+_USAGE_MARGIN = 1.25  # headroom over what the largest tree used
 
 
 class CacheBudget:
-    """Tells when a tree is expected to fit into the engine's cache beside those that are growing.
+    """Estimate whether a tree fits into the engine's cache beside those that are growing.
 
     A tree is expected to use as many tokens a branch as the largest of the last roll-out or of those finished since
     (before the first: as many as the limits allow). A wrong guess costs evictions in the engine, never correctness.
 
     Args:
-        cache_tokens: the engine's cache.
-        branches: leaves of a full tree before any is pruned.
+        cache_tokens: size of the engine's cache in tokens.
+        branches: number of leaves of a full tree before any is pruned.
     """
 
     def __init__(self, cache_tokens: int, branches: int) -> None:
         self.cache_tokens, self.branches = cache_tokens, branches
-        self._before = self._since = 0.0  # most tokens a branch: of the last roll-out, and since
+        self._before = self._since = 0.0  # most tokens a branch in the last roll-out, and since then
 
     def begin(self) -> None:
-        """A new roll-out."""
+        """Begin a new roll-out."""
         self._before, self._since = self._since or self._before, 0.0
 
     def finished(self, search: Search) -> None:

@@ -1,4 +1,4 @@
-"""Which turns of a search tree are re-sampled, and which of its leaves are kept (design, section 2)."""
+"""Choose the turns of a search tree that are re-sampled, and the leaves that are kept (docs/design.md#search)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from atpo_fast.tree.turn_tree import TurnTree
 
 
 def expansion_scores(tree: TurnTree, branch_penalty: float) -> NDArray[np.float64]:
-    """(N,) score of every turn: `H(n) - branch_penalty * (children of parent(n) - 1)`; -inf for leaves.
+    """Compute the (N,) score of every turn: `H(n) - branch_penalty * (children of parent(n) - 1)`; -inf for leaves.
 
     The root has no action: it scores `0 - branch_penalty * (its own children - 1)`.
     """
@@ -29,11 +29,11 @@ def select_turns(
     branch_penalty: float,
     rng: np.random.Generator,
 ) -> list[int]:
-    """The `count` turns to re-sample, among those that are not leaves.
+    """Choose the `count` turns to re-sample, among those that are not leaves.
 
     entropy: the best scores, equal ones by lower index. random: uniformly, without repetition. Where there are fewer
     candidates than `count`, the same order is gone through again. Re-sampling turn n adds a sibling of it under
-    parent(n); the root (0) stands for a fresh chain. Empty for a tree without any turn under its root.
+    parent(n); the root (0) means a fresh chain. Empty for a tree without any turn under its root.
     """
     scores = expansion_scores(tree, branch_penalty)
     candidates = np.flatnonzero(np.isfinite(scores))
@@ -48,9 +48,9 @@ def select_turns(
 
 
 def keep_leaves(tree: TurnTree, count: int, rng: np.random.Generator) -> TurnTree:
-    """A tree in which leaves count for exactly `count` trajectories.
+    """Make the leaves of a tree count for exactly `count` trajectories.
 
-    Extra leaves are dropped at random, with the ancestors that become childless: the result is then a new tree, its
+    Extra leaves are pruned at random, with the ancestors that become childless: the result is then a new tree, its
     turns in the old order. Missing ones raise the multiplicity of the last leaf, in place. A tree without leaves
     stays as it is.
     """
@@ -64,7 +64,7 @@ def keep_leaves(tree: TurnTree, count: int, rng: np.random.Generator) -> TurnTre
 
 
 def _prune(tree: TurnTree, leaves: NDArray[np.int64]) -> TurnTree:
-    """A copy that holds the paths to `leaves` only."""
+    """Copy the paths to `leaves` only."""
     keep = np.zeros(len(tree), dtype=bool)
     keep[leaves] = True
     for index in range(len(tree) - 1, 0, -1):  # parents come before their children

@@ -1,4 +1,4 @@
-"""How a branch takes a turn: what it asks of the engine, the call in what comes back, and the observation after it."""
+"""Write turns: what a branch asks of the engine, the call in what comes back, and the observation after it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import RolloutConfig, ToolsConfig
+from atpo_fast.config import RolloutConfig, ToolsConfig
+from atpo_fast.engines.base import Completion, Request, SamplingParams
 from atpo_fast.environment.tags import (
     CALL_LIMIT_NOTICE,
     ToolCall,
@@ -17,17 +18,16 @@ from atpo_fast.environment.tags import (
     result_closing,
     result_opening,
 )
-from atpo_fast.rollout.engine import Completion, Request, SamplingParams
-from atpo_fast.rollout.search import Branch
+from atpo_fast.rollout.branch import Branch
 from atpo_fast.tree.turn_tree import TokenIds
 
 
 class TurnWriter:
-    """Turns branches into requests, completions into turns and calls, and results into token ids.
+    """Turn branches into requests, completions into turns and calls, and results into token ids.
 
     Args:
         tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.
-        names: of the tools.
+        names: names of the tools.
         rollout: sampling and limits.
         tools: call limit and length of results.
     """
@@ -44,7 +44,7 @@ class TurnWriter:
         self._special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
     def request(self, branch: Branch, greedy: bool) -> Request:
-        """What the engine is asked for a branch's next turn."""
+        """Build the request for a branch's next turn."""
         search, rollout = branch.search, self.rollout
         room = search.token_limit - len(branch.prompt_ids)
         sampling = SamplingParams(
@@ -63,7 +63,7 @@ class TurnWriter:
         )
 
     def write(self, branch: Branch, number: int, completion: Completion) -> ToolCall | None:
-        """Append the turn `number` to its branch; the call in it."""
+        """Append the turn `number` to its branch, and return the call in it."""
         turn = branch.write(number, completion)
         if completion.finish_reason != "stop":
             return None
@@ -80,7 +80,7 @@ class TurnWriter:
         return branch.calls < self.tools.call_limit
 
     def observations(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Token ids of results, each distinct text encoded once and cut to `max_result_tokens`."""
+        """Encode results, each distinct text once, and cut them to `max_result_tokens`."""
         encoded = {
             text: self.cut(self._encode(format_result(text, self.names, self._special)), self.tools.max_result_tokens)
             for text in dict.fromkeys(texts)
@@ -88,7 +88,7 @@ class TurnWriter:
         return [encoded[text] for text in texts]
 
     def cut(self, observation: TokenIds, room: int) -> TokenIds:
-        """At most `room` tokens of a result, still with its closing tag; empty when that would leave no text."""
+        """Cut a result to at most `room` tokens, its closing tag included; to nothing where no text would be left."""
         if len(observation) <= room:
             return observation
         kept = room - len(self._closing)

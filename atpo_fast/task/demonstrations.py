@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from atpo_fast.common.errors import DataError
 from atpo_fast.data.questions import Question
-from atpo_fast.data.rows import DataError, Row, read_rows
+from atpo_fast.data.records import Row, read_rows
 from atpo_fast.environment.tags import format_result
 from atpo_fast.tree.turn_tree import TurnTree
 

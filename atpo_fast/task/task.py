@@ -11,11 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import Config
+from atpo_fast.common.errors import DataError
+from atpo_fast.config import Config
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
-from atpo_fast.data.rows import DataError
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment import (
     BM25Search,
@@ -38,14 +38,14 @@ Notes = dict[str, float | str]
 class Task:
     """What a run works on.
 
-    `demonstrations` are chains for the cold start (`sft.demonstrations`, the world's own, or none). `encode_prompt`
-    gives the token ids of a question's prompt. `tools` are the configured functions and MCP tools, open, which the
-    prompts describe and `make_toolbox` takes over. `notes` are facts a reader of the results needs: counts, what was
-    dropped, guess rates.
+    `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
+    `encode_prompt` gives the token ids of a question's prompt. `tools` are the configured functions and MCP tools,
+    open, which the prompts describe and `make_toolbox` takes over. `notes` are facts a reader of the results needs:
+    counts, what was dropped, guess rates.
     """
 
     train: list[Question]
-    test: list[Question]
+    eval: list[Question]
     passages: list[Passage]
     tokenizer: PreTrainedTokenizerBase
     encode_prompt: Callable[[Question], list[int]]
@@ -69,9 +69,10 @@ def load_task(config: Config) -> Task:
         schemas = described_schemas(config.tools, tools)
         task = _world_task(config, schemas) if config.data.source == "world" else _files_task(config, schemas)
         task.tools = tools
-        if config.sft.demonstrations is not None:
-            task.demonstrations = read_demonstrations(config.sft.demonstrations, task.tokenizer, task.encode_prompt)
-        for question in task.train + task.test:
+        if config.cold_start.demonstrations is not None:
+            given = config.cold_start.demonstrations
+            task.demonstrations = read_demonstrations(given, task.tokenizer, task.encode_prompt)
+        for question in task.train + task.eval:
             task.encode_prompt(question)
         return task
     except BaseException:
@@ -84,10 +85,10 @@ def normalise_question(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text.lower()).strip()
 
 
-def drop_overlap(train: list[Question], test: list[Question]) -> list[Question]:
-    """Return the training questions whose text (normalised) is not in the test set."""
-    held_out = {normalise_question(question.text) for question in test}
-    return [question for question in train if normalise_question(question.text) not in held_out]
+def drop_overlap(train: list[Question], held_out: list[Question]) -> list[Question]:
+    """Return the training questions whose text (normalised) is not among the evaluation questions."""
+    texts = {normalise_question(question.text) for question in held_out}
+    return [question for question in train if normalise_question(question.text) not in texts]
 
 
 def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
@@ -101,7 +102,7 @@ def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     search = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
     return Task(
         train=world.train[: config.data.max_train_questions],
-        test=world.test[: config.data.max_eval_questions],
+        eval=world.eval[: config.data.max_eval_questions],
         passages=world.passages,
         tokenizer=tokenizer,
         encode_prompt=encode,
@@ -117,13 +118,14 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     if not data.train_files and not data.eval_files:
         raise DataError("data.source=files needs data.train_files or data.eval_files; both are empty")
     everything = [question for name in data.train_files for question in read_questions(root / name)]
-    test = [question for name in data.eval_files for question in read_questions(root / name)][: data.max_eval_questions]
-    train = drop_overlap(everything, test)
+    held_out = [question for name in data.eval_files for question in read_questions(root / name)]
+    held_out = held_out[: data.max_eval_questions]
+    train = drop_overlap(everything, held_out)
     found = [passage for name in data.corpus_files for passage in read_passages(root / name)]
     passages = distinct_passages(found)
-    notes: Notes = {"dropped_train_test_overlap": float(len(everything) - len(train))}
+    notes: Notes = {"dropped_train_eval_overlap": float(len(everything) - len(train))}
     train = train[: data.max_train_questions]
-    notes |= {"train_questions": float(len(train)), "test_questions": float(len(test))}
+    notes |= {"train_questions": float(len(train)), "eval_questions": float(len(held_out))}
     notes |= {"passages": float(len(passages)), "dropped_duplicate_passages": float(len(found) - len(passages))}
     if config.model.path:
         tokenizer = load_tokenizer(config.model.path)
@@ -131,20 +133,22 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
         texts = [
             SYSTEM_PROMPT,
             *filter(None, [_in_words(config, schemas)]),
-            *(q.text for q in train + test),
+            *(q.text for q in train + held_out),
             *(p.contents for p in passages),
         ]
         tokenizer = train_bpe(texts, config.model.vocab_size)
     encode = _prompt_encoder(config, tokenizer, schemas)
     demonstrations: list[TurnTree] = []
-    if config.sft.from_evidence:
+    if config.cold_start.from_evidence:
         search = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
         demonstrations = evidence_demonstrations(train, search, tokenizer, encode)
         if not demonstrations:
-            raise DataError("sft.from_evidence: no training question names its evidence (supporting_facts, paragraphs)")
+            raise DataError(
+                "cold_start.from_evidence: no training question names its evidence (supporting_facts, paragraphs)"
+            )
     return Task(
         train=train,
-        test=test,
+        eval=held_out,
         passages=passages,
         tokenizer=tokenizer,
         encode_prompt=encode,
@@ -158,9 +162,9 @@ def _prompt_encoder(
 ) -> Callable[[Question], list[int]]:
     """Return the function from a question to the token ids of its prompt, which describes the tools of `schemas`."""
     data = config.data
-    tools = describe_tools(schemas, tokenizer, data.prompt, with_search="search" in config.tools.names)
+    tools = describe_tools(schemas, tokenizer, data.prompt, with_search="search" in config.tools.builtin)
     return partial(encode_prompt, tokenizer=tokenizer, kind=data.prompt, max_tokens=data.max_prompt_tokens, tools=tools)
 
 
 def _in_words(config: Config, schemas: Sequence[JsonSchema]) -> str:
-    return describe_in_words(schemas, with_search="search" in config.tools.names)
+    return describe_in_words(schemas, with_search="search" in config.tools.builtin)

@@ -42,7 +42,7 @@ class PhaseTimer:
                 nvtx.pop_range()
 
     def pop(self) -> dict[str, float]:
-        """Seconds per phase since the last `pop`, and start over."""
+        """Return the seconds per phase since the last `pop`, and start over."""
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds

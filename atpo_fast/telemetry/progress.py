@@ -7,14 +7,13 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import IO, Any, Literal
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 Mode = Literal["auto", "live", "plain", "off"]
@@ -23,20 +22,20 @@ LINE_SECONDS = 10.0
 
 # metric name, short label, format: what a step's line shows of its metrics, in this order
 _SHOWN: tuple[tuple[str, str, str], ...] = (
-    ("sft/loss", "loss", "{:.4f}"),
+    ("cold_start/loss", "loss", "{:.4f}"),
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/em", "EM", "{:.3f}"),
     ("eval/em", "EM", "{:.3f}"),
     ("eval/f1", "F1", "{:.3f}"),
     ("eval/format", "format", "{:.3f}"),
     ("policy/entropy", "entropy", "{:.3f}"),
-    ("policy/clip_low", "clip-", "{:.2%}"),
-    ("policy/clip_high", "clip+", "{:.2%}"),
+    ("policy/clipped_low", "clip-", "{:.2%}"),
+    ("policy/clipped_high", "clip+", "{:.2%}"),
     ("policy/grad_norm", "grad", "{:.3g}"),
     ("tokens/overlap", "overlap", "{:.2f}"),
     ("rate/rollout_tokens_per_s", "rollout tok/s", "{:,.0f}"),
     ("rate/train_tokens_per_s", "train tok/s", "{:,.0f}"),
-    ("sft/tokens_per_s", "tok/s", "{:,.0f}"),
+    ("cold_start/tokens_per_s", "tok/s", "{:,.0f}"),
 )
 
 
@@ -55,7 +54,7 @@ class Progress:
             capable = self._console.is_terminal and not self._console.is_dumb_terminal
             mode = "live" if capable else "plain"
         self.mode: Mode = mode if is_main else "off"
-        self._live: Live | None = None
+        self._display: _Display | None = None
         self._label, self._status = "", ""
         self._phase, self._done = "", 0
         self._total: int | None = None
@@ -65,16 +64,16 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.mode == "live":
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._safely(self._live.start)
+            self._display = _Display(self._console)
+            self._safely(self._display.start)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        live, self._live = self._live, None
-        if live is not None:
-            self._safely(live.stop)
+        display, self._display = self._display, None
+        if display is not None:
+            self._safely(display.stop)
 
     def start_phase(self, name: str, total: int | None = None) -> None:
         """Begin a phase of `total` units of work (None: unknown)."""
@@ -85,7 +84,7 @@ class Progress:
         self._redraw(force=True)
 
     def advance(self, done: int, **rates: float) -> None:
-        """Tell that `done` units of the phase are finished, and show numbers beside them.
+        """Show that `done` units of the phase are finished, and numbers beside them.
 
         `loss=0.5` reads "loss 0.5"; `x_tokens=900`, a count since the phase began, is shown as tokens per second.
         """
@@ -96,7 +95,7 @@ class Progress:
         self._redraw()
 
     def step_done(self, step: int, total: int, metrics: Mapping[str, Any], label: str = "step") -> None:
-        """Report a finished step; `label` names what is counted (sft, train, eval)."""
+        """Report a finished step; `label` names what is counted (train, batch)."""
         if label != self._label:
             self._label = label
             self._step_times = deque([self._step_times[-1]] if self._step_times else [], maxlen=20)
@@ -114,7 +113,7 @@ class Progress:
             self._line(text)
 
     def _eta(self, remaining: int) -> float:
-        """Seconds that `remaining` steps will take, from the last steps' mean; 0 when nothing is known."""
+        """Estimate the seconds that `remaining` steps will take, from the last steps' mean; 0 when nothing is known."""
         if remaining <= 0 or len(self._step_times) < 2:
             return 0.0
         return (self._step_times[-1] - self._step_times[0]) / (len(self._step_times) - 1) * remaining
@@ -130,25 +129,40 @@ class Progress:
         self._safely(lambda: self._console.print(Text(text), soft_wrap=True))
 
     def _redraw(self, force: bool = False) -> None:
-        live = self._live
-        now = time.monotonic()
-        if live is None or not (force or now - self._last_output >= REDRAW_SECONDS):
+        display, now = self._display, time.monotonic()
+        if display is None or not (force or now - self._last_output >= REDRAW_SECONDS):
             return
         self._last_output = now
-        self._safely(lambda: live.update(self._picture(), refresh=True))
-
-    def _picture(self) -> Group:
-        row = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self._total, completed=self._done, width=30, pulse=self._total is None)
-        row.add_row(bar, Text(self._phase_text()))
-        return Group(Text(self._status), row)
+        self._safely(lambda: display.show(self._status, self._phase_text(), self._done, self._total))
 
     def _safely(self, action: Callable[[], object]) -> None:
-        """Draw; output that cannot be written (closed pipe, odd encoding) ends the display, nothing else."""
+        """Draw. Output that cannot be written (closed pipe, odd encoding) ends the display, nothing else."""
         try:
             action()
         except (OSError, ValueError):
-            self.mode, self._live = "off", None
+            self.mode, self._display = "off", None
+
+
+class _Display(Bars):
+    """Two lines that redraw: the last step's, and the bar and numbers of the phase."""
+
+    def __init__(self, console: Console):
+        self._status = ""
+        columns = BarColumn(bar_width=30), TextColumn("{task.description}", markup=False)
+        super().__init__(*columns, console=console, auto_refresh=False, transient=True)
+
+    def show(self, status: str, phase: str, done: int, total: int | None) -> None:
+        """Draw a phase of which `done` units of `total` (None: unknown) are finished."""
+        self._status = status
+        for task in self.task_ids:
+            self.remove_task(task)
+        self.add_task(phase, total=total, completed=done)
+        self.refresh()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the two lines."""
+        yield Text(self._status)
+        yield self.make_tasks_table(self.tasks)
 
 
 class _Console(Console):
@@ -172,7 +186,7 @@ def _rate_text(name: str, value: float, seconds: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """m:ss, or h:mm:ss."""
+    """Format as m:ss, or h:mm:ss."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from atpo_fast.config.schema import Config, as_dict
-from atpo_fast.jsonl import append_records, keep_records, plain, read_records
+from atpo_fast.common.jsonl import append_records, keep_records, plain, read_records
+from atpo_fast.config import Config, as_dict
+
+_LOG = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 TREES_FILE = "trees.jsonl"
@@ -28,8 +30,8 @@ class _Sink(Protocol):
 class RunLogger:
     """Writes the records of a run; every method does nothing on ranks that are not `is_main`.
 
-    A record is `{"phase": "sft" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the logger
-    exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.
+    A record is `{"phase": "cold_start" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the
+    logger exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.
 
     Args:
         run_dir: the run's folder, made if need be.
@@ -61,10 +63,10 @@ class RunLogger:
             self._guarded(name, partial(sink.write, phase, step, values))
 
     def truncate_after(self, step: int, phases: Sequence[str] = ("train", "eval")) -> None:
-        """Forget what was written for later steps than `step`, the step of the checkpoint being resumed.
+        """Remove what was written for later steps than `step`, the step of the checkpoint being resumed.
 
         Drops the records of `phases` from metrics.jsonl, and the later trees from trees.jsonl. A start from
-        nothing is `truncate_after(-1, ("sft", "train", "eval"))`. TensorBoard hides overtaken points by itself.
+        nothing is `truncate_after(-1, ("cold_start", "train", "eval"))`. TensorBoard hides overtaken points by itself.
         """
         if METRICS_FILE not in self._sinks:
             return
@@ -88,12 +90,11 @@ class RunLogger:
         except Exception as error:  # whatever a tracker raises, the run goes on
             if name not in self._failed:
                 self._failed.add(name)
-                text = f"warning: logging to {name} of {self.run_dir} failed ({error}); training goes on"
-                print(text, file=sys.stderr, flush=True)
+                _LOG.warning("logging to %s of %s failed (%s); training goes on", name, self.run_dir, error)
 
 
 class _JsonLines:
-    """metrics.jsonl."""
+    """Records as lines of metrics.jsonl."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -102,7 +103,7 @@ class _JsonLines:
         append_records(self._path, [{"phase": phase, "step": int(step), "time": time.time(), **metrics}])
 
     def close(self) -> None:
-        """Nothing is kept open between records."""
+        """Do nothing: the file is not kept open between records."""
 
 
 class _TensorBoard:
@@ -152,21 +153,21 @@ class _WandB:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl, non-finite numbers as floats again; a half-written last line is skipped.
+    """Read the records of a metrics.jsonl, non-finite numbers as floats again; a half-written last line is skipped.
 
     Raises:
-        FileNotFoundError, ValueError: as `atpo_fast.jsonl.read_records`.
+        FileNotFoundError, ValueError: as `atpo_fast.common.jsonl.read_records`.
     """
     return [{name: _number(value) for name, value in record.items()} for record in read_records(path)]
 
 
 def _number(value: Any) -> Any:
-    """A float where `plain` wrote a non-finite one as text; anything else as it is."""
+    """Return a float where `plain` wrote a non-finite one as text; anything else as it is."""
     return float(value) if isinstance(value, str) and value in _NON_FINITE else value
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics that are numbers, as floats."""
+    """Return the metrics that are numbers, as floats."""
     values = {name: _number(value) for name, value in metrics.items()}
     return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 

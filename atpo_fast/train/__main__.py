@@ -1,4 +1,4 @@
-"""One process of a run, started by the DeepSpeed launcher:
+"""One process of a run, started by DeepSpeed's launcher:
 
 deepspeed --module atpo_fast.train --config configs/quickstart.yaml
 """
@@ -8,24 +8,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from atpo_fast.train.verbs import VERBS, run_verb
+from atpo_fast.commands.cli import LAUNCHED
+from atpo_fast.commands.launched import run_process
+
+VERBS = {name: verb for verb in LAUNCHED for name in (verb.name, *verb.old_names)}
 
 
 def main() -> int:
-    """Parse, run, and turn expected failures into a message and an exit code."""
-    parser = argparse.ArgumentParser(prog="atpo_fast.train", description=__doc__)
-    parser.add_argument("--config", required=True, help="YAML configuration")
+    """Parse the verb's arguments and do its work; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="atpo_fast.train", description=__doc__, add_help=False)
     parser.add_argument("--verb", choices=sorted(VERBS), default="train")
+    verb = VERBS[parser.parse_known_args()[0].verb]
+    parser.add_argument("-h", "--help", action="help", help="show this help message and exit")
+    parser.add_argument("--config", required=True, help="YAML configuration")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value")
-    rollout = parser.add_argument_group("rollout")
-    rollout.add_argument("--out", help="file of the trees")
-    rollout.add_argument("--questions", help="how many, or all")
-    rollout.add_argument("--split", choices=("train", "test"), default="train")
-    arguments = parser.parse_args()
-    options = {name: getattr(arguments, name) for name in ("out", "questions", "split")}
-    chosen = options if arguments.verb == "rollout" else {}
-    return run_verb(arguments.verb, arguments.config, arguments.overrides, **chosen)
+    verb.add_options(parser)
+    return run_process(verb, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (design, section 8).
+"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (docs/design.md#checkpoints).
 
     checkpoints/step_000050/deepspeed/...   model, optimizer, as DeepSpeed writes them
     checkpoints/step_000050/hf/             safetensors, config, tokenizer
@@ -11,56 +11,91 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
+from atpo_fast.common.errors import CheckpointError
+from atpo_fast.common.files import partial_path, replacing
 from atpo_fast.policy import Policy
 from atpo_fast.train.run import Run
 from atpo_fast.train.weights import export_model
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read; the message says what to do."""
+@dataclass(slots=True)
+class TrainState:
+    """What a checkpoint remembers beside weights and optimizer."""
+
+    step: int = 0  # steps done
+    optimizer_steps: int = 0
+    seconds: float = 0.0  # time spent so far, cold start included
+    cold_start_em: float | None = None
+    eval_em: float | None = None
+    eval_step: int = -1  # step that `eval_em` is of
+    totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        """Return what `summary.json` tells of a training that took `seconds`."""
+        totals = self.totals
+        return {
+            "cold_start_em": self.cold_start_em,
+            "final_em": self.eval_em,
+            "train_seconds": seconds,
+            "steps": self.step,
+            "optimizer_steps": self.optimizer_steps,
+            "prefilled_tokens": int(totals.get("prefilled", 0)),
+            "decoded_tokens": int(totals.get("decoded", 0)),
+            "cache_hit_tokens": int(totals.get("cache_hit", 0)),
+            "unique_tokens": int(totals.get("unique", 0)),
+            "flat_tokens": int(totals.get("flat", 0)),
+            "pruned_tokens": int(totals.get("pruned", 0)),
+            "skipped_backward_tokens": int(totals.get("skipped_backward", 0)),
+            "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
+        }
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """Checkpoint folders that were written to the end, oldest first."""
+    """List the checkpoint folders that were written to the end, oldest first."""
     folder = run_folder / "checkpoints"
     return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file()) if folder.is_dir() else []
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The loop's own state in a checkpoint."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    return state
+def checkpoint_to_resume(run: Run) -> Path | None:
+    """Find the checkpoint to resume from, if there is one and the configuration wants it.
+
+    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train.
+    """
+    mode = run.config.train.resume
+    found = complete_checkpoints(run.folder) if mode != "never" else []
+    if not found:
+        if mode == "must":
+            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
+        return None
+    done = _read_state(found[-1])["step"]
+    if done >= run.config.train.steps and (run.folder / "summary.json").is_file():
+        raise ValueError(
+            f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
+            "raise train.steps, choose another run_dir, or set train.resume=never"
+        )
+    return found[-1]
 
 
-def save_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, policy: Policy, state: dict[str, Any]) -> Path:
-    """Write `checkpoints/step_N` for `state["step"]` and delete the oldest beyond `train.keep_checkpoints`.
+def save_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: TrainState) -> Path:
+    """Write `checkpoints/step_N` of `state.step` and delete the oldest beyond `train.keep_checkpoints`.
 
     Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were.
     """
-    final = run.folder / "checkpoints" / f"step_{state['step']:06d}"
-    partial = final.with_name("." + final.name)
+    final = run.folder / "checkpoints" / f"step_{state.step:06d}"
     try:
+        with replacing(final) if run.is_main else nullcontext(partial_path(final)) as partial:
+            _write(run, zero, policy, state, partial)
         if run.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        run.barrier()
-        client = {"torch_rng": torch.get_rng_state()}
-        engine.save_checkpoint(str(partial / "deepspeed"), tag="state", client_state=client, save_latest=False)
-        export_model(policy, run.task.tokenizer, partial / "hf", is_main=run.is_main)
-        run.barrier()
-        if run.is_main:
-            (partial / "state.json").write_text(json.dumps(state | {"ranks": run.world}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
             _delete_old(run.folder, run.config.train.keep_checkpoints)
     except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         kept = complete_checkpoints(run.folder)
         newest = f"{kept[-1]} is intact" if kept else "there is no earlier one"
         raise CheckpointError(
@@ -71,23 +106,42 @@ def save_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, policy: Policy,
     return final
 
 
-def load_checkpoint(run: Run, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and RNG; returns the loop's state.
+def _write(run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: TrainState, folder: Path) -> None:
+    """Write a checkpoint into `folder`; every rank calls, and has its part of the optimizer."""
+    if run.is_main:
+        folder.mkdir()
+    run.barrier()
+    client = {"torch_rng": torch.get_rng_state()}
+    zero.save_checkpoint(str(folder / "deepspeed"), tag="state", client_state=client, save_latest=False)
+    export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
+    run.barrier()
+    if run.is_main:
+        (folder / "state.json").write_text(json.dumps(asdict(state) | {"ranks": run.world}, indent=1))
+
+
+def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> TrainState:
+    """Restore weights, optimizer and random numbers; returns the loop's state.
 
     Raises CheckpointError when it was written by another number of ranks, over which the optimizer is sharded.
     """
-    state = read_state(checkpoint)
+    state = _read_state(checkpoint)
     if state.pop("ranks") != run.world:
         raise CheckpointError(
             f"{checkpoint} was written by another number of ranks than {run.world}; set ranks as before, or start a "
             f"new run_dir from its weights with model.path={checkpoint / 'hf'}"
         )
-    path, client = engine.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
+    path, client = zero.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:
         raise CheckpointError(
             f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before"
         )
     torch.set_rng_state(client["torch_rng"])
+    return TrainState(**state)
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the loop's own state in a checkpoint, with the number of ranks that wrote it."""
+    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     return state
 
 

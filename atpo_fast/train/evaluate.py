@@ -1,4 +1,4 @@
-"""Evaluation: greedy answers to the test questions."""
+"""Evaluation: greedy answers to the evaluation questions."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
+from atpo_fast.common.errors import StopRequested
+from atpo_fast.rollout import in_order
 from atpo_fast.train.run import Run
+from atpo_fast.train.sampler import Sampler
+from atpo_fast.train.scoring import ScoredTree, score
 
 KEYS = ("em", "f1", "format", "turns", "tool_calls")
 
 
-def evaluate(run: Run, worker: RolloutWorker, name: str) -> dict[str, float]:
-    """EM, F1, format rate, turns and tool calls, means over the test questions; answers go to `eval/NAME.jsonl`.
+def evaluate(run: Run, sampler: Sampler, name: str) -> dict[str, float]:
+    """Average EM, F1, format rate, turns and tool calls over the evaluation questions.
 
-    A question whose only chain failed counts as wrong. Raises StopRequested when asked to stop.
+    The answers go to `eval/NAME.jsonl`. A question whose only chain failed counts as wrong.
+
+    Raises:
+        StopRequested: the run was asked to stop.
     """
-    questions = run.task.test
+    questions = run.task.eval
     with run.timer.phase("eval"):
         mine = run.share(questions)
         records: list[dict[str, Any]] = []
@@ -27,7 +32,8 @@ def evaluate(run: Run, worker: RolloutWorker, name: str) -> dict[str, float]:
         with suppress(StopRequested):  # the ranks have to find out together
             for begin in range(0, len(mine), run.config.eval.batch_size):
                 batch = mine[begin : begin + run.config.eval.batch_size]
-                records += [_record(scored) for scored in worker.roll_out(batch, seed=run.config.seed, greedy=True)]
+                trees = in_order(sampler.roll_out(batch, seed=run.config.seed, greedy=True))
+                records += [_record(scored) for scored in score(run, batch, trees, validation=True)]
         run.stop_together()
         records = run.gather(records, len(questions))
     means = {f"eval/{key}": sum(float(r[key]) for r in records) / max(1, len(records)) for key in KEYS}
@@ -37,9 +43,9 @@ def evaluate(run: Run, worker: RolloutWorker, name: str) -> dict[str, float]:
     return means
 
 
-def evaluate_step(run: Run, worker: RolloutWorker, step: int) -> dict[str, float]:
-    """`evaluate` as part of training: also a record in the metrics."""
-    means = evaluate(run, worker, f"step_{step:06d}")
+def evaluate_step(run: Run, sampler: Sampler, step: int) -> dict[str, float]:
+    """Evaluate as part of training, and log the means as a record of the metrics."""
+    means = evaluate(run, sampler, f"step_{step:06d}")
     run.logger.log("eval", step, means)
     return means
 

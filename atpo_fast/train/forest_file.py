@@ -1,4 +1,4 @@
-"""Search trees of many questions into a file, without training: in batches, so that an interrupted job goes on."""
+"""Write search trees of many questions to a file, without training: in batches, so that an interrupted job goes on."""
 
 from __future__ import annotations
 
@@ -6,36 +6,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from atpo_fast.common.errors import ForestError, StopRequested, is_engine_error
 from atpo_fast.data.questions import Question
-from atpo_fast.rollout.server_protocol import ServerError
-from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
 from atpo_fast.train.run import Run
+from atpo_fast.train.sampler import Sampler
+from atpo_fast.train.scoring import ScoredTree, score
 from atpo_fast.tree.storage import append_forest, forest_questions
-
-
-class ForestError(RuntimeError):
-    """The job cannot go on; the message says why, and what the file holds."""
 
 
 @dataclass(slots=True)
 class _Part:
-    """What a rank has of a batch."""
+    """A rank's trees of a batch, and how its roll-out ended."""
 
     trees: list[tuple[int, ScoredTree]] = field(default_factory=list)  # with the index of the question in the batch
     stopped: bool = False
     problem: str | None = None
 
 
-def write_forest(run: Run, worker: RolloutWorker, questions: Sequence[Question], path: Path) -> int:
-    """Roll out `questions` and append their trees to `path`; how many questions the file now lacks.
+def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path: Path) -> int:
+    """Roll out `questions` and append their trees to `path`; return how many questions the file now lacks.
 
     Questions that the file holds already are passed over: a tree depends on the configuration and on its own question
     only, so the file becomes the same as without an interruption. After every `train.questions_per_step` questions the
     ranks hand their trees to rank 0, which writes them; so they do when the run is stopped or an engine fails.
 
     Raises:
-        ForestError: the servers failed, or the file cannot be written.
+        ForestError: the engine's servers failed, or the file cannot be written.
         ValueError: the file is damaged.
     """
     held = forest_questions(path)
@@ -48,14 +44,14 @@ def write_forest(run: Run, worker: RolloutWorker, questions: Sequence[Question],
     for begin in range(0, len(waiting), size):
         batch = waiting[begin : begin + size]
         run.progress.start_phase("rollout", run.config.rollout.leaves * len(run.share(batch)))
-        part, error = _roll_out(run, worker, run.share(batch))
+        part, error = _roll_out(run, sampler, run.share(batch))
         parts = run.gather([part], run.world)
         done = [scored for _, scored in sorted((tree for p in parts for tree in p.trees), key=lambda tree: tree[0])]
         if run.is_main and done:
             _append(run, path, done)
         left -= len(done)
         state = f"{len(questions) - left} of {len(questions)} questions are in {path}; the same command continues"
-        if error is not None and not is_server_error(error):
+        if error is not None and not is_engine_error(error):
             raise error
         problem = next((p.problem for p in parts if p.problem is not None), None)
         if problem is not None:
@@ -73,15 +69,13 @@ def _take(held: dict[str, int], name: str) -> bool:
     return held[name] >= 0
 
 
-def _roll_out(run: Run, worker: RolloutWorker, questions: Sequence[Question]) -> tuple[_Part, Exception | None]:
-    """This rank's part of a batch, and the error that ended it early."""
+def _roll_out(run: Run, sampler: Sampler, questions: Sequence[Question]) -> tuple[_Part, Exception | None]:
+    """Roll out and score this rank's part of a batch; return it with the error that ended it early."""
     part = _Part()
-
-    def finished(index: int, scored: ScoredTree) -> None:
-        part.trees.append((run.rank + index * run.world, scored))
-
     try:
-        worker.roll_out(questions, seed=run.config.seed, on_tree=finished)
+        for index, tree in sampler.roll_out(questions, seed=run.config.seed):
+            (scored,) = score(run, [questions[index]], [tree])
+            part.trees.append((run.rank + index * run.world, scored))
     except StopRequested:
         part.stopped = True
     except Exception as error:
@@ -97,13 +91,6 @@ def _append(run: Run, path: Path, done: Sequence[ScoredTree]) -> None:
         raise ForestError(
             f"{path} cannot be written ({error}); what it held before is intact, and the same command continues"
         ) from error
-
-
-def is_server_error(error: BaseException | None) -> bool:
-    """Whether the servers are at fault, and not the code."""
-    while error is not None and not isinstance(error, ServerError):
-        error = error.__cause__
-    return error is not None
 
 
 def _means(done: Sequence[ScoredTree]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The RL loop: roll out, credit, pack, update, sync (design, sections 1 and 8).
+"""The RL loop: roll out, score, credit, pack, update, sync (docs/design.md#loop).
 
 One step rolls out `questions_per_step` questions over all ranks and takes one optimizer step per mini-batch of
 `questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are
@@ -8,71 +8,49 @@ the same everywhere and the denominators are global without further communicatio
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import deepspeed
-import torch
 
-from atpo_fast.config.schema import Config, ObjectiveConfig, as_dict
+from atpo_fast.common.errors import StopRequested
+from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
-from atpo_fast.objective import Objective
-from atpo_fast.packing import (
-    PackedTrees,
-    Pass,
-    apply_entropy_advantage,
-    pack_trees,
-    plan_passes,
-    pruned_tokens,
-    spread_rows,
-)
-from atpo_fast.policy import Policy, load_model
-from atpo_fast.train.checkpoints import complete_checkpoints, load_checkpoint, read_state, save_checkpoint
-from atpo_fast.train.deepspeed_setup import initialize, set_learning_rate
+from atpo_fast.packing import PackedTrees, apply_entropy_advantage
+from atpo_fast.policy import score_rows
+from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from atpo_fast.train.evaluate import evaluate_step
-from atpo_fast.train.interrupt import StopRequested
-from atpo_fast.train.ranks import reduce_over_ranks
-from atpo_fast.train.rollout_worker import RolloutWorker, ScoredTree
-from atpo_fast.train.rollouts import Batch, Rollouts
-from atpo_fast.train.row_budget import max_prefix
+from atpo_fast.train.from_config import make_objective, max_prefix
+from atpo_fast.train.minibatches import pack_minibatches
 from atpo_fast.train.run import Run
+from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import draw_questions, step_seed
-from atpo_fast.train.step import MetricMean, Mismatch, optimizer_step, score_rows, with_logprob
+from atpo_fast.train.scoring import ScoredTree, score
+from atpo_fast.train.step import optimizer_step, with_logprob
 from atpo_fast.train.step_metrics import rollout_metrics
-from atpo_fast.tree import TurnTree
+from atpo_fast.train.update_metrics import MetricMean, Mismatch
+from atpo_fast.train.weights import load_policy
+from atpo_fast.train.zero import device_of, initialize, set_learning_rate
+from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
 
 
-@dataclass(slots=True)
-class TrainState:
-    """What a checkpoint remembers beside weights and optimizer."""
-
-    step: int = 0  # steps done
-    optimizer_steps: int = 0
-    seconds: float = 0.0  # spent so far, cold start included
-    cold_start_em: float | None = None
-    eval_em: float | None = None
-    eval_step: int = -1  # the step that `eval_em` is of
-    totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
-
-
 class Trainer:
-    """Owns the engine, the rollout worker and the progress of a run."""
+    """Own the policy, its optimizer, the sampler and the progress of a run."""
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
-        self.objective = make_objective(run.config.objective, run.config.rollout.max_response_tokens)
+        self.objective = make_objective(run.config)
         self._begun = time.monotonic() - seconds
-        self.policy = make_policy(run.config, start)
+        self.policy = load_policy(run.config, start)
         self.max_prefix = max_prefix(run.config, self.objective)
-        self.engine, self.watch = initialize(self.policy, run.config, run.config.optim)
+        self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
-        self.worker = RolloutWorker(run, start, self.engine.device)
-        self.rollouts = Rollouts(self.worker, self._questions, lambda step: step_seed(run.config.seed, step))
+        self.sampler = Sampler(run, start, self.zero.device)
+        self.batches = BatchSampler(self.sampler, self._questions, lambda step: step_seed(run.config.seed, step))
         self.state = TrainState()
         if resume_from is None:
             run.logger.truncate_after(-1)
@@ -80,17 +58,17 @@ class Trainer:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.state = TrainState(**load_checkpoint(self.run, self.engine, checkpoint))
+        self.state = load_checkpoint(self.run, self.zero, checkpoint)
         self._begun = time.monotonic() - self.state.seconds
-        self.worker.sync(self.policy)
+        self.sampler.sync(self.policy)
         self.run.logger.truncate_after(self.state.step)
         self.run.progress.message(f"resumed from {checkpoint}")
 
     def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
-        """A frozen copy of the starting policy when the objective has a KL term."""
+        """Make a frozen copy of the starting policy when the objective has a KL term."""
         if not self.objective.loss_config.needs_reference:
             return None
-        frozen = make_policy(self.config, self.config.model.reference_path or start)
+        frozen = load_policy(self.config, self.config.model.reference_path or start)
         return initialize(frozen, self.config, self.config.optim)[0]
 
     def fit(self) -> bool:
@@ -124,71 +102,73 @@ class Trainer:
         """Write a checkpoint of the last finished step."""
         self.state.seconds = time.monotonic() - self._begun
         with self.run.timer.phase("checkpoint"):
-            save_checkpoint(self.run, self.engine, self.policy, asdict(self.state))
+            save_checkpoint(self.run, self.zero, self.policy, self.state)
 
     def _evaluate(self) -> None:
-        means = evaluate_step(self.run, self.worker, self.state.step)
+        means = evaluate_step(self.run, self.sampler, self.state.step)
         self.state.eval_em, self.state.eval_step = means["eval/em"], self.state.step
         self.run.progress.message(f"step {self.state.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
 
     def _step(self) -> None:
-        """One batch."""
+        """Roll out, score, credit, pack, update, sync: one batch."""
         run, begun = self.run, time.monotonic()
         run.progress.start_phase("rollout", self.config.rollout.leaves * len(self._questions(self.state.step)))
-        batch = self.rollouts.take(self.state.step)
+        batch = self.batches.take(self.state.step)
         waited = time.monotonic() - begun
         run.stop_together()
-        forest = run.gather(batch.trees, self.config.train.questions_per_step)
+        mine = score(run, batch.questions, batch.trees)
+        scored = run.gather(mine, self.config.train.questions_per_step)
         if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
-            self.rollouts.begin(self.state.step + 1, weights_step=self.state.step)
+            self.batches.begin(self.state.step + 1, weights_step=self.state.step)
         with run.timer.phase("credit"):
-            assign_credit([scored.tree for scored in forest], **as_dict(self.config.credit))
-        dropped = self.policy.dropped_tokens
+            forest = as_forest([each.tree for each in scored])
+            assign_credit(forest, **self.config.credit.arguments)
+        skipped = self.policy.skipped_tokens
         metrics, pruned = self._update(forest, batch.staleness)
-        batch.counts |= {"pruned": pruned, "pruned_backward": self.policy.dropped_tokens - dropped}
+        batch.counts["tokens/skipped_backward"] = float(self.policy.skipped_tokens - skipped)
         with run.timer.phase("rollout_wait"):
-            self.rollouts.join()
-        self.worker.sync(self.policy)
+            self.batches.join()
+        self.sampler.sync(self.policy)
         self.state.step += 1
-        self._log(forest, batch, metrics, waited, begun)
+        self._log(scored, batch, metrics, pruned, waited, begun)
 
     def _questions(self, step: int) -> list[Question]:
-        """This rank's questions of a step."""
+        """Draw this rank's questions of a step."""
         return self.run.share(draw_questions(self.run.task.train, self.config, step))
 
-    def _update(self, forest: Sequence[ScoredTree], staleness: int) -> tuple[dict[str, float], int]:
-        """Optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
-        run, size = self.run, self.config.train.questions_per_minibatch
-        batches: list[tuple[list[PackedTrees], list[Pass]]] = []
-        pruned = 0
+    def _update(self, forest: Forest, staleness: int) -> tuple[dict[str, float], int]:
+        """Take the optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
+        run, train = self.run, self.config.train
         with run.timer.phase("pack"):
-            for trees in _chunks([scored.tree for scored in forest], size):
-                rows = pack_trees(trees, self.objective, self.config.train.max_tokens, max_prefix=self.max_prefix)
-                pruned += pruned_tokens(trees, rows)
-                spread = spread_rows(rows, run.world) if rows else [[]] * run.world
-                batches.append((spread[run.rank], plan_passes(spread)[run.rank]))
+            batches = pack_minibatches(
+                forest,
+                self.objective,
+                train.questions_per_minibatch,
+                row_tokens=train.row_tokens,
+                max_prefix=self.max_prefix,
+                rank=run.rank,
+                world=run.world,
+            )
         with run.timer.phase("logprob"):
-            batches = [
-                (self._prepare(rows, on_policy=i == staleness == 0), passes) for i, (rows, passes) in enumerate(batches)
-            ]
-        limit = inf if staleness else self.config.train.max_mismatch_kl  # older weights may differ
+            prepared = [self._prepare(b.rows, on_policy=i == staleness == 0) for i, b in enumerate(batches)]
+        limit = inf if staleness else train.max_mismatch_kl  # older weights may differ
         metrics, mismatch = MetricMean(), Mismatch(limit)
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
-            for i, (rows, passes) in enumerate(batches):
+            for i, (rows, batch) in enumerate(zip(prepared, batches, strict=True)):
                 if rows:  # every question may have had equal rewards: no gradient anywhere, the same on every rank
-                    set_learning_rate(self.engine, self._learning_rate())
+                    set_learning_rate(self.zero, self._learning_rate())
                     fresh = mismatch if mismatch.kl is None else None
-                    optimizer_step(self.engine, self.watch, rows, passes, self.objective, metrics, run.timer, fresh)
+                    optimizer_step(self.zero, self.watch, rows, batch.passes, self.objective, metrics, run.timer, fresh)
                     self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
         if mismatch.kl is not None:
             policy |= {"rollout/mismatch_kl": mismatch.kl, "rollout/logprob_gap": mismatch.gap}
-        return policy, pruned
+        return policy, sum(batch.pruned for batch in batches)
 
     def _prepare(self, rows: list[PackedTrees], on_policy: bool) -> list[PackedTrees]:
-        """Old and reference log-probs, and the entropy-aware advantage where the objective has one.
+        """Fill old and reference log-probs, and apply the entropy-aware advantage where the objective has one.
 
         A mini-batch is on-policy when the policy that sampled it learns from it: its old log-probs are those of its
         own forward, so no pass is needed for them.
@@ -197,14 +177,14 @@ class Trainer:
             return rows
         recompute = self.config.train.old_logprobs == "recompute"
         if self.objective.entropy_advantage or (recompute and not on_policy):
-            scores = score_rows(self.engine, rows)
+            scores = score_rows(self.zero, rows, device_of(self.zero))
             rows = with_logprob(rows, "old_logprob", scores) if recompute else rows
             entropies = [entropy for _, entropy in scores]
             rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=reduce_over_ranks)
         elif recompute:
             rows = [replace(row, old_logprob=None) for row in rows]
         if self.reference is not None:
-            rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows))
+            rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows, device_of(self.reference)))
         return rows
 
     def _learning_rate(self) -> float:
@@ -213,93 +193,31 @@ class Trainer:
 
     def _log(
         self,
-        forest: Sequence[ScoredTree],
+        scored: Sequence[ScoredTree],
         batch: Batch,
         policy: dict[str, float],
+        pruned: int,
         waited: float,
         begun: float,
     ) -> None:
         run = self.run
-        counts = run.sum_over_ranks({k: float(v) for k, v in batch.counts.items()})
-        counts["pruned"] /= run.world  # every rank counted the same forest
-        metrics = rollout_metrics(forest, counts, batch.seconds, waited, time.monotonic() - begun)
+        counts = run.sum_over_ranks(batch.counts)
+        counts["tokens/pruned"] = float(pruned)  # every rank has packed the same forest
+        metrics = rollout_metrics(scored, counts, batch.seconds, waited, time.monotonic() - begun)
         metrics["rollout/staleness"] = float(batch.staleness)
         metrics |= {f"time/{name}": seconds for name, seconds in batch.phases.items()}
         metrics |= policy
         metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
         metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
-        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned", "pruned_backward"):
+        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned", "skipped_backward"):
             self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
         run.logger.log("train", self.state.step, metrics)
         run.progress.step_done(self.state.step, self.config.train.steps, metrics)
         if run.is_main and self.config.train.save_trees:
-            trees = [scored.tree for scored in forest[: self.config.train.save_trees]]
+            trees = [each.tree for each in scored[: self.config.train.save_trees]]
             append_trees(run.folder / "trees.jsonl", trees, self.state.step, run.task.tokenizer)
 
     @property
     def seconds(self) -> float:
         """Wall time of the run so far, earlier sessions included."""
         return time.monotonic() - self._begun
-
-
-def newest_checkpoint(run: Run) -> Path | None:
-    """The checkpoint to resume from, if the configuration wants one.
-
-    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train.
-    """
-    mode = run.config.train.resume
-    found = complete_checkpoints(run.folder) if mode != "never" else []
-    if not found:
-        if mode == "must":
-            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
-        return None
-    done = read_state(found[-1])["step"]
-    if done >= run.config.train.steps and (run.folder / "summary.json").is_file():
-        raise ValueError(
-            f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
-            "raise train.steps, choose another run_dir, or set train.resume=never"
-        )
-    return found[-1]
-
-
-def make_objective(config: ObjectiveConfig, max_length: int) -> Objective:
-    """The preset with the configured departures."""
-    changes = {k: v for k, v in as_dict(config).items() if k != "preset" and v is not None}
-    return Objective.preset(config.preset, max_length=max_length, **changes)
-
-
-def make_policy(config: Config, folder: Path | str) -> Policy:
-    """The policy from a Hugging Face folder."""
-    return Policy(
-        load_model(folder, getattr(torch, config.model.dtype)),
-        temperature=config.rollout.temperature,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        liger=config.model.liger,
-    )
-
-
-def _chunks(items: Sequence[TurnTree], size: int) -> Iterator[list[TurnTree]]:
-    for begin in range(0, len(items), size):
-        yield list(items[begin : begin + size])
-
-
-def trainer_summary(trainer: Trainer) -> dict[str, Any]:
-    """What `summary.json` says."""
-    state, totals = trainer.state, trainer.state.totals
-    return {
-        "cold_start_em": state.cold_start_em,
-        "final_em": state.eval_em,
-        "train_seconds": trainer.seconds,
-        "steps": state.step,
-        "optimizer_steps": state.optimizer_steps,
-        "prefilled_tokens": int(totals.get("prefilled", 0)),
-        "decoded_tokens": int(totals.get("decoded", 0)),
-        "cache_hit_tokens": int(totals.get("cache_hit", 0)),
-        "unique_tokens": int(totals.get("unique", 0)),
-        "flat_tokens": int(totals.get("flat", 0)),
-        "pruned_tokens": int(totals.get("pruned", 0)),
-        "pruned_backward_tokens": int(totals.get("pruned_backward", 0)),
-        "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
-        "seed": trainer.config.seed,
-        **trainer.run.task.notes,
-    }

@@ -1,24 +1,47 @@
-"""What every stage of a run shares: ranks, folder, task, logging."""
+"""What every stage of a run shares: ranks, device, folder, task, logging, and the wish to stop."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from atpo_fast.config.schema import Config
+from atpo_fast.common.errors import StopRequested
+from atpo_fast.common.ranks import reduce_over_ranks
+from atpo_fast.config import Config
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
-from atpo_fast.train.deepspeed_setup import join_process_group
-from atpo_fast.train.interrupt import StopRequested, StopSignal
-from atpo_fast.train.ranks import reduce_over_ranks
+from atpo_fast.train.zero import join_process_group
 
 T = TypeVar("T")
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a flag that the loop reads between phases; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            sys.exit(128 + number)
+        self.requested = True
+        print("stopping: saving what is done first (signal again to stop at once)", file=sys.stderr, flush=True)
+
+    def check(self) -> None:
+        """Raise StopRequested when a signal has come."""
+        if self.requested:
+            raise StopRequested
 
 
 @dataclass(slots=True)
@@ -40,12 +63,18 @@ class Run:
         """Whether this process writes files."""
         return self.rank == 0
 
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        cuda = self.config.device != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
     def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's items of a list that every rank holds."""
+        """Take this rank's items of a list that every rank holds."""
         return list(items[self.rank :: self.world])
 
     def gather(self, mine: Sequence[T], total: int) -> list[T]:
-        """Undo `share`: the whole list, in order, on every rank."""
+        """Undo `share`: give every rank the whole list, in order."""
         if self.world == 1:
             return list(mine)
         parts: list[Any] = [None] * self.world

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atpo_fast.config.schema import Config
+from atpo_fast.config import Config
 from atpo_fast.data.questions import Question
 
 
 def draw_questions(questions: Sequence[Question], config: Config, step: int) -> list[Question]:
-    """Questions of a step: `train.questions_per_step` of a seeded permutation, made anew every epoch.
+    """Draw the questions of a step: `train.questions_per_step` of a seeded permutation, another one every epoch.
 
     Raises ValueError when there is none.
     """
     if not questions:
-        raise ValueError("there are no training questions: set data.train_files (test questions are dropped from them)")
+        raise ValueError(
+            "there are no training questions: set data.train_files (evaluation questions are dropped from them)"
+        )
     size = config.train.questions_per_step
     epochs, offsets = np.divmod(np.arange(step * size, (step + 1) * size), len(questions))
     drawn: list[Question] = []
@@ -27,5 +29,5 @@ def draw_questions(questions: Sequence[Question], config: Config, step: int) -> 
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Seed of a step's sampling."""
+    """Return the seed of a step's sampling."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])

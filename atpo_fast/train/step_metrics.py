@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from atpo_fast.train.rollout_worker import ScoredTree
+from atpo_fast.train.scoring import ScoredTree
 
 
 def rollout_metrics(
@@ -16,10 +16,14 @@ def rollout_metrics(
     waited: float,
     step_seconds: float,
 ) -> dict[str, float]:
-    """Reward, rollout and token metrics of a forest; `counts` are the engines' summed over ranks.
+    """Compute the reward, rollout, count and token metrics of a forest.
+
+    Means are over the leaves that were kept (`rollout/turns`, `rollout/tool_calls`, ...); what was counted while the
+    trees grew, pruned branches included, is in `counts`, which become metrics under their own names.
 
     Args:
-        rollout_seconds: of the roll-out, which may have run ahead.
+        counts: what the samplers and the update have counted, summed over ranks.
+        rollout_seconds: time of the roll-out, which may have run ahead.
         waited: the part of the step that only waited for it.
     """
     scores = [score for scored in forest for score in scored.scores]
@@ -38,17 +42,11 @@ def rollout_metrics(
         "rollout/turns": mean([s.turns for s in scores]),
         "rollout/tool_calls": mean([s.tool_calls for s in scores]),
         "rollout/entropy": mean([turn.nll for scored in forest for turn in scored.tree.turns[1:]]),
-        "rollout/failed_trees": float(sum(not scored.scores for scored in forest)),
         "tokens/unique": float(unique),
         "tokens/flat": float(flat),
-        "tokens/prefilled": counts["prefilled_tokens"],
-        "tokens/decoded": counts["decoded_tokens"],
-        "tokens/cache_hit": counts["cache_hit_tokens"],
-        "tokens/evicted": counts["evicted_tokens"],
-        "tokens/pruned": counts["pruned"],
-        "tokens/pruned_backward": counts["pruned_backward"],
         "tokens/overlap": 1 - unique / flat if flat else 0.0,
-        "rate/rollout_tokens_per_s": counts["decoded_tokens"] / max(rollout_seconds, 1e-9),
-        "rate/train_tokens_per_s": (unique - counts["pruned"]) / update_seconds,
+        "rate/rollout_tokens_per_s": counts["tokens/decoded"] / max(rollout_seconds, 1e-9),
+        "rate/train_tokens_per_s": (unique - counts["tokens/pruned"]) / update_seconds,
         "time/total": step_seconds,
+        **counts,
     }

@@ -1,4 +1,4 @@
-"""Whole parameters out of a (possibly partitioned) policy: to the inference engine and to disk."""
+"""Weights into a policy from disk, and whole ones out of it, partitioned or not: to the engine and to disk."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import deepspeed
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.policy import Policy
-from atpo_fast.rollout.weight_stream import in_buckets
+from atpo_fast.config import Config
+from atpo_fast.engines.weight_stream import in_buckets
+from atpo_fast.policy import Policy, load_model
 
 _BUCKET_BYTES = 256 << 20
 
 
+def load_policy(config: Config, folder: Path | str) -> Policy:
+    """Load the policy from a Hugging Face folder."""
+    return Policy(
+        load_model(folder, getattr(torch, config.model.dtype)),
+        temperature=config.rollout.temperature,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        liger=config.model.liger,
+    )
+
+
 def whole_parameters(policy: Policy, bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, full tensor) one at a time; under ZeRO-3 a collective on every rank.
+    """Yield (Hugging Face name, full tensor) one at a time; under ZeRO-3 a collective on every rank.
 
     Parameters are gathered in buckets of at most `bucket_bytes` (a larger one alone), so no rank ever holds more than a
     bucket beside its shards. A tensor is valid until the next one is asked for. Tied parameters come once.

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from atpo_fast.jsonl import plain
+from atpo_fast.common.jsonl import plain
 from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree, stored_fields
 
 _TURN = {
@@ -63,7 +63,7 @@ def append(folder: Path | str, trees: Sequence[TurnTree], texts: Sequence[Sequen
 
 
 def iterate(folder: Path | str) -> Iterator[dict[str, Any]]:
-    """The trees as records of `atpo_fast.tree.storage.tree_to_json`, with `text` and `observation` in each turn.
+    """Yield the trees as records of `atpo_fast.tree.storage.tree_to_json`, with `text` and `observation` in each turn.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -75,7 +75,7 @@ def iterate(folder: Path | str) -> Iterator[dict[str, Any]]:
 
 
 def questions(folder: Path | str) -> Iterator[str]:
-    """The question id of every tree. Raises as `iterate`."""
+    """Yield the question id of every tree. Raises as `iterate`."""
     for row in _rows(Path(folder), ["question_id"]):
         yield row["question_id"]
 
@@ -123,5 +123,5 @@ def _list(values: Floats | None) -> list[float] | None:
 
 
 def _utf8(text: str) -> str:
-    """Lone surrogates escaped: Parquet's strings cannot hold them."""
+    """Escape lone surrogates, which Parquet's strings cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atpo_fast.jsonl import append_records, iterate_records, plain, read_records
+from atpo_fast.common.jsonl import append_records, iterate_records, plain, read_records
 from atpo_fast.tree import parquet
 from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree, stored_fields
 
@@ -42,23 +42,23 @@ def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokeniz
 
 
 def tree_record(tree: TurnTree, step: int, tokenizer: Decoder) -> dict[str, Any]:
-    """The line of one tree: question_id, meta, step, turns."""
+    """Make the line of one tree: question_id, meta, step, turns."""
     texts = _texts(tree, tokenizer, (ACTION_CHARS, OBSERVATION_CHARS))
     turns = [_turn_record(tree, index, *text) for index, text in enumerate(texts)]
     return {"question_id": tree.question_id, "meta": tree.meta, "step": int(step), "turns": turns}
 
 
 def read_trees(path: Path | str) -> list[dict[str, Any]]:
-    """Records of a trees.jsonl; a half-written last line is skipped.
+    """Read the records of a trees.jsonl; a half-written last line is skipped.
 
     Raises:
-        FileNotFoundError, ValueError: as `atpo_fast.jsonl.read_records`.
+        FileNotFoundError, ValueError: as `atpo_fast.common.jsonl.read_records`.
     """
     return read_records(path)
 
 
 def tree_to_json(tree: TurnTree) -> dict[str, Any]:
-    """Everything a tree holds, as JSON data; `tree_from_json` gives an equal tree."""
+    """Write everything that a tree holds as JSON data, from which `tree_from_json` makes an equal tree."""
     data = {
         "question_id": tree.question_id,
         "meta": tree.meta,
@@ -71,7 +71,7 @@ def tree_to_json(tree: TurnTree) -> dict[str, Any]:
 
 
 def tree_from_json(data: dict[str, Any]) -> TurnTree:
-    """The tree that `tree_to_json` wrote.
+    """Make the tree that `tree_to_json` wrote.
 
     Raises:
         ValueError: a field is missing or does not fit (names the question).
@@ -100,7 +100,7 @@ def append_forest(path: Path | str, trees: Sequence[TurnTree], tokenizer: Decode
 
 
 def read_forest(path: Path | str) -> list[TurnTree]:
-    """The trees that `append_forest` wrote; what a killed process left half-written is skipped.
+    """Read the trees that `append_forest` wrote; what a killed process left half-written is skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -110,13 +110,13 @@ def read_forest(path: Path | str) -> list[TurnTree]:
 
 
 def iterate_forest(path: Path | str) -> Iterator[TurnTree]:
-    """The same one by one, for forests that are larger than memory."""
+    """Yield the trees of `read_forest` one by one, for forests that are larger than memory."""
     records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
     return (tree_from_json(record) for record in records)
 
 
 def forest_questions(path: Path | str) -> Counter[str]:
-    """How many trees a forest holds of each question id; none where there is no such file.
+    """Count the trees of each question id in a forest; none where there is no such file.
 
     Raises ValueError as `read_forest`.
     """
@@ -128,7 +128,7 @@ def forest_questions(path: Path | str) -> Counter[str]:
 
 
 def read_forest_texts(path: Path | str, count: int) -> list[dict[str, Any]]:
-    """The first `count` trees of a forest as records of a trees.jsonl; those written without texts have empty ones.
+    """Read the first `count` trees of a forest as records of a trees.jsonl; trees without texts get empty ones.
 
     Raises:
         FileNotFoundError, ValueError: as `read_forest`.
@@ -143,7 +143,7 @@ def is_parquet(path: Path | str) -> bool:
 
 
 def _forest_record(tree: TurnTree, texts: Texts | None) -> dict[str, Any]:
-    """`tree_to_json` and, with texts, `tree_record` in one."""
+    """Join the records of `tree_to_json` and, with texts, of `tree_record`."""
     record = tree_to_json(tree)
     if texts is None:
         return record
@@ -192,7 +192,7 @@ def _floats(numbers: list[Any]) -> Floats:
 
 
 def _texts(tree: TurnTree, tokenizer: Decoder, limits: tuple[int, int] | None) -> Texts:
-    """(action, observation) of every turn, decoded; texts over their limit are cut in the middle."""
+    """Decode (action, observation) of every turn; texts over their limit are cut in the middle."""
     action, observation = limits or (None, None)
     return [
         (_text(turn.action_ids, tokenizer, action), _text(turn.observation_ids, tokenizer, observation))
@@ -219,14 +219,14 @@ def _turn_record(tree: TurnTree, index: int, text: str, observation: str) -> dic
 
 
 def _advantage(tree: TurnTree, turn: Turn, index: int) -> float | None:
-    """The turn's advantage; under trajectory credit only leaves have one."""
+    """Return the turn's advantage; under trajectory credit only leaves have one."""
     if tree.leaf_advantages is not None:
         return float(tree.leaf_advantages[index]) if index and not turn.children else None
     return None if tree.advantages is None else float(tree.advantages[index])
 
 
 def _text(ids: TokenIds, tokenizer: Decoder, limit: int | None) -> str:
-    """Decoded tokens; a text over `limit` characters keeps its beginning and its end."""
+    """Decode tokens; a text over `limit` characters keeps its beginning and its end."""
     text = tokenizer.decode(ids.tolist())
     if limit is None or len(text) <= limit:
         return text

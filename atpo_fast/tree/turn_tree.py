@@ -1,4 +1,4 @@
-"""The search tree of one question: what rollout writes and everything after it reads (design, section 2).
+"""The search tree of one question: what rollout writes and everything after it reads (docs/design.md#tree).
 
 A turn is what the policy wrote between two observations, plus the observation that the environment answered.
 Turn 0 is the root: no action, the prompt as its observation. Turns are numbered in the order of `add_turn`, so a
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(slots=True)
 class Turn:
-    """One turn; see the module docstring.
+    """What the policy wrote between two observations, and the observation that it caused.
 
     `action_ids` (a,) int64 sampled tokens; `logprobs` (a,) float64 the engine's log-prob of each; `observation_ids`
     (o,) int64 tokens the environment inserted after the action (never trained on).
@@ -43,7 +43,7 @@ class Turn:
 
 
 def stored_fields(turn: Turn) -> dict[str, Any]:
-    """What files keep of a turn; its children follow from the parents of the others."""
+    """Collect what files keep of a turn; its children follow from the parents of the others."""
     return {
         "parent": turn.parent,
         "action_ids": turn.action_ids,
@@ -113,7 +113,7 @@ class TurnTree:
         return index
 
     def set_observation(self, turn: int, observation_ids: Sequence[int] | TokenIds) -> None:
-        """Attach the environment's answer to a turn that has no child yet."""
+        """Attach the environment's answer to a turn. Raises ValueError when the turn has children already."""
         if self.turns[turn].children:
             raise ValueError(f"tree {self.question_id!r}: turn {turn} already has children; its observation is fixed")
         self.turns[turn].observation_ids = _ids(observation_ids)
@@ -124,7 +124,10 @@ class TurnTree:
         self.turns[turn].reward = float(reward)
 
     def set_multiplicity(self, turn: int, multiplicity: int) -> None:
-        """Let a leaf count `multiplicity` times (tokens are never copied)."""
+        """Let a leaf count `multiplicity` times; its tokens are not copied.
+
+        Raises ValueError when the turn is not a leaf, or for a multiplicity below 1.
+        """
         self._require_leaf(turn)
         if multiplicity < 1:
             raise ValueError(
@@ -138,7 +141,7 @@ class TurnTree:
         return [i for i, turn in enumerate(self.turns) if i and not turn.children]
 
     def path(self, turn: int) -> list[int]:
-        """Turns from the root to `turn`, both included."""
+        """List the turns from the root to `turn`, both included."""
         path = []
         while turn >= 0:
             path.append(turn)
@@ -146,7 +149,7 @@ class TurnTree:
         return path[::-1]
 
     def path_ids(self, turn: int) -> TokenIds:
-        """(L,) all tokens from the prompt through the observation of `turn`."""
+        """Join all tokens from the prompt through the observation of `turn`: (L,)."""
         return np.concatenate(
             [part for n in self.path(turn) for part in (self.turns[n].action_ids, self.turns[n].observation_ids)]
         )
@@ -175,7 +178,7 @@ class TurnTree:
 
 
 def overlap(trees: Sequence[TurnTree]) -> float:
-    """`1 - T_tree / T_flat` over a forest (design, section 5); 0 for an empty one."""
+    """Compute `1 - T_tree / T_flat` over a forest (docs/design.md#overlap); 0 for an empty one."""
     flat = sum(tree.flat_tokens for tree in trees)
     return 1.0 - sum(tree.unique_tokens for tree in trees) / flat if flat else 0.0
 

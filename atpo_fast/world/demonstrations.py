@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config.schema import WorldConfig
+from atpo_fast.config import WorldConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.tags import format_result
 from atpo_fast.tree.turn_tree import TurnTree

@@ -7,7 +7,7 @@ A search that leaves out the entity or the relation finds the wrong facts, and a
 and a relation without answering anything.
 
 A question asks for a composition: a start entity and distinct relations, looked up one after another, that never
-comes back to an entity it has passed. Stopping early is therefore always wrong. Training and test questions share
+comes back to an entity it has passed. Stopping early is therefore always wrong. Training and evaluation questions share
 facts, which are there to be searched for, but no composition.
 """
 
@@ -19,7 +19,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_fast.config.schema import WorldConfig
+from atpo_fast.config import WorldConfig
 from atpo_fast.data.questions import Passage, Question
 
 _RELATIONS = (
@@ -47,7 +47,7 @@ class World:
     targets: NDArray[np.int64]  # (relations, entities) index of the entity each fact points to
     passages: list[Passage]
     train: list[Question]
-    test: list[Question]
+    eval: list[Question]
     notes: dict[str, float | str]
 
 
@@ -86,15 +86,15 @@ def make_world(config: WorldConfig) -> World:
     relations = tuple(_RELATIONS[i] if i < len(_RELATIONS) else f"r{i}" for i in range(config.relations))
     targets = np.stack([_derangement(config.entities, rng) for _ in relations])
     passages = _passages(entities, relations, targets, rng)
-    train, test = _split(_compositions(entities, relations, targets, config.max_hops), config, rng)
+    train, held_out = _split(_compositions(entities, relations, targets, config.max_hops), config, rng)
     return World(
         entities=entities,
         relations=relations,
         targets=targets,
         passages=passages,
         train=train,
-        test=test,
-        notes=_notes(train, test, len(entities)),
+        eval=held_out,
+        notes=_notes(train, held_out, len(entities)),
     )
 
 
@@ -146,18 +146,19 @@ def _compositions(
 def _split(
     compositions: list[list[Composition]], config: WorldConfig, rng: np.random.Generator
 ) -> tuple[list[Question], list[Question]]:
-    """Draw test questions first, at most half of each kind, and training questions from what is left."""
+    """Draw (training, evaluation) questions: evaluation first, at most half of each kind, training from the rest."""
     available = [len(kind) for kind in compositions]
-    test_counts = _share_out(config.test_questions, [n // 2 for n in available], "world.test_questions")
-    left = [n - taken for n, taken in zip(available, test_counts, strict=True)]
+    eval_counts = _share_out(config.eval_questions, [n // 2 for n in available], "world.eval_questions")
+    left = [n - taken for n, taken in zip(available, eval_counts, strict=True)]
     train_counts = _share_out(config.train_questions, left, "world.train_questions")
     train: list[Question] = []
-    test: list[Question] = []
-    for kind, n_test, n_train in zip(compositions, test_counts, train_counts, strict=True):
+    held_out: list[Question] = []
+    for kind, n_eval, n_train in zip(compositions, eval_counts, train_counts, strict=True):
         order = rng.permutation(len(kind))
-        test += [_question(kind[k], f"test-{len(test) + i}") for i, k in enumerate(order[:n_test])]
-        train += [_question(kind[k], f"train-{len(train) + i}") for i, k in enumerate(order[n_test : n_test + n_train])]
-    return [train[k] for k in rng.permutation(len(train))], [test[k] for k in rng.permutation(len(test))]
+        # Sampling seeds hash a question's id, so evaluation questions keep the ids by which records know them.
+        held_out += [_question(kind[k], f"test-{len(held_out) + i}") for i, k in enumerate(order[:n_eval])]
+        train += [_question(kind[k], f"train-{len(train) + i}") for i, k in enumerate(order[n_eval : n_eval + n_train])]
+    return [train[k] for k in rng.permutation(len(train))], [held_out[k] for k in rng.permutation(len(held_out))]
 
 
 def _share_out(total: int, capacity: list[int], field: str) -> list[int]:
@@ -181,22 +182,20 @@ def _question(composition: Composition, name: str) -> Question:
     return Question(id=name, text=composition.text, answers=(composition.entities[-1],), source="world", meta=meta)
 
 
-def _notes(train: list[Question], test: list[Question], entities: int) -> dict[str, float | str]:
-    """Return what a reader of results has to know about the questions.
-
-    Raises:
-        AssertionError: a test composition is in training.
-    """
-    shared = {q.text for q in train} & {q.text for q in test}
+def _notes(train: list[Question], held_out: list[Question], entities: int) -> dict[str, float | str]:
+    """Tell a reader of results about the questions; raises when an evaluation composition is in training."""
+    shared = {q.text for q in train} & {q.text for q in held_out}
     if shared:
-        raise AssertionError(f"{len(shared)} test compositions are in training, for example {sorted(shared)[0]!r}")
-    hops = sorted({q.meta["hops"] for q in train + test})
+        raise AssertionError(
+            f"{len(shared)} compositions are in training and evaluation, for example {sorted(shared)[0]!r}"
+        )
+    hops = sorted({q.meta["hops"] for q in train + held_out})
     notes: dict[str, float | str] = {
         "random_guess_rate": 1.0 / entities,
-        "first_hop_rate": sum(q.meta["entities"][1] == q.answers[0] for q in test) / len(test),
+        "first_hop_rate": sum(q.meta["entities"][1] == q.answers[0] for q in held_out) / len(held_out),
         "shared_compositions": 0.0,
     }
-    for name, questions in (("train", train), ("test", test)):
+    for name, questions in (("train", train), ("eval", held_out)):
         notes[f"{name}_questions"] = float(len(questions))
         for h in hops:
             notes[f"{name}_share_{h}_hop"] = sum(q.meta["hops"] == h for q in questions) / len(questions)

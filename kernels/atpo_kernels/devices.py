@@ -1,12 +1,16 @@
-"""What the kernels' tables of tiles ask of a device."""
+"""Questions that operators ask of a device: its table of tiles, its number of processors, how to run on it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
 
 
 def target_of(device: torch.device) -> str:
-    """The key of the tile tables for a device. GPUs of other generations take the table of sm_80."""
+    """Name the device's entry in the tables of tiles. GPUs of other generations take the table of sm_80."""
     if device.type != "cuda":
         return "cpu"
     if torch.version.hip is not None:
@@ -16,5 +20,12 @@ def target_of(device: torch.device) -> str:
 
 
 def processors(device: torch.device) -> int:
-    """Number of multiprocessors; 4 where there are none, so that the interpreter runs several programs."""
+    """Count the multiprocessors; 4 where there are none, so that the interpreter runs several programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@contextmanager
+def kernel_context(tensor: Tensor) -> Iterator[None]:
+    """Switch autocast off, as operators choose their own precision, and make the tensor's GPU the current one."""
+    with torch.autocast(tensor.device.type, enabled=False), torch.cuda.device_of(tensor):
+        yield

@@ -1,54 +1,50 @@
-"""Records shared by the loss operators: what a policy loss is made of, and what it returns (design, section 4)."""
+"""Records that the loss operators take and return: configuration, weights, paths, losses (docs/design.md#objective)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 from torch import Tensor
 
-RatioLevel = Literal["token", "turn", "sequence"]
-ClipMode = Literal["hard", "dual", "soft", "soft_high", "sapo", "cispo"]
-KLMode = Literal["none", "k1", "k2", "k3", "low_var"]
-Reduction = Literal[
-    "seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean", "sum", "none"
-]
+from atpo_kernels.choices import ClipFamily, KLEstimator, RatioLevel, check_choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """The per-token policy loss, without how tokens are averaged."""
+    """Configuration of the loss of one token; how tokens are averaged is not part of it."""
 
     level: RatioLevel = "turn"
-    """Over what the log-ratio is averaged before it is exponentiated."""
-    clip: ClipMode = "hard"
-    """hard: PPO. dual: PPO with the loss of A<0 capped at dual_cap*|A|. soft: gradient kept outside the range at the
-    bound's value (GPPO). soft_high: soft above, hard below (AEPO). sapo: sigmoid gate. cispo: stop-gradient clip."""
+    """Tokens over which the log-ratio is averaged before it is exponentiated."""
+    clip: ClipFamily = "hard"
+    """Clip family. hard: PPO. dual: PPO with the loss of A<0 capped at dual_cap*|A|. soft: gradient kept outside the
+    range at the bound's value (GPPO). soft_high: soft above, hard below (AEPO). sapo: sigmoid gate. cispo: the clipped
+    ratio is a constant weight of the log-prob."""
     clip_low: float = 3e-3
-    """The ratio is clipped below at 1 - clip_low."""
+    """Distance of the lower bound: the ratio is clipped below at 1 - clip_low."""
     clip_high: float = 4e-3
-    """The ratio is clipped above at 1 + clip_high."""
+    """Distance of the upper bound: the ratio is clipped above at 1 + clip_high."""
     dual_cap: float = 3.0
-    """c of the dual clip; greater than 1."""
+    """Cap c of the dual clip; greater than 1."""
     sapo_tau_pos: float = 1.0
     """Temperature of the sapo gate where A > 0."""
     sapo_tau_neg: float = 1.05
     """Temperature of the sapo gate where A < 0."""
     max_log_ratio: float = 10.0
-    """The averaged log-ratio is capped here before it is exponentiated."""
-    kl: KLMode = "none"
+    """Cap of the averaged log-ratio before it is exponentiated."""
+    kl: KLEstimator = "none"
     """Estimator of the KL to the reference policy."""
     kl_coef: float = 0.0
     """Weight of the KL term."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus (subtracted from the loss)."""
     importance_cap: float | None = None
-    """Truncated importance weights min(exp(old - rollout), cap) on the policy term; None: off."""
+    """Cap of the truncated importance weights min(exp(old - rollout), cap) on the policy term; None: no weights."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("level", RatioLevel), ("clip", ClipMode), ("kl", KLMode)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(allowed))}")
+        check_choice("level", self.level, RatioLevel)
+        check_choice("clip", self.clip, ClipFamily)
+        check_choice("kl", self.kl, KLEstimator)
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError(f"clip_low and clip_high must not be negative, got {self.clip_low} and {self.clip_high}")
         if self.dual_cap <= 1:
@@ -60,7 +56,7 @@ class LossConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether reference log-probs are read."""
+        """Whether the loss reads reference log-probs."""
         return self.kl != "none" and self.kl_coef != 0
 
     @property
@@ -80,16 +76,16 @@ class TokenWeights:
 
 @dataclass(slots=True)
 class LeafPaths:
-    """Trajectories through packed turns: what level `sequence` needs beside the tokens."""
+    """Trajectories through packed turns, which ratio level `sequence` needs beside the tokens."""
 
-    offsets: Tensor  # (S+1,) int32 CSR over P
-    turns: Tensor  # (P,) int32 index of a turn in turn_offsets
-    weight_pos: Tensor  # (P,) per-token w * max(A, 0) of the trajectory in the turn
-    weight_neg: Tensor  # (P,) per-token w * max(-A, 0)
+    offsets: Tensor  # (S+1,) int32 CSR of the S trajectories over the P entries
+    turns: Tensor  # (P,) int32 turn of an entry, as an index into turn_offsets
+    weight_pos: Tensor  # (P,) w * max(A, 0) of the trajectory for each token of the turn
+    weight_neg: Tensor  # (P,) w * max(-A, 0) likewise
 
 
 class HeadInputs(NamedTuple):
-    """What an LM head is differentiated by, or the gradients; None where there is none."""
+    """Tensors by which an LM head is differentiated, or their gradients; None where there is none."""
 
     hidden: Tensor | None  # (A, D)
     weight: Tensor | None  # (V, D)
@@ -98,16 +94,21 @@ class HeadInputs(NamedTuple):
 
 @dataclass(slots=True)
 class TurnLoss:
-    """What a policy loss returns."""
+    """Result of a policy loss.
+
+    `coef` is the coefficient of every token's log-prob in the gradient: coef[t] = d loss / d logprob[t], detached, and
+    without the way through the entropy. A token of coefficient 0 (clipped, of zero weight, or outside the mask) can be
+    left out of the backward; such tokens are called *skipped*.
+    """
 
     loss: Tensor  # () differentiable in logprob (and entropy); (A,) or (B, T) with reduction="none"
     metrics: dict[str, Tensor]  # detached device scalars; see turn_policy_loss
-    coef: Tensor  # (A,) or (B, T): d loss / d logprob, detached
+    coef: Tensor  # (A,) or (B, T) coefficient of the log-prob, detached
 
 
 @dataclass(slots=True)
 class LinearTurnLoss(TurnLoss):
-    """What `linear_turn_policy_loss` returns: the gradients of the LM head's inputs hang on `loss`."""
+    """Result of `linear_turn_policy_loss`: `loss` is differentiable in the LM head's inputs."""
 
     logprob: Tensor  # (A,) log-probs of the targets, detached
     entropy: Tensor  # (A,) entropies in nats, detached

@@ -1,13 +1,17 @@
-"""Log-prob and entropy of target tokens straight from hidden states, without the (A, V) logits (design, section 6)."""
+"""Log-prob and entropy of target tokens straight from hidden states, without the (A, V) logits.
+
+See docs/design.md#operators.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose, kernel_context
-from atpo_kernels.linear_logprob.checks import check_linear
-from atpo_kernels.linear_logprob.chunked import linear_logprob_chunked
+from atpo_kernels.checks import check_linear
+from atpo_kernels.devices import kernel_context
+from atpo_kernels.dispatch import choose
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
+from atpo_kernels.linear_logprob.torch_impl import linear_logprob_torch
 
 __all__ = ["linear_logprob"]
 
@@ -21,11 +25,14 @@ def linear_logprob(
     temperature: float = 1.0,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # (A,), (A,)
-    """Log-prob of `targets` and entropy, in nats, of softmax((hidden @ weight.T + bias) / temperature).
+    """Compute the log-prob of `targets` and the entropy, in nats, of softmax((hidden @ weight.T + bias) / temperature).
+
+        log_softmax = (F.linear(hidden, weight, bias).float() / temperature).log_softmax(-1)
+        return log_softmax.gather(-1, targets[:, None])[:, 0], -(log_softmax.exp() * log_softmax).sum(-1)
 
     Both outputs are float32 for float32, bfloat16 and float16 inputs and float64 for float64 ones, and differentiable
-    in `hidden`, `weight` and `bias`. Logits and statistics are float32 (float64) whatever the input dtype. Logits of a
-    chunk of rows exist at a time; the backward recomputes them. A = 0 is allowed. Autocast has no effect here.
+    in `hidden`, `weight` and `bias`. Logits and statistics are float32 (float64) whatever the input dtype. Logits of
+    a chunk of rows exist at a time, and the backward recomputes them. A = 0 is allowed. Autocast has no effect here.
 
     `impl`: "auto" (Triton on CUDA, but for float64; else "torch"), "torch" (chunks of rows), "reference" (materialises
     (A, V)), "triton". Triton computes the logits once without gradients, and again in chunks for them; its results are
@@ -35,7 +42,7 @@ def linear_logprob(
     parameter that ZeRO-3 holds in parts: call this inside the forward of the module that owns the weight).
     """
     check_linear("linear_logprob", hidden, weight, targets, bias, temperature)
-    paths = {"torch": linear_logprob_chunked, "reference": linear_logprob_reference}
+    paths = {"torch": linear_logprob_torch, "reference": linear_logprob_reference}
     run = choose("linear_logprob", impl, hidden.device, paths, hidden.dtype)
     with kernel_context(hidden):
         return run(hidden, weight, targets.long(), bias, temperature)

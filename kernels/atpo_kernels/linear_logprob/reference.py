@@ -1,4 +1,7 @@
-"""Definition of `linear_logprob` in plain PyTorch: materialises (A, V)."""
+"""Definition of `linear_logprob` in plain PyTorch, which materialises the (A, V) logits.
+
+Tests and benches compare with it; its gradients are those of autograd.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def linear_logprob_reference(
     bias: Tensor | None,  # (V,)
     temperature: float,
 ) -> tuple[Tensor, Tensor]:  # (A,), (A,)
-    """Log-prob of the targets and entropy of the softmax of `(hidden @ weight.T + bias) / temperature`."""
+    """Compute log-prob of the targets and entropy of the softmax of `(hidden @ weight.T + bias) / temperature`."""
     statistics_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = F.linear(hidden, weight, bias).to(statistics_dtype) / temperature
     logprob = logits.log_softmax(-1)

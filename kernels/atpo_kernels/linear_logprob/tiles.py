@@ -1,12 +1,14 @@
-"""How the LM head's matrix product is cut into tiles, by device and dtype."""
+"""How the LM head's matrix product is cut into tiles, by device and dtype, in Triton and in PyTorch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +16,7 @@ class Tile:
     """One configuration of the kernels that multiply `hidden` by the transposed `weight`."""
 
     rows: int
-    """Rows of hidden in a tile."""
+    """Rows of hidden states in a tile."""
     columns: int
     """Vocabulary entries in a tile."""
     depth: int
@@ -26,9 +28,27 @@ class Tile:
     group: int = 16
     """Row tiles that run side by side, so that they share the weight's tiles in the L2 cache."""
 
+    def constants(self, has_bias: bool) -> dict[str, Any]:
+        """List the constants and options of the kernels that multiply by this tile.
+
+        Flattened loops fetch the next tile while this one's exponentials are computed; with a bias they take too many
+        registers.
+        """
+        return {
+            "HAS_BIAS": has_bias,
+            "DESCRIPTORS": self.descriptors,
+            "FLATTEN": self.descriptors and not has_bias,
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "GROUP": self.group,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 # By target: half precision, float32. On sm_90 two warpgroups of 64 x 256 each; three stages and the stored tile take
-# 209 of 227 KiB of shared memory. bench/RESOURCES.md has what every entry takes.
+# 209 of 227 KiB of shared memory. bench/kernels/RESOURCES.md has what every entry takes.
 _TILES: dict[str, tuple[Tile, Tile]] = {
     "sm_80": (
         Tile(128, 128, 32, num_warps=8, num_stages=4, descriptors=False),
@@ -55,14 +75,14 @@ _TILES: dict[str, tuple[Tile, Tile]] = {
 
 
 def tile_for(target: str, dtype: torch.dtype) -> Tile:
-    """The tile of a target and dtype."""
+    """Look up the tile of a target ("sm_90", ..., "cpu") and dtype."""
     half, single = _TILES[target]
     return single if dtype == torch.float32 else half
 
 
 @lru_cache(maxsize=256)
 def vocab_splits(rows: int, vocab: int, tile: Tile, workers: int) -> int:
-    """Into how many ranges the vocabulary is cut, each the work of one program per row tile.
+    """Choose into how many ranges the vocabulary is cut, each the work of one program per row tile.
 
     Time is the number of waves of programs times the tiles of a program; the smallest count within 1 % of the best.
     """
@@ -74,3 +94,40 @@ def vocab_splits(rows: int, vocab: int, tile: Tile, workers: int) -> int:
     candidates = range(1, min(column_tiles, 64) + 1)
     best = min(time(splits) for splits in candidates)
     return next(splits for splits in candidates if time(splits) <= 1.01 * best)
+
+
+def merge_block(splits: int) -> int:
+    """Choose how many rows a program merges: as many as make 1024 partial results."""
+    return 1024 // (1 << (splits - 1).bit_length())
+
+
+# In PyTorch, by kind of device. A chunk: rows of the whole vocabulary, whose logits are kept from the statistics to the
+# gradients.
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 29}
+_MIN_ROWS = {"cpu": 192, "cuda": 1024}
+# A tile: rows and words whose logits are computed again; near square, so that matrix products run fast.
+_TORCH_TILES = {"cpu": (512, 2048), "cuda": (4096, 32768)}
+# A block: rows of a chunk or tile that pass through the elementwise operations together; on a CPU they stay in cache.
+_BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 29}
+
+
+def torch_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Choose the rows of a chunk: those whose logits fill its buffer, and enough to keep a matrix product busy."""
+    kind = _kind(device)
+    return max(_MIN_ROWS[kind], _CHUNK_BYTES[kind] // (vocab * dtype.itemsize))
+
+
+def torch_tile(device: torch.device) -> tuple[int, int]:
+    """Look up the rows and words of a tile."""
+    return _TORCH_TILES[_kind(device)]
+
+
+def elementwise_blocks(chunk: Tensor) -> list[slice]:  # (C, V)
+    """Cut the rows of a chunk into blocks."""
+    size = max(1, _BLOCK_BYTES[_kind(chunk.device)] // (chunk.shape[1] * chunk.itemsize))
+    return [slice(start, min(start + size, len(chunk))) for start in range(0, len(chunk), size)]
+
+
+def _kind(device: torch.device) -> str:
+    """Tell the CPU from all GPUs."""
+    return "cpu" if device.type == "cpu" else "cuda"

@@ -1,4 +1,7 @@
-"""The turn-level policy loss straight from hidden states: LM head and loss in one (design, section 6)."""
+"""Turn-level policy loss straight from hidden states: LM head and loss in one.
+
+See docs/design.md#gradient-in-the-forward.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose, kernel_context
-from atpo_kernels.linear_logprob.checks import check_linear
-from atpo_kernels.linear_turn_policy_loss.chunked import linear_turn_policy_loss_chunked
+from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
+from atpo_kernels.checks import check_arguments, check_linear
+from atpo_kernels.choices import Reduction
+from atpo_kernels.devices import kernel_context
+from atpo_kernels.dispatch import choose
 from atpo_kernels.linear_turn_policy_loss.reference import linear_turn_policy_loss_reference
-from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, Reduction, TokenWeights
-from atpo_kernels.turn_policy_loss.checks import check_arguments
-from atpo_kernels.turn_policy_loss.layout import Aggregation, LossArguments, LossInputs, Structure
+from atpo_kernels.linear_turn_policy_loss.torch_impl import linear_turn_policy_loss_torch
+from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, TokenWeights
 
 __all__ = ["linear_turn_policy_loss"]
 
@@ -39,13 +43,16 @@ def linear_turn_policy_loss(
     impl: str = "auto",
     **overrides: Any,
 ) -> LinearTurnLoss:
-    """`turn_policy_loss(linear_logprob(hidden, weight, targets), ...)` on packed turns, gradient in the forward.
+    """Compute `turn_policy_loss` of `linear_logprob` on packed turns, with the gradient in the forward.
+
+        logprob, entropy = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature)
+        return turn_policy_loss(logprob, old_logprob, advantages, turn_offsets=turn_offsets, entropy=entropy, ...)
 
     Arguments as in those two operators; `reduction` may be anything that packed turns allow but "none". Logits of a
     chunk of whole turns exist at a time; as a turn's ratio is known once its chunk's logits are, the gradients of
-    hidden, weight and bias are formed from them at once and the backward only scales them. Rows without gradient
-    (clipped, of zero weight) are left out of those products. Only a turn that is longer than a chunk, and level
-    "sequence" when there are more rows than a chunk has, compute the logits a second time.
+    hidden, weight and bias are formed from them at once and the backward only scales them. Tokens whose coefficient is
+    zero (clipped, of zero weight) are skipped: they are left out of those products. Only a turn that is longer than a
+    chunk, and level "sequence" when there are more rows than a chunk has, compute the logits a second time.
 
     Without gradients (torch.no_grad, or no input that requires one) none are computed. `old_logprob=None` takes the
     current log-probs (the first pass over freshly sampled data: every ratio is 1). The chunks are planned on the host:
@@ -63,14 +70,14 @@ def linear_turn_policy_loss(
             f"linear_turn_policy_loss: reduction={reduction!r}: must be 'sum', 'token-mean' or 'turn-mean'. For the "
             "loss by token call linear_logprob and turn_policy_loss(reduction='none')"
         )
-    # stands in for what the head is about to compute
+    # in the place of what the head is about to compute
     unknown = torch.zeros(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     inputs = LossInputs(unknown, old_logprob, ref_logprob, rollout_logprob, unknown)
     structure = Structure(turn_offsets.to(hidden.device, non_blocking=True), paths=paths)
-    aggregation = Aggregation(reduction, denominator=denominator)
-    arguments = LossArguments(inputs, advantages, weights, structure, aggregation, config)
+    averaging = Averaging(reduction, denominator=denominator)
+    arguments = LossArguments(inputs, advantages, weights, structure, averaging, config)
     check_arguments(arguments)
-    known_paths = {"torch": linear_turn_policy_loss_chunked, "reference": linear_turn_policy_loss_reference}
+    known_paths = {"torch": linear_turn_policy_loss_torch, "reference": linear_turn_policy_loss_reference}
     run = choose("linear_turn_policy_loss", impl, hidden.device, known_paths, hidden.dtype)
     with kernel_context(hidden):
         return run(hidden, weight, targets.long(), bias, temperature, arguments, turn_offsets)

@@ -1,4 +1,4 @@
-"""Definition of `linear_turn_policy_loss`: the two references one after the other."""
+"""Definition of `linear_turn_policy_loss`: the references of the two operators, one after the other."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from atpo_kernels.arguments import LossArguments
+from atpo_kernels.autograd import attach_gradients
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
 from atpo_kernels.records import LinearTurnLoss
-from atpo_kernels.turn_policy_loss.layout import LossArguments, loss_tokens
+from atpo_kernels.tokens import loss_tokens
 from atpo_kernels.turn_policy_loss.reference import evaluate_reference
-from atpo_kernels.turn_policy_loss.torch_path import KnownGradient
 
 
 def linear_turn_policy_loss_reference(
@@ -23,7 +24,7 @@ def linear_turn_policy_loss_reference(
     arguments: LossArguments,  # its logprob and entropy are placeholders
     turn_offsets: Tensor,  # (N+1,)
 ) -> LinearTurnLoss:
-    """Materialises (A, V); every gradient by autograd."""
+    """Compute `linear_turn_policy_loss` by its definition: materialises (A, V), every gradient by autograd."""
     logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature)
     seen, seen_entropy = logprob.detach(), entropy.detach()
     tokens = loss_tokens(arguments)
@@ -32,5 +33,5 @@ def linear_turn_policy_loss_reference(
     result = evaluate_reference(tokens, arguments.config, False)
     loss = result.loss
     if torch.is_grad_enabled():
-        loss = KnownGradient.apply(loss, logprob, result.coef, entropy, result.entropy_slope)
-    return LinearTurnLoss(loss, result.metrics, result.coef, seen, seen_entropy)
+        loss = attach_gradients(loss, (logprob, entropy), (result.grad_logprob, result.grad_entropy))
+    return LinearTurnLoss(loss, result.metrics, result.grad_logprob, seen, seen_entropy)

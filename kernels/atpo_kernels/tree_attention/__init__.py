@@ -1,44 +1,39 @@
-"""Attention over packed search trees: every token sees its own path and nothing else (design, sections 5 and 6)."""
+"""Attention over packed search trees: every token sees its own path and nothing else (docs/design.md#mask)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from atpo_kernels.devices import processors, target_of
-from atpo_kernels.dispatch import choose, kernel_context
-from atpo_kernels.tree_attention.block_lists import BlockSizes, TreeBlockLists, make_tree_block_lists
-from atpo_kernels.tree_attention.blocks import TreeBlocks, make_tree_blocks
-from atpo_kernels.tree_attention.blockwise import tree_attention_blockwise
-from atpo_kernels.tree_attention.flat import tree_attention_xformers
-from atpo_kernels.tree_attention.flex import make_flex_mask, tree_attention_flex
-from atpo_kernels.tree_attention.reference import tree_attention_reference, tree_attention_sdpa
-from atpo_kernels.tree_attention.tiles import block_sizes, has_tiles, tiles_for
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
+from atpo_kernels.devices import kernel_context, processors, target_of
+from atpo_kernels.dispatch import choose
+from atpo_kernels.tree_attention.reference import tree_attention_reference
+from atpo_kernels.tree_attention.tiles import (
+    BlockSizes,
+    TreeBlockLists,
+    block_sizes,
+    has_tiles,
+    make_tree_block_lists,
+    tiles_for,
+)
+from atpo_kernels.tree_attention.torch_impl import TreeBlocks, make_tree_blocks, tree_attention_torch
 
 __all__ = [
+    "AttentionBlocks",
     "BlockSizes",
     "TreeBlockLists",
     "TreeBlocks",
     "make_attention_blocks",
-    "make_flex_mask",
     "make_tree_block_lists",
     "make_tree_blocks",
     "tree_attention",
 ]
 
-_PATHS: dict[str, Callable[..., Tensor]] = {
-    "torch": tree_attention_blockwise,
-    "sdpa": tree_attention_sdpa,
-    "reference": tree_attention_reference,
-    "flex": tree_attention_flex,
-    "xformers": tree_attention_xformers,
-}
+AttentionBlocks = TreeBlocks | TreeBlockLists | None
+"""What `make_attention_blocks` makes of a row, by implementation."""
+_PATHS: dict[str, Callable[..., Tensor]] = {"torch": tree_attention_torch, "reference": tree_attention_reference}
 
 
 def tree_attention(
@@ -47,18 +42,21 @@ def tree_attention(
     v: Tensor,  # (P + T, Hkv, d)
     subtree_end: Tensor,  # (T,) int32
     *,
-    blocks: TreeBlocks | TreeBlockLists | BlockMask | Any | None = None,
+    blocks: AttentionBlocks = None,
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:  # (T, Hq, d)
-    """Attention of a row of trees, each laid out in depth-first pre-order with one copy of every token.
+    """Attend within a row of trees, each laid out in depth-first pre-order with one copy of every token.
+
+        mask = (index <= index[:, None]) & (index[:, None] < subtree_end)    # index = arange(T); [query, key]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)  # heads first
 
     Query i sees key j iff j <= i < subtree_end[j], where subtree_end[j] is the index after the last token of the
     subtree of j's turn. Trees in a row do not see one another. k and v may begin with a prefix of P >= 0 more tokens
     than q, the ancestors of a row that continues others: every query sees all of them, and key P + j is the row's token
     j. Query heads are grouped over key heads as usual: query head h reads key head h // (Hq / Hkv). `scale`, positive,
     defaults to 1/sqrt(d). Output in the dtype of q; scores and softmax of half-precision inputs are float32 ("torch",
-    "triton", "flex"). Differentiable in q, k and v; T = 0 is allowed. `blocks` are made once per row and prefix by
+    "triton"). Differentiable in q, k and v; T = 0 is allowed. `blocks` are made once per row and prefix by
     `make_attention_blocks` and serve all its layers and steps; without them they are made in every call, which reads
     subtree_end on the host and so waits for the device.
 
@@ -67,14 +65,10 @@ def tree_attention(
       "triton"     Triton kernels on lists of full and partial blocks (TreeBlockLists); heads of up to 256 dimensions in
                    half precision, 128 in float32; on CPU tensors in Triton's interpreter
       "torch"      visits the visible keys of each block of queries (TreeBlocks); any device and dtype
-      "flex"       PyTorch's FlexAttention on the same lists (BlockMask), compiled on CUDA; on the CPU eager, and
-                   without gradients
-      "xformers"   varlen attention (BlockDiagonalCausalMask) of rows without branches or prefix, CUDA only
-      "sdpa"       scaled_dot_product_attention with the dense (T, P + T) mask; takes no blocks
       "reference"  the definition, with the dense mask; takes no blocks
 
-    Raises ValueError for shapes, dtypes or devices that do not fit, blocks of another row, prefix or implementation, or
-    a row with branches or a prefix for "xformers"; RuntimeError for an implementation that is missing here.
+    Raises ValueError for shapes, dtypes or devices that do not fit, blocks of another row, prefix or
+    implementation; RuntimeError for Triton kernels that cannot run here.
     """
     _check(q, k, v, subtree_end, blocks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -95,8 +89,8 @@ def make_attention_blocks(
     device: torch.device | str | None = None,
     impl: str = "auto",
     prefix: int = 0,
-) -> Any:
-    """What `tree_attention` takes as `blocks` of a row for tensors of this shape, dtype and device.
+) -> AttentionBlocks:
+    """Make what `tree_attention` takes as `blocks` of a row for tensors of this shape, dtype and device.
 
     `prefix` is how many more tokens k and v have than q. Made on the host from subtree_end, so give it there: then
     nothing waits for the device (default: that of subtree_end). None for implementations that use no blocks. Raises
@@ -106,11 +100,9 @@ def make_attention_blocks(
         raise ValueError(f"make_attention_blocks: prefix must be the number of tokens before the row, got {prefix}")
     device = subtree_end.device if device is None else torch.device(device)
     path = _choose(impl, device, dtype, head_dim)
-    if path is tree_attention_blockwise:
+    if path is tree_attention_torch:
         return make_tree_blocks(subtree_end, prefix=prefix)
-    if path is tree_attention_flex:
-        return make_flex_mask(subtree_end.to(device), prefix)
-    if path in _PATHS.values():
+    if path is tree_attention_reference:
         return None
     sizes = block_sizes(tiles_for(target_of(device), dtype, head_dim), query_heads // key_heads)
     lists = make_tree_block_lists(subtree_end, sizes, key_heads=key_heads, workers=processors(device), prefix=prefix)
@@ -118,13 +110,14 @@ def make_attention_blocks(
 
 
 def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
-    """The implementation; "auto" passes by kernels that do not have heads of this width."""
+    """Choose the implementation; "auto" passes by kernels that do not have heads of this width."""
     if impl == "auto" and not has_tiles(dtype, width):
         impl = "torch"
     return choose("tree_attention", impl, device, _PATHS, dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Any | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: AttentionBlocks) -> None:
+    """Raise ValueError unless the arguments of `tree_attention` fit together."""
     tokens = q.shape[0]
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, subtree_end {tuple(subtree_end.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:

@@ -1,19 +1,22 @@
-"""The turn-level policy loss on log-probs, for packed trees and for padded batches (design, section 4)."""
+"""Turn-level policy loss on log-probs, for packed trees and for padded batches (docs/design.md#objective)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from atpo_kernels.dispatch import choose, kernel_context
-from atpo_kernels.records import LeafPaths, LossConfig, Reduction, TokenWeights, TurnLoss
-from atpo_kernels.turn_policy_loss.checks import check_arguments
-from atpo_kernels.turn_policy_loss.layout import Aggregation, LossArguments, LossInputs, Structure
+from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
+from atpo_kernels.autograd import attach_gradients
+from atpo_kernels.checks import check_arguments
+from atpo_kernels.choices import Reduction, check_choice
+from atpo_kernels.devices import kernel_context
+from atpo_kernels.dispatch import choose
+from atpo_kernels.records import LeafPaths, LossConfig, TokenWeights, TurnLoss
 from atpo_kernels.turn_policy_loss.reference import turn_policy_loss_reference
-from atpo_kernels.turn_policy_loss.torch_path import KnownGradient, turn_policy_loss_torch
+from atpo_kernels.turn_policy_loss.torch_impl import turn_policy_loss_torch
 
 __all__ = ["turn_policy_loss"]
 
@@ -38,7 +41,10 @@ def turn_policy_loss(
     impl: str = "auto",
     **overrides: Any,
 ) -> TurnLoss:
-    """The clipped policy loss with one importance ratio per token, turn or sequence.
+    """Compute the clipped policy loss with one importance ratio per token, turn or sequence.
+
+        ratio = (logprob - old_logprob)[turn].mean().exp()    # one turn, straight-through; then, with its share w,
+        loss = -w * torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)    # added up over tokens
 
     Layouts. *Packed*: with `turn_offsets` (CSR over the A axis), tensors are (A,). *Padded*: without, tensors are
     (B, T), a row is a sequence, and turns are the maximal runs of ones of `mask` in a row (all ones if not given), or
@@ -46,7 +52,8 @@ def turn_policy_loss(
     turn. A 1-D tensor without `turn_offsets` is one padded row.
 
     Weights. Either `advantages`, aggregated by `reduction`, or `weights` = (W+, W-, W0) that already hold advantages
-    and aggregation (design, section 4). `reduction` is, with |y| the action tokens of a row, K its turns, a a turn:
+    and aggregation (docs/design.md#aggregation). `reduction` is, with |y| the action tokens of a row, K its turns, a a
+    turn:
 
         seq-mean-token-mean      1/B sum 1/|y| sum      the default of padded batches, and the published one
         token-mean               1/sum|y|
@@ -69,9 +76,9 @@ def turn_policy_loss(
 
     Returns TurnLoss: `loss`, differentiable in logprob and entropy; `coef` = d loss / d logprob, exact, without the
     way through the entropy; `metrics`, detached 0-dim tensors. All but ratio_max, turns and tokens are means over the
-    action tokens with W0 > 0: average over rows or ranks with `tokens` as weight. clip_low (clip_high): share of these
-    tokens for which the lower (upper) bound takes the place of the ratio: W- > 0 and ratio < 1 - clip_low (W+ > 0 and
-    ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; 0 for sapo. approx_kl: k3 of old
+    action tokens with W0 > 0: average over rows or ranks with `tokens` as weight. clipped_low (clipped_high): share of
+    these tokens for which the lower (upper) bound takes the place of the ratio: W- > 0 and ratio < 1 - clip_low (W+ > 0
+    and ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; 0 for sapo. approx_kl: k3 of old
     against new. ratio_mean, ratio_max, and entropy and ref_kl where given and used. At level "sequence" on packed
     turns, ratio and clipping of a token are means over the trajectories through it.
 
@@ -81,22 +88,21 @@ def turn_policy_loss(
     config = replace(config or LossConfig(), **overrides)
     if reduction is None:
         reduction = "sum" if weights is not None or turn_offsets is not None else "seq-mean-token-mean"
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"turn_policy_loss: reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
+    check_choice("turn_policy_loss: reduction", reduction, Reduction)
     tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
     if turn_offsets is not None:
         turn_offsets = turn_offsets.to(logprob.device, non_blocking=True)
     structure = Structure(turn_offsets, mask, turn_ids, paths)
-    aggregation = Aggregation(reduction, max_length, denominator)
-    arguments = LossArguments(tensors, advantages, weights, structure, aggregation, config)
+    averaging = Averaging(reduction, max_length, denominator)
+    arguments = LossArguments(tensors, advantages, weights, structure, averaging, config)
     check_arguments(arguments)
     implementations = {"torch": turn_policy_loss_torch, "reference": turn_policy_loss_reference}
     run = choose("turn_policy_loss", impl, logprob.device, implementations, logprob.dtype)
     with kernel_context(logprob):
         result = run(arguments)
-    coef = result.coef.view(logprob.shape)
-    slope = None if result.entropy_slope is None else result.entropy_slope.view(logprob.shape)
+    coef = result.grad_logprob.view(logprob.shape)
+    grad_entropy = None if result.grad_entropy is None else result.grad_entropy.view(logprob.shape)
     value = result.loss.view(logprob.shape) if reduction == "none" else result.loss
     if torch.is_grad_enabled():
-        value = KnownGradient.apply(value, logprob, coef, entropy, slope)
+        value = attach_gradients(value, (logprob, entropy), (coef, grad_entropy))
     return TurnLoss(value, result.metrics, coef)

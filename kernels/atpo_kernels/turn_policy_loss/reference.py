@@ -1,4 +1,4 @@
-"""Definition of the policy loss: the formulas of section 4 of the design under autograd, one turn at a time."""
+"""Definition of `turn_policy_loss`: its formulas under autograd, one turn at a time (docs/design.md#objective)."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from atpo_kernels.arguments import LossArguments
 from atpo_kernels.records import LossConfig
-from atpo_kernels.turn_policy_loss.layout import LossArguments, loss_tokens
-from atpo_kernels.turn_policy_loss.terms import TokenTerms
-from atpo_kernels.turn_policy_loss.tokens import LossTokens
-from atpo_kernels.turn_policy_loss.torch_path import Evaluation, loss_metrics
+from atpo_kernels.tokens import LossTokens, loss_tokens
+from atpo_kernels.turn_policy_loss.torch_impl import Evaluation, TokenTerms, loss_metrics
 
 
 def turn_policy_loss_reference(arguments: LossArguments) -> Evaluation:
-    """See `turn_policy_loss`."""
+    """Compute `turn_policy_loss` by its definition; see there."""
     return evaluate_reference(loss_tokens(arguments), arguments.config, arguments.by_token)
 
 
 def evaluate_reference(tokens: LossTokens, config: LossConfig, by_token: bool) -> Evaluation:
-    """Loss, and its derivatives by autograd through the straight-through ratio."""
+    """Evaluate a line of tokens, with derivatives by autograd through the straight-through ratio."""
     with torch.enable_grad():
         logprob = tokens.logprob.detach().requires_grad_()
         entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
         value, ratio, low, high, kl = _loss_by_token(tokens, logprob, entropy, config)
         wanted = [logprob] if entropy is None else [logprob, entropy]
         grads = torch.autograd.grad(value.sum(), wanted, allow_unused=True, materialize_grads=True)
-    slope = grads[1] if config.needs_entropy else None
+    grad_entropy = grads[1] if config.needs_entropy else None
     value = value.detach()
-    terms = TokenTerms(value, grads[0], slope, ratio, low, high, kl)
-    return Evaluation(value if by_token else value.sum(), grads[0], slope, loss_metrics(tokens, terms, config))
+    terms = TokenTerms(value, grads[0], grad_entropy, ratio, low, high, kl)
+    return Evaluation(value if by_token else value.sum(), grads[0], grad_entropy, loss_metrics(tokens, terms, config))
 
 
 def clipped_loss(ratio: Tensor, logprob: Tensor, pos: Tensor, neg: Tensor, config: LossConfig) -> Tensor:
-    """-W+ g+(rho) + W- g-(rho), literally."""
+    """Compute -W+ g+(rho) + W- g-(rho), literally."""
     low, high = 1 - config.clip_low, 1 + config.clip_high
     clipped = ratio.clamp(low, high)
     if config.clip == "cispo":
@@ -53,7 +52,7 @@ def clipped_loss(ratio: Tensor, logprob: Tensor, pos: Tensor, neg: Tensor, confi
 
 
 def reference_kl(logprob: Tensor, ref_logprob: Tensor, config: LossConfig) -> Tensor:
-    """KL estimate by token."""
+    """Estimate the KL of every token."""
     gap = ref_logprob - logprob
     if config.kl == "k1":
         return -gap
@@ -68,7 +67,7 @@ def reference_kl(logprob: Tensor, ref_logprob: Tensor, config: LossConfig) -> Te
 def _loss_by_token(
     tokens: LossTokens, logprob: Tensor, entropy: Tensor | None, config: LossConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss, ratio and clip marks by token, and KL."""
+    """Compute loss, ratio, clipping and KL of every token."""
     value, shown = 0 * logprob, torch.zeros_like(logprob).repeat(3, 1)
     times = torch.zeros_like(logprob)
     trust = torch.ones_like(logprob)
@@ -97,7 +96,7 @@ def _loss_by_token(
 
 
 def _ratio_groups(tokens: LossTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(indices of tokens that share a ratio, their W+, their W-); a token may be in many trajectories."""
+    """List the groups that share a ratio: (indices, W+, W-) of their tokens; a token may be in many trajectories."""
     valid = torch.ones_like(tokens.turn, dtype=torch.bool) if tokens.valid is None else tokens.valid
     if tokens.paths is None:
         group = torch.arange(tokens.turn.numel(), device=valid.device) if tokens.group is None else tokens.group
@@ -114,7 +113,7 @@ def _ratio_groups(tokens: LossTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _marks(ratio: Tensor, pos: Tensor, neg: Tensor, config: LossConfig) -> Tensor:
-    """(3, n): ratio, whether the lower bound replaces it, whether the upper bound does."""
+    """Stack (3, n): ratio, whether the lower bound replaces it, whether the upper bound does."""
     low, high = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
     if config.clip == "cispo":
         low, high = low & (pos + neg > 0), high & (pos + neg > 0)

@@ -1,0 +1,54 @@
+"""The command line: `atpo-fast VERB`. Each verb is a module of this folder; here they are put together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from atpo_fast.commands.cold_start import COLD_START
+from atpo_fast.commands.doctor import DOCTOR
+from atpo_fast.commands.evaluate import EVALUATE
+from atpo_fast.commands.export import EXPORT
+from atpo_fast.commands.report import REPORT
+from atpo_fast.commands.retriever import RETRIEVER
+from atpo_fast.commands.rollout import ROLLOUT
+from atpo_fast.commands.train import TRAIN
+from atpo_fast.common.errors import exit_code
+from atpo_fast.common.log import set_up_logging
+
+LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
+VERBS = (*(verb.as_verb() for verb in LAUNCHED), REPORT, RETRIEVER, EXPORT, DOCTOR)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 1 for a failure, 2 for bad input, 128 + a signal that stopped it."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = getattr(arguments, "overrides", None)
+    if (overrides is None and rest) or any(word.startswith("-") for word in rest):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    if overrides is not None:  # those that stood behind an option
+        overrides.extend(rest)
+    set_up_logging()
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atpo-fast",
+        description="Tree-search reinforcement learning of language-model agents (AT2PO).",
+        epilog="`atpo-fast VERB --help` says more and gives an example.",
+    )
+    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        verb.add_to(verbs)
+    return parser

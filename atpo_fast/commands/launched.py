@@ -1,0 +1,115 @@
+"""Verbs that launched processes do together: the command checks the configuration, each process then does the work.
+
+The modules of such verbs import what needs PyTorch inside `work`, so that help and dry runs are there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from atpo_fast.commands.verb import Verb, no_arguments
+from atpo_fast.common.errors import StopRequested, exit_code
+from atpo_fast.common.log import set_up_logging
+from atpo_fast.config import dump_config, load_config, read_deepspeed, save_config
+from atpo_fast.config.arithmetic import batch_arithmetic
+
+if TYPE_CHECKING:
+    from atpo_fast.train.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchedVerb:
+    """A verb that is steered by a configuration and runs in every process of the launcher."""
+
+    name: str
+    summary: str
+    detail: str
+    example: str
+    work: Callable[[Run, argparse.Namespace], int]
+    """Function that each process runs; returns its exit code."""
+    add_options: Callable[[argparse.ArgumentParser], None] = no_arguments
+    """Function that adds the verb's own options, each with the default None."""
+    keeps_config: bool = False
+    """Whether the configuration is written into the run folder."""
+    old_names: tuple[str, ...] = ()
+
+    def as_verb(self) -> Verb:
+        """Return the verb of the command line, which launches."""
+        return Verb(
+            name=self.name,
+            summary=self.summary,
+            detail=self.detail,
+            example=self.example,
+            run=partial(_launch, self),
+            add_arguments=self._add_arguments,
+            old_names=self.old_names,
+        )
+
+    def _add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--config", required=True, metavar="FILE", help="YAML configuration, such as configs/quickstart.yaml"
+        )
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the resolved configuration and the batch arithmetic; start nothing",
+        )
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="overrides by dotted name; values are YAML, for example optim.lr=1e-6 data.eval_files=[a.jsonl]",
+        )
+        self.add_options(parser)
+
+    def options(self, arguments: argparse.Namespace) -> list[str]:
+        """Return the verb's own options as words of a command line."""
+        parser = argparse.ArgumentParser(add_help=False)
+        self.add_options(parser)
+        given = {name: getattr(arguments, name) for name in vars(parser.parse_args([]))}
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
+
+
+def _launch(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
+    """Check the configuration, then start the processes and wait for them; a dry run only says what would be done."""
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        print(dump_config(config), batch_arithmetic(config), sep="\n")
+        return 0
+    read_deepspeed(config)
+    from atpo_fast.commands.launcher import launch, place
+
+    return launch(verb.name, arguments.config, arguments.overrides, place(config), verb.options(arguments))
+
+
+def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
+    """Do a verb's work as one of its processes; returns the exit code. Expected failures become a line on stderr."""
+    import torch.distributed as dist
+
+    from atpo_fast.train.run import start_run
+
+    set_up_logging()
+    try:
+        run = start_run(load_config(arguments.config, arguments.overrides))
+        try:
+            if run.is_main and verb.keeps_config:
+                save_config(run.config, run.folder / "config.yaml")
+            with run.progress:
+                return verb.work(run, arguments)
+        finally:
+            run.logger.close()
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        if not isinstance(error, StopRequested):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return code
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,148 @@
+"""Starting the processes of a run with DeepSpeed's launcher, passing signals on, and returning their exit code.
+
+This starts `deepspeed.launcher.launch`, the part of the `deepspeed` command that runs on each machine: unlike the whole
+command it passes signals on and honours CUDA_VISIBLE_DEVICES. For several machines use
+`deepspeed --hostfile FILE --module atpo_fast.train --config FILE`.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import psutil
+
+from atpo_fast.config import Config, ConfigError
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and accelerators of the processes of a run."""
+
+    device: str
+    """Kind of device: cpu or cuda."""
+    accelerators: list[str]
+    """Accelerator of each process: GPU ids as CUDA_VISIBLE_DEVICES writes them, or plain numbers on the CPU."""
+
+
+def place(config: Config) -> Placement:
+    """Choose device and processes of a run. Raises ConfigError when there are fewer GPUs than ranks."""
+    gpus = [] if config.device == "cpu" else visible_gpus()
+    if config.device == "cuda" and not gpus:
+        raise ConfigError("device=cuda: PyTorch sees no GPU; use device=cpu or device=auto (`atpo-fast env` says more)")
+    if not gpus:
+        return Placement("cpu", [str(i) for i in range(max(1, config.ranks))])
+    if config.ranks > len(gpus):
+        raise ConfigError(f"ranks={config.ranks}: there are only {len(gpus)} GPUs; use ranks=0 for one rank per GPU")
+    return Placement("cuda", gpus[: config.ranks or len(gpus)])
+
+
+def visible_gpus() -> list[str]:
+    """List the ids of the GPUs that PyTorch may use."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    listed = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    return (listed or [str(i) for i in range(count)])[:count]
+
+
+def usable_cores() -> int:
+    """Count the CPU cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launch(
+    verb: str, config_path: str, overrides: Sequence[str], placement: Placement, options: Sequence[str] = ()
+) -> int:
+    """Run `atpo_fast.train` with the verb's options in every process of `placement` and wait.
+
+    The first SIGINT or SIGTERM asks the processes to save and stop, the second makes them stop at once, the third kills
+    them. They are also stopped when this process dies. Returns 0, the exit code of the process that failed, or
+    128 + the signal.
+    """
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": placement.accelerators}).encode()).decode()
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
+    command += [f"--master_port={free_port()}", "--log_level=critical", "--module", "atpo_fast.train"]
+    command += ["--verb", verb, *options, "--config", config_path, *overrides]
+    # A session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
+    child = subprocess.Popen(
+        command, env=_environment(placement), start_new_session=True, preexec_fn=_stop_with_parent(os.getpid())
+    )
+    relay = _SignalRelay(child)
+    code = relay.wait()
+    if relay.received and code != 0:
+        return 128 + relay.received[0]
+    return code if code >= 0 else 128 - code
+
+
+class _SignalRelay:
+    """Passes SIGINT and SIGTERM on to the processes of a run."""
+
+    def __init__(self, child: subprocess.Popen[bytes]):
+        self.received: list[int] = []
+        self._child = child
+
+    def wait(self) -> int:
+        """Wait for the launcher; returns its exit code."""
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            return self._child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        try:
+            launcher = psutil.Process(self._child.pid)
+            if len(self.received) > 2:
+                for process in [*launcher.children(recursive=True), launcher]:
+                    process.kill()
+            else:  # to the ranks themselves: the launcher would kill them after 30 seconds
+                for process in launcher.children() or [launcher]:
+                    process.terminate()
+        except psutil.NoSuchProcess:
+            pass
+
+
+def _environment(placement: Placement) -> dict[str, str]:
+    """Return the environment of the processes."""
+    env = dict(os.environ)
+    env["DS_ACCELERATOR"] = placement.device
+    # DeepSpeed finds ninja on PATH; without an activated environment it lies beside the interpreter.
+    env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", os.defpath)])
+    if placement.device == "cpu":
+        env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(placement.accelerators))))
+    return env
+
+
+def _stop_with_parent(parent: int) -> Callable[[], None] | None:
+    """Return a function for the child: it has the kernel send it SIGTERM when this process dies (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+
+    def ask_kernel() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask_kernel
+
+
+def free_port() -> int:
+    """Find a port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,27 @@
+"""Which folder holds the model: the one definition of what a checkpoint and a run folder stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def find_model(folder: Path) -> Path | None:
+    """Find the Hugging Face folder of a checkpoint, of a run folder, or `folder` if it is one itself; None: none.
+
+    The model of a run folder is that of its newest checkpoint, and before there is one that of its cold start.
+    """
+    newest_first = sorted(folder.glob("checkpoints/step_*/hf"), reverse=True)
+    candidates = (folder / "hf", *newest_first, folder / "cold_start", folder)
+    return next((candidate for candidate in candidates if _holds_model(candidate)), None)
+
+
+def newest_model(run_folder: Path) -> Path:
+    """Return the Hugging Face folder of a run folder. Raises FileNotFoundError when it has none yet."""
+    found = find_model(run_folder)
+    if found is None:
+        raise FileNotFoundError(f"{run_folder} has no trained model; set model.path or train first")
+    return found
+
+
+def _holds_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))

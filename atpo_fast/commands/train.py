@@ -1,0 +1,72 @@
+"""`atpo-fast train`: cold start where needed, RL, evaluation, summary, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from atpo_fast.commands.launched import LaunchedVerb
+from atpo_fast.common.errors import STOPPED
+from atpo_fast.common.files import replacing
+
+if TYPE_CHECKING:
+    from atpo_fast.train.run import Run
+
+
+def train(run: Run, arguments: argparse.Namespace) -> int:
+    """Train to the last step, then write the summary and the report; returns the exit code."""
+    from atpo_fast.train.checkpoints import checkpoint_to_resume
+    from atpo_fast.train.cold_start import check_vocabulary, starting_model
+    from atpo_fast.train.loop import Trainer
+
+    resume_from = checkpoint_to_resume(run)
+    _check(run)
+    start, seconds = starting_model(run)
+    check_vocabulary(run, start)
+    trainer = Trainer(run, start, resume_from, seconds)
+    if not trainer.fit():
+        return STOPPED
+    if run.is_main:
+        _finish(run, trainer.state.summary(trainer.seconds) | {"seed": run.config.seed, **run.task.notes})
+    return 0
+
+
+def _check(run: Run) -> None:
+    """Raise ValueError, before the cold start, for what would be found out after it."""
+    from atpo_fast.engines import check_engine
+    from atpo_fast.train.from_config import make_objective, max_prefix
+
+    max_prefix(run.config, make_objective(run.config))
+    check_engine(run.config)
+
+
+def _finish(run: Run, summary: dict[str, Any]) -> None:
+    """Write summary.json and the report, and say how it went."""
+    from atpo_fast.report import build_report
+
+    with replacing(run.folder / "summary.json") as partial:
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+    run.progress.message(_closing_words(summary, len(run.task.eval), build_report(run.folder)))
+
+
+def _closing_words(summary: dict[str, Any], questions: int, page: Path) -> str:
+    words = (
+        f"EM on {questions} evaluation questions: {summary['cold_start_em']:.3f} before RL, "
+        f"{summary['final_em']:.3f} after"
+    )
+    if "random_guess_rate" in summary:
+        words += f" (guessing at random: {summary['random_guess_rate']:.3f})"
+    return f"{words}; {summary['train_seconds']:.0f} s; report: {page}"
+
+
+TRAIN = LaunchedVerb(
+    name="train",
+    summary="cold start where the task has demonstrations, RL, evaluation, summary and report",
+    detail="Writes the run folder (run_dir): config.yaml, metrics.jsonl, trees.jsonl, eval/, checkpoints/, "
+    "summary.json, report.html. Started again with the same run_dir it continues from the newest checkpoint.",
+    example="atpo-fast train --config configs/quickstart.yaml run_dir=runs/mine train.steps=10",
+    work=train,
+    keeps_config=True,
+)

@@ -1,0 +1,19 @@
+"""The named choices of model and credit: the one list of their values, for the configuration and for what it sets up.
+
+Those of the loss are in `atpo_kernels.choices`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+GradientCheckpointing = Literal["none", "layer", "mlp"]
+"""What a backward computes again instead of keeping it: nothing, whole decoder layers, or the MLP of each."""
+Liger = Literal["auto", "off"]
+"""Whether Liger's kernels run the layers that they fit, or never."""
+CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"]
+"""How rewards become advantages: `at2po` per turn, the others per trajectory."""
+TurnValue = Literal["child_softmax", "child_mean", "leaf_mean"]
+"""How the value of an inner turn follows from those of its children or leaves."""
+TurnAdvantage = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]
+"""How the advantage of a turn follows from the values."""

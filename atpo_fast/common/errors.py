@@ -1,0 +1,87 @@
+"""Errors that the package expects, one family, and the exit code that each gives to a command.
+
+Where the fault lies in what the user gave, the message says what is wrong, where, and what to do. Anything outside this
+family (and outside `INPUT_ERRORS`) is a fault of the code, and its traceback is shown.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+FAILURE = 1
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT
+STOPPED = 143  # 128 + SIGTERM; a run that was asked to stop and saved its state
+
+
+class AtpoError(Exception):
+    """Base of the errors that a user may meet."""
+
+    exit_code: ClassVar[int] = FAILURE
+
+
+class InputError(AtpoError, ValueError):
+    """Something that the user gave cannot be used."""
+
+    exit_code = BAD_INPUT
+
+
+class ConfigError(InputError):
+    """A configuration that cannot be used; the message has one line per fault."""
+
+
+class DataError(InputError):
+    """A data file that cannot be used; the message names the file, the line or record, and the field."""
+
+
+class IndexMismatchError(AtpoError, FileExistsError):
+    """The index folder holds an index of something else, or is in use; the message says what to do."""
+
+    exit_code = BAD_INPUT
+
+
+class CheckpointError(AtpoError, RuntimeError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+    exit_code = BAD_INPUT
+
+
+class MismatchError(AtpoError, RuntimeError):
+    """The inference engine and the trainer do not compute the same log-probs; the message says what to check."""
+
+    exit_code = BAD_INPUT
+
+
+class EngineError(AtpoError, RuntimeError):
+    """An inference engine cannot do what a rollout needs, for a reason outside of this program; the message says why,
+    and what to do."""
+
+
+class ForestError(AtpoError, RuntimeError):
+    """A job of search trees cannot go on; the message says why, and what its file holds."""
+
+
+class StopRequested(AtpoError):
+    """Raised out of a phase when the run was asked to stop."""
+
+    exit_code = STOPPED
+
+
+INPUT_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError)
+"""Built-in errors that many modules raise for wrong input."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Return the exit code of an expected error, None for a fault of the code."""
+    if isinstance(error, AtpoError):
+        return error.exit_code
+    if isinstance(error, INPUT_ERRORS):
+        return BAD_INPUT
+    return FAILURE if is_engine_error(error) else None
+
+
+def is_engine_error(error: BaseException | None) -> bool:
+    """Tell whether an engine's surroundings are at fault, and not the code: the error or a cause is an EngineError."""
+    while error is not None and not isinstance(error, EngineError):
+        error = error.__cause__
+    return error is not None

@@ -1,0 +1,21 @@
+"""The one set-up of logging: what any module of the package warns of is a line on standard error."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def set_up_logging() -> None:
+    """Show the package's warnings as `warning: ...`; further calls change nothing."""
+    logger = logging.getLogger("atpo_fast")
+    if not logger.handlers:
+        logger.addHandler(_StandardError())
+
+
+class _StandardError(logging.Handler):
+    """Writes to what `sys.stderr` is at the time, which a display that redraws replaces by its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr, flush=True)

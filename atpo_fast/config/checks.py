@@ -1,0 +1,51 @@
+"""What has to hold between sections; each check raises ValueError that names the keys and says what to change."""
+
+from __future__ import annotations
+
+from atpo_fast.config.data import DataConfig
+from atpo_fast.config.engines import PagedConfig, ServerConfig, VLLMConfig
+from atpo_fast.config.method import ObjectiveConfig
+from atpo_fast.config.rollout import RolloutConfig
+from atpo_fast.config.train import TrainConfig
+
+
+def check_row(data: DataConfig, rollout: RolloutConfig, train: TrainConfig) -> None:
+    """Check that a row holds the longest trajectory where no prefix may be kept for it."""
+    longest = data.max_prompt_tokens + rollout.max_response_tokens
+    if train.row_tokens < longest and not train.prefix_memory_gb:
+        raise ValueError(
+            f"train.row_tokens={train.row_tokens} cannot hold the longest trajectory: data.max_prompt_tokens="
+            f"{data.max_prompt_tokens} + rollout.max_response_tokens={rollout.max_response_tokens} = "
+            f"{longest}; raise the first or lower the others, or set train.prefix_memory_gb"
+        )
+
+
+def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
+    """Check that importance weights have two different log-probs to compare, and that older samples are weighed."""
+    from_rollout, cap = train.old_logprobs == "rollout", objective.importance_cap
+    if from_rollout and cap is not None:
+        raise ValueError(
+            f"objective.importance_cap={cap:g} weighs recomputed old log-probs against the engine's: set "
+            "train.old_logprobs=recompute, or leave it out"
+        )
+    if train.max_staleness and not from_rollout and cap is None:
+        raise ValueError(
+            "train.max_staleness=1 learns from older weights' samples: set objective.importance_cap, or "
+            "train.old_logprobs=rollout"
+        )
+
+
+def check_engine(engine: PagedConfig | VLLMConfig | ServerConfig, rollout: RolloutConfig, train: TrainConfig) -> None:
+    """Check that the engine can sample what is asked for, and when it is asked for it."""
+    if isinstance(engine, ServerConfig) and (rollout.top_p < 1 or rollout.top_k):
+        raise ValueError(
+            "engine.name=server needs rollout.top_p=1 and rollout.top_k=0: servers do not tell the log-probs that the "
+            "trainer needs of a truncated distribution"
+        )
+    if not isinstance(engine, VLLMConfig) or not train.max_staleness:
+        return
+    if engine.placement == "colocated" and (engine.sleep != "off" or engine.tensor_parallel > 1):
+        raise ValueError(
+            "train.max_staleness=1 rolls out during the update: a colocated vllm engine then needs "
+            "engine.sleep=off and engine.tensor_parallel=1, or use engine.placement=own_gpus"
+        )

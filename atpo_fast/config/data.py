@@ -1,0 +1,57 @@
+"""Sections `data` and `world`: where questions and passages come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from atpo_fast.config.section import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DataConfig:
+    """Where questions, passages and the tokenizer come from."""
+
+    source: Literal["world", "files"] = "files"
+    """Source of the task. world: the embedded world, made from a seed. files: data files on disk."""
+    train_files: list[str] = Field(default_factory=list)
+    """Question files (.json, .jsonl, .parquet, each also .gz), relative to `root`."""
+    eval_files: list[str] = Field(default_factory=list)
+    """Question files for evaluation."""
+    corpus_files: list[str] = Field(default_factory=list)
+    """Passage files, or question files whose paragraphs are taken as passages."""
+    root: str = "."
+    """Folder that the files are relative to; the environment variable ATPO_DATA overrides it."""
+    max_train_questions: int | None = Field(default=None, ge=1)
+    """Number of training questions used, the first ones; none: all."""
+    max_eval_questions: int | None = Field(default=None, ge=1)
+    """Number of evaluation questions used, the first ones; none: all."""
+    prompt: Literal["published", "short"] = "published"
+    """Prompt of a question. published: the AT2PO system prompt. short: the bare question, for models trained from
+    scratch."""
+    max_prompt_tokens: int = Field(default=2000, ge=1)
+    """Longest prompt; a longer one is an error that names the question."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class WorldConfig:
+    """The embedded world (used when data.source is `world`)."""
+
+    entities: int = Field(default=60, ge=10)
+    """Number of entities."""
+    relations: int = Field(default=5, ge=2)
+    """Number of relations; every entity has every relation."""
+    max_hops: int = Field(default=3, ge=1, le=4)
+    """Largest number of look-ups that a question needs; the smallest is 1."""
+    train_questions: int = Field(default=2000, ge=1)
+    """Number of training questions."""
+    eval_questions: int = Field(default=200, ge=1)
+    """Number of evaluation questions; none of their compositions is in training."""
+    demonstrations: int = Field(default=4000, ge=1)
+    """Number of scripted demonstrations for the cold start."""
+    good_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
+    seed: int = 0
+    """Seed of the world itself; the run's seed is separate."""

@@ -1,0 +1,83 @@
+"""Sections `reward`, `credit` and `objective`: from the outcome of a trajectory to the loss."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from atpo_fast.common.choices import CreditMethod, TurnAdvantage, TurnValue
+from atpo_fast.config.section import STRICT, as_dict
+from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
+
+
+@dataclass(config=STRICT, kw_only=True)
+class RewardConfig:
+    """Outcome reward of a trajectory."""
+
+    metric: Literal["em", "f1"] = "em"
+    """Reward of a well-formed answer."""
+    format_penalty: float = -1.0
+    """Reward of a trajectory that breaks the format."""
+    tool_bonus: float = Field(default=0.1, ge=0)
+    """Bonus added to F1 when both tools were used (the published rule); only with search and python together."""
+    turn_cost: float = Field(default=0.0, ge=0)
+    """Cost subtracted per tool call."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class CreditConfig:
+    """Way from leaf rewards to advantages."""
+
+    method: CreditMethod = "at2po"
+    """Method of credit. at2po: per turn. The others: per trajectory."""
+    leaf_norm: bool = True
+    """Whether leaf rewards are standardised within the tree first (at2po)."""
+    value: TurnValue = "child_softmax"
+    """Value of an inner turn (at2po)."""
+    advantage: TurnAdvantage = "node_value"
+    """Advantage of a turn (at2po)."""
+    pass_at_k: int = Field(default=4, ge=1)
+    """Number k of the tries of which one has to succeed (passk)."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `assign_credit`."""
+        arguments = as_dict(self)
+        return arguments | {"k": arguments.pop("pass_at_k")}
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ObjectiveConfig:
+    """The policy objective: a preset and departures from it."""
+
+    preset: Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"] = (
+        "at2po"
+    )
+    """Published objective to start from."""
+    level: RatioLevel | None = None
+    """Level of the ratio; none: the preset's (likewise below)."""
+    clip: ClipFamily | None = None
+    """Clip family."""
+    clip_low: float | None = Field(default=None, ge=0)
+    """Lower clip range."""
+    clip_high: float | None = Field(default=None, ge=0)
+    """Upper clip range."""
+    aggregation: Aggregation | None = None
+    """Weights of the average over tokens."""
+    denominator: Denominator | None = None
+    """Range of the averages. global: the mini-batch on all ranks. local: each row, then the rows (published code)."""
+    kl: KLEstimator | None = None
+    """KL estimator."""
+    kl_coef: float | None = Field(default=None, ge=0)
+    """Weight of the KL term."""
+    entropy_coef: float | None = Field(default=None, ge=0)
+    """Weight of the entropy bonus."""
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Cap of the truncated importance weights."""
+
+    @property
+    def departures(self) -> dict[str, Any]:
+        """Values that differ from the preset, by field."""
+        return {name: value for name, value in as_dict(self).items() if name != "preset" and value is not None}

@@ -1,0 +1,58 @@
+"""Section `model`: the policy's weights and architecture."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from atpo_fast.common.choices import GradientCheckpointing, Liger
+from atpo_fast.config.section import STRICT
+
+
+def _checkpointing_name(value: Any) -> Any:
+    """Translate true and false, the values of Hugging Face's option of this name."""
+    return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ModelConfig:
+    """The policy model."""
+
+    path: str | None = None
+    """Folder with a Hugging Face model and tokenizer; none: a random model of the sizes below."""
+    reference_path: str | None = None
+    """Folder of the reference policy for the KL term; none: the policy as it was at the start of RL."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Parameter dtype of the policy."""
+    gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_checkpointing_name)] = "none"
+    """What the backward computes again instead of keeping it. layer (or true): whole decoder layers. mlp: the MLP of
+    each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""
+    liger: Liger = "auto"
+    """Use of Liger's RMSNorm, SwiGLU and RoPE. auto: on a GPU, for the architectures that they are known to fit. off:
+    never."""
+    hidden_size: int = Field(default=128, ge=8)
+    """Random model: width."""
+    layers: int = Field(default=4, ge=1)
+    """Random model: depth."""
+    heads: int = Field(default=4, ge=1)
+    """Random model: query heads."""
+    kv_heads: int = Field(default=2, ge=1)
+    """Random model: key/value heads."""
+    head_dim: int = Field(default=32, ge=2)
+    """Random model: width of a head."""
+    intermediate_size: int = Field(default=384, ge=8)
+    """Random model: width of the MLP."""
+    vocab_size: int = Field(default=8192, ge=64)
+    """Random model on files: size of the byte-level BPE tokenizer trained on them (ignored by the world)."""
+    max_positions: int = Field(default=2048, ge=16)
+    """Random model: longest path in tokens."""
+    tie_embeddings: bool = True
+    """Random model: whether input and output embeddings are shared."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Random model: standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")

@@ -1,0 +1,100 @@
+"""Sections `optim`, `cold_start`, `train` and `eval`: the loops."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from atpo_fast.config.section import STRICT
+
+
+@dataclass(config=STRICT, kw_only=True)
+class OptimConfig:
+    """The optimizer of RL."""
+
+    lr: float = Field(default=1e-6, gt=0)
+    """Learning rate."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Weight decay of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Moment decay of AdamW."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest gradient norm."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Number of optimizer steps of linear warm-up; the learning rate is constant afterwards."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ColdStartConfig:
+    """The cold start: imitation of demonstrations before RL."""
+
+    steps: int = Field(default=300, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = Field(default=64, ge=1)
+    """Number of demonstrations per step."""
+    lr: float = Field(default=3e-3, gt=0)
+    """Peak learning rate (linear warm-up, cosine decay)."""
+    warmup_steps: int = Field(default=20, ge=0)
+    """Number of steps of warm-up."""
+    from_evidence: bool = False
+    """Whether demonstrations are made that search the titles of each training question's gold evidence, then answer
+    (files)."""
+    demonstrations: str | None = None
+    """File of demonstrations, with records {"question", "turns": [{"action", "observation"}, ...]}; none: those of the
+    world."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainConfig:
+    """The RL loop."""
+
+    steps: int = Field(default=100, ge=1)
+    """Number of rollout batches; a batch is one step, whatever its number of mini-batches."""
+    questions_per_step: int = Field(default=64, ge=1)
+    """Number of questions rolled out per step, over all ranks."""
+    questions_per_minibatch: int = Field(default=8, ge=1)
+    """Number of questions per optimizer step, over all ranks."""
+    row_tokens: int = Field(default=16384, ge=16)
+    """Number of tokens of a packed row (a micro-batch), at most."""
+    prefix_memory_gb: float = Field(default=4.0, ge=0)
+    """Memory (GB, of each rank) for the keys and values of ancestors while a tree that does not fit a row is processed
+    depth-first, so that no token is computed for several rows; done where it costs less than to repeat the ancestors.
+    0: always repeat them."""
+    old_logprobs: Literal["rollout", "recompute"] = "recompute"
+    """Source of the old log-probs: the engine, or the trainer in a pass without gradient before the first update. The
+    first mini-batch needs no pass: its old log-probs are those of its own forward."""
+    max_mismatch_kl: float = Field(default=0.1, gt=0)
+    """Largest KL (nats a token) between the engine's and the trainer's log-probs under the same weights; more is a
+    fault, and the run stops with a message."""
+    max_staleness: int = Field(default=0, ge=0, le=1)
+    """Number of steps by which the weights that sample a batch may be older than those that learn from it. 1: the next
+    batch is rolled out while the policy learns from this one; needs old_logprobs=rollout, or objective.importance_cap
+    with old_logprobs=recompute. 0: never."""
+    eval_every: int = Field(default=20, ge=0)
+    """Number of steps between evaluations; 0: only at the end."""
+    save_every: int = Field(default=50, ge=0)
+    """Number of steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Number of newest checkpoints kept."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """What to do with an earlier run of the run folder. auto: continue from its newest checkpoint when there is one.
+    must: fail when there is none. never: begin again; the earlier run's folder is renamed."""
+    save_trees: int = Field(default=2, ge=0)
+    """Number of trees per step written out for the report."""
+
+    def __post_init__(self) -> None:
+        if self.questions_per_step % self.questions_per_minibatch:
+            raise ValueError(
+                f"train.questions_per_step={self.questions_per_step} must be a multiple of "
+                f"train.questions_per_minibatch={self.questions_per_minibatch}"
+            )
+
+
+@dataclass(config=STRICT, kw_only=True)
+class EvalConfig:
+    """Evaluation: greedy, one chain a question."""
+
+    batch_size: int = Field(default=200, ge=1)
+    """Number of questions answered at once."""

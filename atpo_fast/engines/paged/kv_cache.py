@@ -1,0 +1,199 @@
+"""Keys and values of tree tokens: a pool of slots, and a cache that hands them to turns.
+
+See docs/design.md#prefix-sharing.
+
+A cache node holds the slots of one turn's tokens (its action and its observation) and is named by the turn's key, so
+chains, siblings and expansion rounds that pass through a turn share its entries whatever their tokens are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from atpo_fast.engines.base import EngineCounters, TurnKey
+
+Slots = NDArray[np.int64]
+
+_SMALLEST_POOL = 1024
+_EVICTION_SHARE = 64  # evict at least this share (1/n) of the budget at once, so that the search for victims is rare
+
+
+class SlotPool:
+    """Hold one tensor (capacity, 2 * Hkv * d) of keys and values for each layer, allocated at the layer's first write.
+
+    The capacity doubles as needed, up to `limit`; layers follow at their next write.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.layers: dict[int, Tensor] = {}
+        self._capacity = 0
+        self._free: Slots = np.empty(limit, dtype=np.int64)  # a stack; the first `free` entries are unused slots
+        self.free = 0
+
+    @property
+    def available(self) -> int:
+        """Number of slots that can be allocated."""
+        return self.free + self.limit - self._capacity
+
+    def allocate(self, count: int) -> Slots:
+        """Allocate (count,) unused slots; at most `available`."""
+        while self.free < count:
+            self._grow()
+        self.free -= count
+        return self._free[self.free : self.free + count].copy()
+
+    def release(self, slots: Slots) -> None:
+        """Take back slots that are used no more."""
+        self._free[self.free : self.free + len(slots)] = slots
+        self.free += len(slots)
+
+    def clear(self) -> None:
+        """Take every slot back and drop the tensors."""
+        self.layers.clear()
+        self._capacity = self.free = 0
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store `key` and `value` (T, Hkv, d) at `slots` (T,)."""
+        rows = torch.stack((key, value), dim=1).view(len(slots), -1)
+        store = self.layers.get(layer)
+        if store is None or len(store) < self._capacity:
+            grown = rows.new_zeros(self._capacity, rows.shape[1])
+            if store is not None:
+                grown[: len(store)] = store
+            self.layers[layer] = store = grown
+        store.index_copy_(0, slots, rows)
+
+    def read(self, layer: int, slots: Tensor) -> Tensor:
+        """Read (n, 2 * Hkv * d), keys then values, at `slots` (n,); two dimensions are many times faster to gather."""
+        return self.layers[layer].index_select(0, slots)
+
+    def _grow(self) -> None:
+        capacity = min(max(_SMALLEST_POOL, 2 * self._capacity), self.limit)
+        new = np.arange(self._capacity, capacity, dtype=np.int64)[::-1]
+        self._capacity = capacity
+        self.release(new)
+
+
+@dataclass(slots=True, eq=False)
+class CacheNode:
+    """One turn's cache entries: `slots[:filled]` hold keys and values of `tokens[:filled]`."""
+
+    key: TurnKey
+    parent: CacheNode | None
+    start: int  # position of the first token on the path
+    tokens: NDArray[np.int64]
+    slots: Slots
+    filled: int = 0
+    counted: int = 0  # number of tokens that `prefilled_tokens` has counted
+    hidden: Tensor | None = None  # (D,) hidden state of the last token, once that is filled
+    pins: int = 0  # number of requests in progress that pass through the node
+    used: int = 0  # time of the last use
+
+    @property
+    def path(self) -> list[CacheNode]:
+        """Nodes from the root to this one, both included."""
+        nodes, node = [self], self.parent
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+class PrefixCache:
+    """Keep nodes by key within a budget of slots, and evict the least recently used."""
+
+    def __init__(self, pool: SlotPool, counters: EngineCounters):
+        self.pool = pool
+        self.counters = counters
+        self.nodes: dict[TurnKey, CacheNode] = {}
+        self._trees: dict[Hashable, set[TurnKey]] = {}
+        self._evictable = 0  # number of slots of nodes that nobody has pinned
+        self._clock = 0
+
+    @property
+    def available(self) -> int:
+        """Number of slots that can be allocated, by eviction if need be."""
+        return self.pool.available + self._evictable
+
+    def allocate(self, count: int) -> Slots:
+        """Allocate (count,) slots, at most `available`, and evict unpinned nodes for them if need be."""
+        if self.pool.available < count:
+            self._evict(max(count - self.pool.available, self.pool.limit // _EVICTION_SHARE))
+        return self.pool.allocate(count)
+
+    def add(self, node: CacheNode) -> None:
+        """Add a new node, whose slots then belong to the cache."""
+        self.nodes[node.key] = node
+        self._trees.setdefault(node.key[0], set()).add(node.key)
+        self._evictable += 0 if node.pins else len(node.slots)
+        self.touch(node)
+
+    def extend(self, node: CacheNode, tokens: NDArray[np.int64]) -> None:
+        """Give a pinned node all its tokens, and slots to those of them that have none (see `allocate`)."""
+        self.counters.prefilled_tokens += len(tokens) - node.counted
+        node.counted = len(tokens)
+        node.tokens = tokens
+        node.slots = np.concatenate([node.slots, self.allocate(len(tokens) - len(node.slots))])
+        node.hidden = None
+
+    def pin(self, nodes: Iterable[CacheNode]) -> None:
+        """Keep nodes from being evicted until `unpin`."""
+        for node in nodes:
+            if not node.pins:
+                self._evictable -= len(node.slots)
+            node.pins += 1
+
+    def unpin(self, nodes: Iterable[CacheNode]) -> None:
+        """Undo one `pin` of each node."""
+        for node in nodes:
+            node.pins -= 1
+            if not node.pins:
+                self._evictable += len(node.slots)
+
+    def touch(self, node: CacheNode) -> None:
+        """Mark a node and its ancestors as used just now."""
+        self._clock += 1
+        for ancestor in node.path:
+            ancestor.used = self._clock
+
+    def release_tree(self, tree: Hashable) -> None:
+        """Forget the nodes of one tree; none of them may be pinned."""
+        for key in self._trees.pop(tree, set()):
+            node = self.nodes.pop(key)
+            self._evictable -= len(node.slots)
+            self.pool.release(node.slots)
+
+    def clear(self) -> None:
+        """Forget everything and drop the pool's tensors."""
+        self.nodes.clear()
+        self._trees.clear()
+        self._evictable = 0
+        self.pool.clear()
+
+    def _evict(self, count: int) -> None:
+        """Drop least recently used nodes, children before parents, until `count` slots are freed or none is left."""
+        victims = [node for node in self.nodes.values() if not node.pins]
+        victims.sort(key=lambda node: (node.used, -node.start))  # no parent was used before its children
+        freed = 0
+        for node in victims:
+            if freed >= count:
+                break
+            freed += len(node.slots)
+            self._drop(node)
+        self.counters.evicted_tokens += freed
+
+    def _drop(self, node: CacheNode) -> None:
+        del self.nodes[node.key]
+        keys = self._trees[node.key[0]]
+        keys.discard(node.key)
+        if not keys:
+            del self._trees[node.key[0]]
+        self._evictable -= len(node.slots)
+        self.pool.release(node.slots)

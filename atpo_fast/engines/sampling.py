@@ -1,0 +1,139 @@
+"""Draw tokens from logits, each request with its own parameters and its own random numbers (docs/design.md#engines).
+
+A token is drawn by inverting the cumulative distribution at one uniform number that is a hash of (request seed, index
+of the token in the completion). The draw therefore does not depend on what else is in the batch, or on its order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+class Draw(NamedTuple):
+    """Sampled tokens; every field has shape (R,). See `Completion` for the two log-probs."""
+
+    tokens: Tensor  # int64
+    logprobs: Tensor  # dtype of the logits
+    policy_logprobs: Tensor  # dtype of the logits
+
+
+class SamplingTable(NamedTuple):
+    """Sampling parameters of N requests; every field has shape (N,)."""
+
+    temperature: NDArray[np.float64]  # 0 is greedy
+    top_k: NDArray[np.int64]  # 0 is off
+    top_p: NDArray[np.float64]  # 1 is off
+
+    def rows(self, index: NDArray[np.int64]) -> SamplingTable:
+        """Select the parameters of some of the requests."""
+        return SamplingTable(self.temperature[index], self.top_k[index], self.top_p[index])
+
+
+def uniforms(seeds: NDArray[np.uint64], indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Hash (seed, token index) to one number in [0, 1): splitmix64, the same on every machine. Shapes (R,)."""
+    with np.errstate(over="ignore"):
+        state = _splitmix(seeds) + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        bits = _splitmix(state)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mixed = values + _GOLDEN
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX_1
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def sample(
+    logits: Tensor,  # (R, V) float32 or float64
+    uniform: NDArray[np.float64],  # (R,) in [0, 1)
+    params: SamplingTable,  # of the same R rows
+) -> Draw:
+    """Draw one token per row.
+
+    Order of truncation: temperature, then top-k, then top-p on what is left (at least one token stays). Greedy rows
+    (temperature 0) take the arg-max and report log-probs at temperature 1.
+    """
+    greedy = params.temperature == 0
+    logp = torch.log_softmax(_scale(logits, np.where(greedy, 1.0, params.temperature)), dim=-1)
+    if greedy.all():
+        tokens = logits.argmax(dim=-1)
+        chosen = _pick(logp, tokens)
+        return Draw(tokens, chosen, chosen)
+    numbers = torch.from_numpy(uniform).to(logits)
+    tokens = _invert_cdf(logp.exp(), numbers)
+    if greedy.any():
+        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), logits.argmax(dim=-1), tokens)
+    policy = _pick(logp, tokens)
+    truncated = ((params.top_k > 0) | (params.top_p < 1)) & ~greedy
+    if not truncated.any():
+        return Draw(tokens, policy, policy)
+    index = np.flatnonzero(truncated)
+    rows = torch.from_numpy(index).to(logits.device)
+    drawn = policy.clone()
+    tokens[rows], drawn[rows] = _sample_truncated(logp[rows], numbers[rows], params.rows(index))
+    policy[rows] = _pick(logp[rows], tokens[rows])
+    return Draw(tokens, drawn, policy)
+
+
+def _scale(logits: Tensor, temperature: NDArray[np.float64]) -> Tensor:
+    if (temperature == 1.0).all():
+        return logits
+    return logits / torch.from_numpy(temperature).to(logits)[:, None]
+
+
+def _pick(logp: Tensor, tokens: Tensor) -> Tensor:
+    return logp.gather(1, tokens[:, None])[:, 0]
+
+
+def _invert_cdf(
+    weights: Tensor,  # (R, V) not negative, some positive in each row
+    numbers: Tensor,  # (R,) in [0, 1)
+) -> Tensor:
+    """(R,) the first index whose cumulative weight exceeds `number` x total; never one of weight 0."""
+    cdf = weights.cumsum(dim=-1)
+    total = cdf[:, -1]
+    below = torch.nextafter(total, torch.zeros_like(total))  # rounding may lift number x total up to the total
+    return torch.searchsorted(cdf, torch.minimum(numbers * total, below)[:, None], right=True)[:, 0]
+
+
+def _sample_truncated(
+    logp: Tensor,  # (R, V) log-probs at the row's temperature
+    numbers: Tensor,  # (R,)
+    params: SamplingTable,
+) -> tuple[Tensor, Tensor]:
+    """(R,) tokens and (R,) their log-probs under the truncated distribution, drawn among tokens sorted by log-prob."""
+    weights, tokens = truncate(logp, params)
+    drawn = tokens.gather(1, _invert_cdf(weights, numbers)[:, None])
+    logprobs = logp.gather(1, drawn) - weights.sum(dim=-1, keepdim=True).log()
+    return drawn[:, 0], logprobs[:, 0]
+
+
+def truncate(
+    logp: Tensor,  # (R, V) log-probs at the row's temperature
+    params: SamplingTable,
+) -> tuple[Tensor, Tensor]:
+    """Cut a distribution to top-k and then to top-p.
+
+    Returns (R, K) probabilities in descending order, 0 where a token is cut, and (R, K) the ids of the tokens; K is
+    the largest top-k. The kept probabilities are those of the whole distribution: they sum to what was kept of it.
+    """
+    vocabulary = logp.shape[1]
+    top_k = np.where(params.top_k > 0, np.minimum(params.top_k, vocabulary), vocabulary)
+    ordered, order = torch.topk(logp, int(top_k.max()), dim=-1)
+    ranks = torch.arange(ordered.shape[1], device=logp.device)
+    keep = ranks < torch.from_numpy(top_k).to(logp.device)[:, None]
+    weights = torch.where(keep, ordered.exp(), 0.0)
+    mass = weights.cumsum(dim=-1)
+    before = (mass - weights) / mass[:, -1:]
+    top_p = torch.from_numpy(params.top_p).to(logp)[:, None]
+    return torch.where((before < top_p) | (ranks == 0), weights, 0.0), order

@@ -1,0 +1,1 @@
+"""The engine that sends requests to running completions servers."""

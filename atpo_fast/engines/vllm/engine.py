@@ -1,0 +1,276 @@
+"""vLLM as an engine: token ids in and out, its own prefix cache, weights pushed into it (docs/design.md#engines).
+
+Stop strings are found on token ids by the same automaton as in the paged engine: vLLM decodes no text, and a
+request is aborted as soon as the automaton has found one. Where vLLM runs ahead of us (asynchronous scheduling), tokens
+after the stop are dropped.
+
+Only this package calls vLLM: `start.py` builds the `LLM`, vLLM's workers load `worker.py`, and `transfer.py` sends
+weights to workers in other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from atpo_fast.config import VLLMConfig
+from atpo_fast.engines.base import CheckedEngine, Completion, FinishReason, Request, TurnKey
+from atpo_fast.engines.stops import StopTable
+from atpo_fast.engines.vllm.start import check_vllm, llm_options, start_llm
+from atpo_fast.engines.weight_stream import parameter_shapes
+
+Weights = Iterable[tuple[str, Tensor]]
+
+
+class VLLMEngine(CheckedEngine):
+    """Run vLLM in this process or on GPUs of its own; see `Engine` for the methods.
+
+    Asleep, a colocated engine on a GPU gives back the cache, and the weights as `config.sleep` says; on a CPU nothing.
+    Weights that come while it sleeps get their memory back first, and the cache gets its with `wake`.
+
+    Args:
+        folder: Hugging Face model folder with the starting weights.
+        tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
+        config: options.
+        cache_tokens: room of the cache in tokens.
+        max_positions: longest path, prompt included.
+        dtype: dtype of weights and cache.
+        device: where to run.
+        truncates: whether requests will use top-p or top-k.
+        seed: seed of vLLM's own random numbers; requests bring theirs.
+        current_weights: gives the weights again when `sleep` has dropped them; where it gives None, they are read from
+            `folder`.
+
+    Raises:
+        ValueError: vLLM is missing or of an unknown version, or options that do not fit the ranks.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        tokenizer: PreTrainedTokenizerBase,
+        config: VLLMConfig,
+        *,
+        cache_tokens: int,
+        max_positions: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        truncates: bool = False,
+        seed: int = 0,
+        current_weights: Callable[[], Weights | None] = lambda: None,
+    ):
+        self._version = check_vllm()
+        self._model_config = AutoConfig.from_pretrained(folder)
+        super().__init__(tokenizer, self._model_config.vocab_size, parameter_shapes(self._model_config))
+        self.config, self.device, self.truncates = config, torch.device(device), truncates
+        self.max_positions, self.bucket_bytes = max_positions, config.bucket_mb << 20
+        self._current_weights = current_weights
+        self._writings: dict[str, _Writing] = {}  # requests in flight by vLLM's name for them
+        self._begun = 0
+        self._weights_here = True  # whether the weights are in the device's memory
+        options = llm_options(self._model_config, config, self.device, cache_tokens, max_positions, dtype, truncates)
+        self._vllm, self._llm = start_llm(str(folder), options | {"seed": seed}, config, self.device, truncates)
+        self.block_size: int = self._llm.llm_engine.vllm_config.cache_config.block_size
+        self._transfer = None
+        if config.placement == "own_gpus":
+            from atpo_fast.engines.vllm.transfer import NCCLTransfer
+
+            self._transfer = NCCLTransfer(self._llm, self._version, config.tensor_parallel, self.bucket_bytes)
+
+    # Generation
+
+    def _check(self, request: Request) -> None:
+        ids = request.prompt_ids
+        if self.max_positions is not None and len(ids) >= self.max_positions:
+            raise ValueError(
+                f"turn {request.turn_key}: a prompt of {len(ids)} tokens leaves no room for a turn "
+                f"(max_positions={self.max_positions})"
+            )
+        if _truncated(request) and not self.truncates:
+            raise ValueError("top_p or top_k in a request, but the engine was built with truncates=False")
+
+    def _begin(self, request: Request, forwarded: int) -> None:
+        self._begun += 1
+        name = str(self._begun)
+        self._writings[name] = _Writing(request, forwarded, self.stops.table(request.sampling.stop))
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        self._llm.llm_engine.add_request(name, prompt, self._sampling(name, request))
+
+    def _advance(self) -> list[tuple[TurnKey, Completion]]:
+        """Take one step of vLLM's scheduler. Raise RuntimeError when vLLM gave up on a request."""
+        finished = self._step()
+        for writing in finished:
+            self._count(writing)
+        return [(writing.request.turn_key, writing.completion()) for writing in finished]
+
+    def _step(self) -> list[_Writing]:
+        """Take a step and return the completions that it has finished."""
+        engine = self._llm.llm_engine
+        finished, stopped = {}, []
+        for output in engine.step():
+            writing = self._writings.get(output.request_id)
+            if writing is None:  # it has been stopped, and vLLM had gone on
+                continue
+            writing.extend(output, self.eos_ids)
+            if writing.finish_reason is not None:
+                finished[output.request_id] = self._writings.pop(output.request_id)
+                if not output.finished:
+                    stopped.append(output.request_id)
+        if stopped:
+            engine.abort_request(stopped)
+        cut = [name for name, writing in finished.items() if _truncated(writing.request)]
+        if cut:
+            for name, masses in zip(cut, self._log_kept_probability(cut), strict=True):
+                finished[name].log_kept_probability = masses[: len(finished[name].token_ids)]
+        return list(finished.values())
+
+    def _cancel(self, keys: Sequence[TurnKey]) -> None:
+        cancelled = set(keys)
+        names = [name for name, writing in self._writings.items() if writing.request.turn_key in cancelled]
+        for name in names:
+            del self._writings[name]
+        if names:
+            self._llm.llm_engine.abort_request(names)
+        if names and self.truncates:
+            self._log_kept_probability(names)
+
+    def _sampling(self, name: str, request: Request) -> Any:
+        wanted = request.sampling
+        truncation = {"truncation": {"name": name, "top_k": wanted.top_k, "top_p": wanted.top_p}}
+        return self._vllm.SamplingParams(
+            temperature=wanted.temperature,
+            max_tokens=wanted.max_new_tokens,
+            seed=request.seed & (2**63 - 1),
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=self.eos_ids,
+            ignore_eos=True,  # they are the model configuration's, which may be others
+            detokenize=False,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
+            extra_args=truncation if _truncated(request) else None,
+        )
+
+    def _log_kept_probability(self, names: Sequence[str]) -> list[list[float]]:
+        """Fetch, for each truncated request, the log of the probability that each token's truncation kept."""
+        return self._llm.collective_rpc("take_log_kept_probability", args=(list(names),))[0]
+
+    def _count(self, writing: _Writing) -> None:
+        prompt = len(writing.request.prompt_ids)
+        self.counters.count_completion(prompt, writing.cached, len(writing.token_ids))
+        expected = min(writing.forwarded, prompt - 1) // self.block_size * self.block_size
+        self.counters.evicted_tokens += max(0, expected - writing.cached)
+
+    # Weights and memory
+
+    def _load(self, named_parameters: Weights) -> None:
+        if self._sleeps and not self.awake and not self._weights_here:
+            self._wake_part("weights")
+        self._weights_here = False
+        weights = self.checked(named_parameters)
+        if self._transfer is not None:
+            self._transfer.send(weights)
+        else:  # vLLM keeps the parts of a fused matrix until it has all of them
+            copies = ((name, tensor.detach().clone()) for name, tensor in weights)
+            self._llm.collective_rpc("load", kwargs={"weights": copies})
+        self._weights_here = True
+        self._forget_cache()
+
+    def _release(self, tree: Hashable) -> None:
+        """Leave the tree's cache entries to vLLM, which drops them when it needs the room."""
+
+    def _forget_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not forget its cache: requests are still running")
+
+    def _sleep(self) -> None:
+        if self._sleeps:
+            self._llm.sleep(level=1 if self.config.sleep == "host" else 2)
+            self._weights_here = False
+
+    def _wake(self) -> None:
+        if self._sleeps:
+            torch.cuda.empty_cache()
+            if not self._weights_here:
+                self._wake_part("weights")
+                if self.config.sleep == "drop":
+                    self._restore_weights()
+                self._weights_here = True
+            self._wake_part("kv_cache")
+
+    @property
+    def _sleeps(self) -> bool:
+        return self.device.type == "cuda" and self.config.placement == "colocated" and self.config.sleep != "off"
+
+    def _wake_part(self, part: str) -> None:
+        self._llm.wake_up(tags=[part])
+
+    def _restore_weights(self) -> None:
+        """Take the weights that were dropped and not updated since."""
+        weights = self._current_weights()
+        if weights is not None:
+            self._weights_here = True  # their memory is awake
+            self.update_weights(weights)
+        else:
+            self._llm.collective_rpc("reload_weights")
+
+
+@dataclass(slots=True)
+class _Writing:
+    """One completion that is being written."""
+
+    request: Request
+    forwarded: int  # tokens of the prompt that had been forwarded before it was submitted
+    stops: StopTable
+    state: int = 0  # state of the stop automaton
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    log_kept_probability: list[float] | None = None  # set where the distribution is truncated
+    cached: int = -1  # prompt tokens found in the cache; -1 until vLLM has said it
+    finish_reason: FinishReason | None = None
+    stop: str | None = None
+
+    def extend(self, output: Any, eos_ids: Sequence[int]) -> None:
+        """Take new tokens up to the end of the turn."""
+        if self.cached < 0:
+            self.cached = output.num_cached_tokens or 0
+        (news,) = output.outputs
+        for token, entry in zip(news.token_ids, news.logprobs or (), strict=True):
+            self.token_ids.append(int(token))
+            self.logprobs.append(float(entry[token].logprob))
+            self.state = int(self.stops.next_state[self.state, token])
+            found = int(self.stops.found[self.state])
+            if token in eos_ids:
+                self.finish_reason = "eos"
+                return
+            if found >= 0:
+                self.finish_reason, self.stop = "stop", self.stops.stops[found]
+                return
+        if output.finished:
+            if news.finish_reason != "length":
+                raise RuntimeError(f"vLLM gave up on turn {self.request.turn_key}: {news.finish_reason}")
+            self.finish_reason = "length"
+
+    def completion(self) -> Completion:
+        """Return the finished turn."""
+        assert self.finish_reason is not None
+        policy = self.logprobs
+        if self.log_kept_probability is not None:
+            policy = np.add(self.logprobs, self.log_kept_probability).tolist()
+        return Completion(
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            policy_logprobs=policy,
+            finish_reason=self.finish_reason,
+            stop=self.stop,
+        )
+
+
+def _truncated(request: Request) -> bool:
+    sampling = request.sampling
+    return sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1)

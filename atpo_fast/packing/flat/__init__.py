@@ -1,0 +1,6 @@
+"""Packing of flat batches, whose common prefixes are found and merged."""
+
+from atpo_fast.packing.flat.batch import Trajectories
+from atpo_fast.packing.flat.trajectories import from_trajectories
+
+__all__ = ["Trajectories", "from_trajectories"]

@@ -1,0 +1,191 @@
+"""A rank's inference side: engine, tools and tree search, fed with the policy's weights; and its batches of trees.
+
+A batch that is begun ahead is sampled by the weights of the step before it: its staleness is 1. One thread rolls it
+out; the engine belongs to that thread until `join`, so weights are synced only after that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Thread
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from atpo_fast.common.errors import StopRequested
+from atpo_fast.data.questions import Question
+from atpo_fast.engines import make_engine
+from atpo_fast.engines.base import LeaderFailedError
+from atpo_fast.environment import make_toolbox
+from atpo_fast.policy import Policy
+from atpo_fast.rollout import TreeSearch, in_order
+from atpo_fast.telemetry import PhaseTimer
+from atpo_fast.train.run import Run
+from atpo_fast.train.weights import whole_parameters
+from atpo_fast.tree import TurnTree
+
+
+class Sampler:
+    """Roll out this rank's questions.
+
+    The engine holds its own copy of the model at `folder`, because ZeRO-3 shards the trainer's; `sync` brings it up
+    to date, a bucket of parameters at a time.
+    """
+
+    def __init__(self, run: Run, folder: Path | str, device: torch.device):
+        config = run.config
+        self._run = run
+        self._policy: Policy | None = None  # whose weights the engine has; None: those of its folder
+        positions: int = AutoConfig.from_pretrained(folder).max_position_embeddings
+        self.engine = make_engine(
+            config,
+            folder,
+            run.task.tokenizer,
+            device,
+            max_positions=positions,
+            current_weights=self._current_weights,
+        )
+        self.search = TreeSearch(
+            self.engine,
+            run.task.tokenizer,
+            make_toolbox(config.tools, run.task.passages, run.task.tools),
+            config.rollout,
+            config.tools,
+            cache_tokens=config.engine.cache_tokens,
+            max_positions=min(positions, self.engine.max_positions or positions),
+        )
+
+    def counts(self) -> dict[str, float]:
+        """Return the engine's counters under `tokens/` and the tree search's under `count/`, all since the start."""
+        tokens = {
+            f"tokens/{name.removesuffix('_tokens')}": float(n) for name, n in asdict(self.engine.counters).items()
+        }
+        return tokens | {f"count/{name}": float(n) for name, n in asdict(self.search.counters).items()}
+
+    def sync(self, policy: Policy) -> None:
+        """Give the engine the policy's weights; a collective under ZeRO-3."""
+        self._policy = policy
+        with self._run.timer.phase("sync"):
+            self.engine.update_weights(whole_parameters(policy, self.engine.bucket_bytes))
+
+    def _current_weights(self) -> Iterable[tuple[str, Tensor]] | None:
+        """Stream the weights that the engine has once more; a collective under ZeRO-3. None: those of its folder."""
+        return None if self._policy is None else whole_parameters(self._policy, self.engine.bucket_bytes)
+
+    def roll_out(
+        self, questions: Sequence[Question], *, seed: int, greedy: bool = False, timer: PhaseTimer | None = None
+    ) -> Iterator[tuple[int, TurnTree]]:
+        """Yield (index of the question, its search tree) as each tree is finished.
+
+        Args:
+            seed: seed of the sampling.
+            greedy: one chain at temperature 0, for evaluation.
+            timer: times a roll-out beside something else, which has the run's timer and progress display to itself.
+
+        Raises:
+            StopRequested: the run was asked to stop.
+        """
+        run = self._run
+        report = self._report if timer is None else self._check_stop
+        timer = timer or run.timer
+
+        def search(asked: Sequence[Question]) -> Iterator[tuple[int, TurnTree]]:
+            prompts = [run.task.encode_prompt(question) for question in asked]
+            return self.search.roll_out(asked, prompts, seed=seed, greedy=greedy, on_progress=report, timer=timer)
+
+        self.engine.wake()
+        trees = self.engine.for_all(questions, search)
+        while True:
+            with timer.phase("rollout"):
+                try:
+                    finished = next(trees, None)
+                except LeaderFailedError:  # if the leader was asked to stop, the ranks find out together
+                    raise StopRequested from None
+            if finished is None:
+                break
+            yield finished
+        self.engine.sleep()
+
+    def _check_stop(self, done: int, total: int, decoded_tokens: int) -> None:
+        self._run.stop.check()
+
+    def _report(self, done: int, total: int, decoded_tokens: int) -> None:
+        self._run.stop.check()
+        self._run.progress.advance(done, decoded_tokens=decoded_tokens)
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's questions of this rank, and their unscored trees in the same order."""
+
+    step: int
+    weights_step: int  # number of steps that the policy had learned when it sampled the trees
+    questions: Sequence[Question]
+    trees: list[TurnTree] = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)  # what `Sampler.counts` has counted for this batch
+    seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, where it was rolled out ahead
+    error: BaseException | None = None
+
+    @property
+    def staleness(self) -> int:
+        """Steps by which the weights that sampled the trees are older than those that learn from them."""
+        return self.step - self.weights_step
+
+
+class BatchSampler:
+    """Roll out batches, one at a time: when one is wanted, or a step ahead while the policy learns.
+
+    Args:
+        sampler: rolls out.
+        questions: gives this rank's questions of a step.
+        seed: gives the seed of a step.
+    """
+
+    def __init__(self, sampler: Sampler, questions: Callable[[int], Sequence[Question]], seed: Callable[[int], int]):
+        self._sampler, self._questions, self._seed = sampler, questions, seed
+        self._ahead: tuple[Batch, Thread] | None = None
+
+    def begin(self, step: int, weights_step: int) -> None:
+        """Roll out a later step's batch while the caller goes on; `join` before the engine is used otherwise."""
+        batch = Batch(step, weights_step, self._questions(step))
+        thread = Thread(target=self._roll_out, args=(batch, PhaseTimer()), name=f"rollout-{step}", daemon=True)
+        self._ahead = batch, thread
+        thread.start()
+
+    def join(self) -> None:
+        """Wait for the batch that was begun, which is kept for `take`."""
+        if self._ahead is not None:
+            self._ahead[1].join()
+
+    def take(self, step: int) -> Batch:
+        """Return the batch of a step: the one begun ahead, or a new one. Raise what its roll-out raised.
+
+        After StopRequested, which the ranks have to find out together, it has no trees.
+        """
+        self.join()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0].step == step:
+            batch = ahead[0]
+        else:
+            batch = Batch(step, step, self._questions(step))
+            self._roll_out(batch, None)
+        if batch.error is not None:
+            raise batch.error
+        return batch
+
+    def _roll_out(self, batch: Batch, timer: PhaseTimer | None) -> None:
+        begun, before = time.monotonic(), self._sampler.counts()
+        try:
+            batch.trees = in_order(self._sampler.roll_out(batch.questions, seed=self._seed(batch.step), timer=timer))
+        except StopRequested:
+            pass
+        except BaseException as error:
+            batch.error = error
+        batch.seconds = time.monotonic() - begun
+        batch.counts = {name: count - before[name] for name, count in self._sampler.counts().items()}
+        batch.phases = timer.pop() if timer is not None else {}

@@ -1,0 +1,15 @@
+"""Measurements: operators, layers and updates beside their peers, whole systems, and the compiled kernels.
+
+One folder a subject; each has its cases, what they measure, what they must show and a `bench_<subject>.py` for pytest:
+
+    core/        a case, timing and memory, records, tables
+    head/        log-prob, entropy and turn loss from hidden states, and the turn loss from log-probs
+    attention/   attention over one row that holds a tree
+    update/      a decoder layer and the whole update, trees against flat rows
+    packing/     random forests, their rows, and what the host does before a forward
+    systems/     the quickstart by seed, schedules of rollouts, retrieval
+    kernels/     what every Triton kernel takes of a GPU, compiled without one
+    results/     the records (cpu/, gpu/), RESULTS.md and plots made of them
+
+`python -m bench --help` says how they are run.
+"""

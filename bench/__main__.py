@@ -1,0 +1,42 @@
+"""`python -m bench`: the command line of the benches.
+
+    python -m bench [--quick] [--list] [--cases ...]   measure cases, a record each in bench/results/
+    python -m bench report               write bench/results/RESULTS.md and its plots from the records
+    python -m bench resources            compile every kernel, write bench/kernels/RESOURCES.md
+    python -m bench quickstart-seeds     train the quickstart with several seeds
+    python -m bench streaming            compare the schedules of rollouts
+    python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
+
+Each takes --help. `pytest bench --benchmark-only` times the same cases with pytest-benchmark.
+
+On a machine with nothing but torch, triton and transformers, cases run from the root of the repository without an
+installation: `PYTHONPATH=kernels python -m bench`.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+COMMANDS = {
+    "run": "bench.run",
+    "report": "bench.report",
+    "resources": "bench.kernels.resources",
+    "quickstart-seeds": "bench.systems.quickstart_seeds",
+    "streaming": "bench.systems.streaming",
+    "retrieval": "bench.systems.retrieval",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command that the first argument names; without one, measure cases."""
+    if find_spec("atpo_kernels") is None:
+        sys.exit("bench: atpo_kernels is not installed; run `pip install ./kernels`, or set PYTHONPATH=kernels")
+    named = bool(arguments) and arguments[0] in COMMANDS
+    command = arguments[0] if named else "run"
+    import_module(COMMANDS[command]).main(arguments[1:] if named else arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,27 @@
+"""The named choices of a policy loss: the one list of their values, for configurations, objectives and kernels.
+
+Importing this module imports neither PyTorch nor Triton, so that a configuration can be read and checked without them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+RatioLevel = Literal["token", "turn", "sequence"]
+"""Over what the log-ratio is averaged before it is exponentiated."""
+ClipFamily = Literal["hard", "dual", "soft", "soft_high", "sapo", "cispo"]
+"""How the ratio is bounded; see `LossConfig.clip`."""
+KLEstimator = Literal["none", "k1", "k2", "k3", "low_var"]
+"""Estimator of the KL divergence to the reference policy."""
+Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean"]
+"""How the losses of a batch's tokens are averaged; the formulas are those of `turn_policy_loss`."""
+Reduction = Literal[Aggregation, "sum", "none"]
+"""What an operator does with the losses of its tokens: aggregate them, add them up, or return them one by one."""
+Denominator = Literal["global", "local"]
+"""Over what the averages of an aggregation run: the mini-batch of all ranks, or each packed row by itself."""
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError, naming the allowed values, unless `value` is one of the choices (`RatioLevel`, ...)."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(get_args(choices))}")

@@ -1,0 +1,192 @@
+"""Launches of `tree_attention`'s kernels: one forward, and one over queries and one over keys for the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from atpo_kernels.devices import processors, target_of
+from atpo_kernels.tree_attention.kernels import (
+    _forward_kernel,
+    _key_gradient_kernel,
+    _key_sum_kernel,
+    _query_gradient_kernel,
+)
+from atpo_kernels.tree_attention.tiles import (
+    SUMMED_KEYS,
+    Tile,
+    Tiles,
+    TreeBlockLists,
+    block_sizes,
+    make_tree_block_lists,
+    padded_width,
+    tiles_for,
+)
+
+
+class Gradients(NamedTuple):
+    """Gradients of q, k and v, in their layouts."""
+
+    q: Tensor  # (T, Hq, d)
+    k: Tensor  # (P + T, Hkv, d)
+    v: Tensor  # (P + T, Hkv, d)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Operands of one call, as the kernels take them."""
+
+    q: Tensor  # (T, Hq, d) last dimension contiguous
+    k: Tensor  # (P + T, Hkv, d) likewise
+    v: Tensor  # (P + T, Hkv, d) likewise
+    key_ends: Tensor  # (P + T,) int32: subtree_end of every key, T for those of a prefix
+    scale: float
+    blocks: TreeBlockLists
+    tiles: Tiles
+
+    @classmethod
+    def prepare(
+        cls, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlockLists | None
+    ) -> Attention:
+        """Make the lists if there are none, and copy operands that the kernels cannot read in place.
+
+        Raises ValueError for a head that is too wide, too many query heads a key head, or blocks made for others.
+        """
+        tiles = tiles_for(target_of(q.device), q.dtype, q.shape[2])
+        sizes = block_sizes(tiles, q.shape[1] // k.shape[1])
+        if blocks is None:
+            blocks = make_tree_block_lists(
+                subtree_end, sizes, key_heads=k.shape[1], workers=processors(q.device), prefix=len(k) - len(q)
+            ).to(q.device)
+        if not isinstance(blocks, TreeBlockLists) or blocks.sizes != sizes:
+            raise ValueError(
+                "tree_attention: blocks for impl='triton' are those of make_attention_blocks for the same heads and "
+                f"dtype; here lists with {sizes}"
+            )
+        q, k, v = (_readable(x.detach()) for x in (q, k, v))
+        return cls(q, k, v, _key_ends(subtree_end, len(k) - len(q)), scale, blocks, tiles)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Compute the output (T, Hq, d), and (2, Hq, T): peaks of the scores, log2 of the sums of weights."""
+        tokens, heads, width = self.q.shape
+        out = torch.empty(tokens, heads, width, dtype=self.q.dtype, device=self.q.device)
+        statistics = torch.empty(2, heads, tokens, dtype=torch.float32, device=self.q.device)
+        if tokens == 0:
+            return out, statistics
+        tile = self.tiles.forward
+        _forward_kernel[(len(self.blocks.query_order), self.k.shape[1])](
+            self.q, *self._moved(tile.keys, self.k, self.v), self.key_ends, out, *statistics, *self._lists(), tokens,
+            len(self.k), *_strides(self.q, self.k, self.v), self._scale_base_2, **self._constants(tile),
+        )  # fmt: skip
+        return out, statistics
+
+    def backward(self, grad: Tensor, out: Tensor, statistics: Tensor) -> Gradients:
+        """Compute the gradients of q, k and v from that of the output, (T, Hq, d)."""
+        grad = _readable(grad)
+        if len(grad) == 0:
+            return Gradients(*(torch.zeros_like(x) for x in (self.q, self.k, self.v)))
+        grads = Gradients(torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v))
+        delta = torch.empty_like(statistics[0])
+        tile = self.tiles.query_gradient
+        _query_gradient_kernel[(len(self.blocks.query_order), self.k.shape[1])](
+            self.q, *self._moved(tile.keys, self.k, self.v), self.key_ends, out, grad, *statistics, delta, grads.q,
+            *self._lists(), len(grad), len(self.k), *_strides(self.q, self.k, self.v, grad, grads.q),
+            self._scale_base_2, self.scale, **self._constants(tile),
+        )  # fmt: skip
+        self._key_gradients(grads, grad, statistics, delta)
+        return grads
+
+    def _key_gradients(self, grads: Gradients, grad: Tensor, statistics: Tensor, delta: Tensor) -> None:
+        lists, tile, (num_keys, heads, width) = self.blocks, self.tiles.key_gradient, self.k.shape
+        depth = padded_width(width)
+        parts = torch.empty(2, lists.slots, heads, tile.keys, depth, dtype=torch.float32, device=grad.device)
+        strides = _strides(grads.k, grads.v)
+        q, do = self._moved(tile.rows, self.q, grad)
+        _key_gradient_kernel[(len(lists.key_parts), heads)](
+            q, self.k, self.v, self.key_ends, do, *statistics, delta, grads.k, grads.v, parts[0], parts[1],
+            lists.key_parts, len(grad), num_keys, *_strides(self.q, self.k, self.v, grad), *strides,
+            self._scale_base_2, self.scale, **self._constants(tile),
+        )  # fmt: skip
+        if lists.slots:
+            _key_sum_kernel[(len(lists.split_keys), heads, ceil(tile.keys / SUMMED_KEYS))](
+                grads.k, grads.v, parts[0], parts[1], lists.split_keys, num_keys, *strides, self.scale,
+                WIDTH=width, DEPTH=depth, KEYS=tile.keys, SUMMED=SUMMED_KEYS,
+            )  # fmt: skip
+
+    @property
+    def _scale_base_2(self) -> float:
+        """Factor c of the derivation in kernels.py: weights are powers of 2."""
+        return self.scale / log(2)
+
+    def _lists(self) -> tuple[Tensor, ...]:
+        lists = self.blocks
+        return lists.query_order, lists.full_offsets, lists.full, lists.partial_offsets, lists.partial
+
+    def _moved(self, rows: int, *tensors: Tensor) -> list[Any]:  # (T, H, d) each
+        """Describe the tensors to kernels that load `rows` tokens of one head at a time."""
+        if not self.tiles.descriptors:
+            return list(tensors)
+        return [TensorDescriptor.from_tensor(x, [rows, 1, padded_width(x.shape[2])]) for x in tensors]
+
+    def _constants(self, tile: Tile) -> dict[str, Any]:
+        return self.tiles.constants(tile, self.q.shape[1] // self.k.shape[1], self.q.shape[2])
+
+
+def _readable(tensor: Tensor) -> Tensor:  # (T, H, d) -> (T, H, d)
+    """Copy the tensor unless its last dimension is contiguous and its rows are apart by multiples of 16 bytes, as
+    descriptors require."""
+    apart = all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:2])
+    if apart and tensor.stride(2) == 1 and tensor.data_ptr() % 16 == 0:
+        return tensor
+    tokens, heads, width = tensor.shape
+    return tensor.new_empty(tokens, heads, ceil(width / 16) * 16)[..., :width].copy_(tensor)
+
+
+def _key_ends(subtree_end: Tensor, prefix: int) -> Tensor:  # (T,) -> (P + T,) int32
+    """Give every key its subtree_end; the subtree of a prefix is all of the row."""
+    if prefix:
+        subtree_end = F.pad(subtree_end, (prefix, 0), value=len(subtree_end))
+    return subtree_end.to(torch.int32).contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """List the strides of tokens and heads."""
+    return [x.stride(dim) for x in tensors for dim in (0, 1)]
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlockLists | None
+    ) -> Tensor:
+        call = Attention.prepare(q, k, v, subtree_end, scale, blocks)
+        out, statistics = call.forward()
+        ctx.save_for_backward(call.q, call.k, call.v, subtree_end, out, statistics)
+        ctx.scale, ctx.blocks = scale, call.blocks
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, subtree_end, out, statistics = ctx.saved_tensors
+        call = Attention.prepare(q, k, v, subtree_end, ctx.scale, ctx.blocks)
+        return *call.backward(grad, out, statistics), None, None, None
+
+
+def tree_attention_triton(
+    q: Tensor,  # (T, Hq, d)
+    k: Tensor,  # (P + T, Hkv, d)
+    v: Tensor,  # (P + T, Hkv, d)
+    subtree_end: Tensor,  # (T,)
+    scale: float,
+    blocks: TreeBlockLists | None,
+) -> Tensor:  # (T, Hq, d)
+    """Compute `tree_attention` by Triton kernels; see there."""
+    return _TreeAttention.apply(q, k, v, subtree_end, scale, blocks)

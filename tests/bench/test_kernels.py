@@ -1,0 +1,112 @@
+"""Kernels compile for every GPU they are meant for, and take no more than it has; nothing here needs a GPU.
+
+The test compiles a covering subset; `make resources-check` compiles all variants.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bench.kernels.compilation import Resources
+from bench.kernels.digest import tokens
+from bench.kernels.resources import excesses
+from bench.kernels.table import TABLE, changed, is_of_this_triton, missing_and_stale, read_rows, render
+from bench.kernels.variants import Address, Job, covering
+
+ROOT = Path(__file__).resolve().parents[2]
+FITTING = Resources(
+    arch="sm_90", kernel="head._sum", label="bf16 64x64", warps=4, stages=3, registers=255, spills=(0, 0),
+    shared=227 * 1024, tensor_memory=0, source="0123456789ab",
+)  # fmt: skip
+
+
+def resources(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run `python -m bench resources` in a process of its own: compiling and interpreting exclude each other."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
+    if not interpreted:
+        del environment["TRITON_INTERPRET"]
+    command = [sys.executable, "-m", "bench", "resources", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+
+
+def job(found: Resources, source: str | None = None) -> Job:
+    """Make the job that would compile to what was found."""
+    return Job(Address(found.arch, "head", 0), found.name, source or found.source)
+
+
+@pytest.mark.slow(reason="compiles 56 kernels")
+def test_every_kernel_compiles_and_fits() -> None:
+    """Fails if a kernel, or a variant that changed, does not compile, spills on sm_90 or exceeds shared memory, or if
+    RESOURCES.md lacks a variant."""
+    if not is_of_this_triton(TABLE.read_text()):
+        pytest.skip("RESOURCES.md was made by another Triton, whose registers are others")
+    done = resources("--check", "--covering")
+    assert done.returncode == 0, done.stderr
+
+
+def test_interpreted_kernels_are_not_compiled() -> None:
+    """Fails if the command dies of something obscure inside Triton, as it would under the interpreter."""
+    done = resources(interpreted=True)
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+def test_excesses_are_named() -> None:
+    """Fails if a limit is not looked at, or for the wrong architecture: spills matter on sm_90 only."""
+    assert list(excesses(FITTING)) == []
+    assert list(excesses(replace(FITTING, spills=(8, 4)))) == ["sm_90 head._sum, bf16 64x64: spills 8/4"]
+    assert list(excesses(replace(FITTING, arch="sm_100", spills=(8, 4)))) == []
+    for arch in ("sm_80", "gfx942"):
+        assert "shared memory of 227.0 KiB" in " ".join(excesses(replace(FITTING, arch=arch)))
+    assert "tensor memory" in " ".join(excesses(replace(FITTING, arch="sm_100", tensor_memory=513)))
+
+
+def test_the_table_names_every_variant() -> None:
+    """Fails if a new variant, one that is gone, or one with other numbers is not noticed."""
+    other = replace(FITTING, arch="sm_80", label="fp16 64x64")
+    rows = read_rows(render([FITTING, other]))
+
+    def complaints(*found: Resources) -> list[str]:
+        named = [*missing_and_stale((one.name for one in found), rows), *changed(found, rows)]
+        return [line.split(";")[0] for line in named]
+
+    assert complaints(FITTING, other) == []
+    assert complaints(FITTING) == ["sm_80 head._sum fp16 64x64: only in RESOURCES.md"]
+    assert complaints(FITTING, other, replace(FITTING, label="new")) == ["sm_90 head._sum new: not in RESOURCES.md"]
+    assert complaints(FITTING, replace(other, registers=7)) == [
+        "sm_80 head._sum fp16 64x64: compiled to other numbers than RESOURCES.md has"
+    ]
+
+
+def test_the_subset_covers_kernels_and_changes() -> None:
+    """Fails if a kernel is left out on an architecture, more than one of its unchanged variants is compiled, or a new
+    or changed variant is not."""
+    cheap = replace(FITTING, label="bf16 32x32", registers=100)
+    cheapest = replace(FITTING, label="fp32 16x16", registers=10)  # not the dtype of training
+    elsewhere = replace(FITTING, arch="gfx942", label="fp32 64x64")
+    listed = [FITTING, cheap, cheapest, elsewhere]
+    rows = read_rows(render(listed))
+
+    def names(*jobs: Job) -> list[tuple[str, str, str]]:
+        return [job.name for job in covering(jobs, rows)]
+
+    assert names(*map(job, listed)) == [cheap.name, elsewhere.name]
+    new = replace(FITTING, label="new")
+    assert names(job(FITTING, "changed"), *map(job, listed[1:]), job(new)) == [
+        *(FITTING.name, cheap.name, elsewhere.name, new.name)
+    ]
+
+
+def test_digests_are_of_code() -> None:
+    """Fails if a comment or a docstring counts as a change of a kernel, or a changed number does not."""
+    code = 'def f(x):\n    """Add."""\n    # one\n    return x + 1\n'
+    assert list(tokens(code)) == list(tokens("def f(x):\n    return x + 1  # two\n"))
+    assert list(tokens(code)) != list(tokens(code.replace("+ 1", "+ 2")))

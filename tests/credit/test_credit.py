@@ -1,0 +1,249 @@
+"""Credit equals numbers worked out by hand for every method and option (docs/design.md#credit)."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atpo_fast import TurnTree, assign_credit
+from atpo_fast.credit import METHODS
+from tests.helpers.strategies import trees
+
+E = 1e-6
+
+
+def small_tree(question: str = "q", rewards: tuple[float, float, float] = (0.0, 1.0, 0.0)) -> TurnTree:
+    """root -> a (H = ln 2), b (H = 0, leaf); a -> c (H = ln 3, leaf), d (H = 0, leaf). Turns 1 to 4 in that order."""
+    tree = TurnTree([1, 2], question_id=question)
+    a = tree.add_turn(0, [3, 4], [-math.log(4), 0.0], [5])
+    b = tree.add_turn(0, [3], [0.0])
+    c = tree.add_turn(a, [3], [-math.log(3)])
+    d = tree.add_turn(a, [3], [0.0])
+    for leaf, reward in zip((b, c, d), rewards, strict=True):
+        tree.set_reward(leaf, reward)
+    return tree
+
+
+def leaf_advantages(tree: TurnTree) -> list[float]:
+    assert tree.leaf_advantages is not None
+    return [float(tree.leaf_advantages[leaf]) for leaf in tree.leaves]
+
+
+# Without leaf_norm V(b) = 0, V(c) = 1, V(d) = 0, and
+#   child_softmax  V(a) = 3/4 * 1 + 1/4 * 0 = 3/4   V(root) = 2/3 * 3/4 + 1/3 * 0 = 1/2
+#   child_mean     V(a) = 1/2                       V(root) = 1/4
+#   leaf_mean      V(a) = 1/2                       V(root) = 1/3
+# With d counted three times, leaves 1, 0, 0, 0 are below a, but its children are still two:
+#   leaf_mean      V(a) = 1/4   V(root) = 1/5
+# Fails when entropies of the wrong turns weigh, weights are not normalised, or multiplicity counts where it should not.
+@pytest.mark.parametrize(
+    ("value", "copies_of_d", "root", "a"),
+    [
+        ("child_softmax", 1, 1 / 2, 3 / 4),
+        ("child_mean", 1, 1 / 4, 1 / 2),
+        ("leaf_mean", 1, 1 / 3, 1 / 2),
+        ("child_softmax", 3, 1 / 2, 3 / 4),
+        ("child_mean", 3, 1 / 4, 1 / 2),
+        ("leaf_mean", 3, 1 / 5, 1 / 4),
+    ],
+)
+def test_values(value: str, copies_of_d: int, root: float, a: float) -> None:
+    tree = small_tree()
+    tree.set_multiplicity(4, copies_of_d)
+    assign_credit([tree], leaf_norm=False, value=value)
+    assert tree.values == pytest.approx([root, a, 0, 1, 0], abs=1e-12)
+    assert tree.advantages == pytest.approx(tree.values)
+    assert tree.leaf_advantages is None
+
+
+# Rewards 0, 1, 0: mean 1/3, population variance (1/9 + 4/9 + 1/9) / 3 = 2/9. With the sample std the numbers differ.
+def test_leaf_norm() -> None:
+    tree = small_tree()
+    assign_credit([tree])
+    std = math.sqrt(2 / 9) + E
+    low, high = (-1 / 3) / std, (2 / 3) / std
+    a = 3 / 4 * high + 1 / 4 * low
+    assert tree.values == pytest.approx([2 / 3 * a + 1 / 3 * low, a, low, high, low], abs=1e-12)
+
+
+# Rewards 0, 1 and three times 0: mean 1/5, population variance 4/25.
+def test_leaf_norm_counts_multiplicity() -> None:
+    tree = small_tree()
+    tree.set_multiplicity(4, 3)
+    assign_credit([tree])
+    assert tree.values is not None
+    assert tree.values[2:] == pytest.approx(np.array([-0.2, 0.8, -0.2]) / (0.4 + E), abs=1e-12)
+
+
+# Values root 1/2, a 3/4, b 0, c 1, d 0 (above), so
+#   diff_parent: a 1/4, b -1/2, c 1/4, d -3/4; diff_global: a 1/4, b -1/2, c 1/2, d -1/2; localglobal: their sum.
+@pytest.mark.parametrize(
+    ("advantage", "expected"),
+    [
+        ("node_value", [1 / 2, 3 / 4, 0, 1, 0]),
+        ("diff_parent", [0, 1 / 4, -1 / 2, 1 / 4, -3 / 4]),
+        ("diff_global", [0, 1 / 4, -1 / 2, 1 / 2, -1 / 2]),
+        ("diff_localglobal", [0, 1 / 2, -1, 3 / 4, -5 / 4]),
+    ],
+)
+def test_advantages(advantage: str, expected: list[float]) -> None:
+    tree = small_tree()
+    assign_credit([TurnTree([1]), tree], leaf_norm=False, advantage=advantage)  # a tree before it shifts all indices
+    assert tree.advantages == pytest.approx(expected, abs=1e-12)
+
+
+# Leaves b, c, d = 0, 1, 0: mean 1/3, sample variance (1/9 + 4/9 + 1/9) / 2 = 1/3.
+def test_grpo() -> None:
+    tree = small_tree()
+    assign_credit([tree], "grpo")
+    std = math.sqrt(1 / 3) + E
+    low, high = (-1 / 3) / std, (2 / 3) / std
+    assert leaf_advantages(tree) == pytest.approx([low, high, low], abs=1e-12)
+    assert tree.leaf_advantages is not None and np.isnan(tree.leaf_advantages[:2]).all()
+    assert tree.advantages == pytest.approx([(2 * low + high) / 3, (low + high) / 2, low, high, low], abs=1e-12)
+    assert tree.values == pytest.approx([1 / 3, 1 / 2, 0, 1, 0], abs=1e-12)
+
+
+# Two trees of one question, six leaves 0, 1, 0 and 1, 1, 0: mean 1/2, sample variance 6 * 1/4 / 5 = 3/10.
+# Fails when a tree is taken for a question.
+def test_grpo_groups_trees_by_question() -> None:
+    one, two, other = small_tree(), small_tree(rewards=(1.0, 1.0, 0.0)), small_tree("other", (1.0, 1.0, 1.0))
+    assign_credit([one, other, two], "grpo")
+    half = 0.5 / (math.sqrt(0.3) + E)
+    assert leaf_advantages(one) == pytest.approx([-half, half, -half], abs=1e-12)
+    assert leaf_advantages(two) == pytest.approx([half, half, -half], abs=1e-12)
+    assert leaf_advantages(other) == [0.0, 0.0, 0.0]
+
+
+# The same six leaves. Over the question: -h, h, -h and h, h, -h with h as above. Over the tree: mean -h/3, sample
+# variance ((2h/3)^2 + (4h/3)^2 + (2h/3)^2) / 2 = 4 h^2 / 3; the second tree is the mirror image.
+def test_tree_grpo() -> None:
+    one, two = small_tree(), small_tree(rewards=(1.0, 1.0, 0.0))
+    assign_credit([one, two], "tree_grpo")
+    h = 0.5 / (math.sqrt(0.3) + E)
+    std = math.sqrt(4 / 3) * h + E
+    low, high = (-2 * h / 3) / std, (4 * h / 3) / std
+    assert leaf_advantages(one) == pytest.approx([low, high, low], abs=1e-12)
+    assert leaf_advantages(two) == pytest.approx([-low, -low, -high], abs=1e-12)
+
+
+# Trees of one leaf: the second standardisation has nothing to compare with. Rewards 0, 1: mean 1/2, std sqrt(1/2).
+def test_tree_grpo_keeps_the_question_level_of_single_leaves() -> None:
+    chains = [TurnTree([1], question_id="q") for _ in range(2)]
+    for reward, tree in enumerate(chains):
+        tree.set_reward(tree.add_turn(0, [2]), float(reward))
+    assign_credit(chains, "tree_grpo")
+    h = 0.5 / (math.sqrt(0.5) + E)
+    assert [leaf_advantages(tree)[0] for tree in chains] == pytest.approx([-h, h], abs=1e-12)
+
+
+# 0 - (1 + 0)/2 = -1/2, 1 - (0 + 0)/2 = 1. With d twice: b and d 0 - (0 + 1 + 0)/3 = -1/3, c 1 - 0 = 1.
+@pytest.mark.parametrize(("copies_of_d", "expected"), [(1, [-1 / 2, 1, -1 / 2]), (2, [-1 / 3, 1, -1 / 3])])
+def test_rloo(copies_of_d: int, expected: list[float]) -> None:
+    tree = small_tree()
+    tree.set_multiplicity(4, copies_of_d)
+    assign_credit([tree], "rloo")
+    assert leaf_advantages(tree) == pytest.approx(expected, abs=1e-12)
+
+
+# Questions with rewards 0, 1, 0 and 3, 3, 3: centred -1/3, 2/3, -1/3, 0, 0, 0; mean 0, sample variance (2/3)/5 = 2/15.
+# Fails when the std is taken per question or before the means are subtracted.
+def test_reinforce_plus_plus() -> None:
+    one, two = small_tree(), small_tree("other", (3.0, 3.0, 3.0))
+    assign_credit([one, two], "reinforce++")
+    std = math.sqrt(2 / 15) + E
+    assert leaf_advantages(one) == pytest.approx([(-1 / 3) / std, (2 / 3) / std, (-1 / 3) / std], abs=1e-12)
+    assert leaf_advantages(two) == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+# Rewards 0, 1, 0 and k = 2: of the 3 pairs 2 hold c, so E[best] = 2/3 and std = sqrt(2/9).
+#   c: every pair with c has best 1: 1 - 2/3 = 1/3.  b: of its 2 pairs one has best 1: 1/2 - 2/3 = -1/6.
+# k = 1 is the population-standardised reward; k = 5 > 3 leaves: the only subset is all of them, so no advantage.
+@pytest.mark.parametrize(
+    ("k", "std", "low", "high"),
+    [(1, math.sqrt(2 / 9), -1 / 3, 2 / 3), (2, math.sqrt(2 / 9), -1 / 6, 1 / 3), (5, 0.0, 0.0, 0.0)],
+)
+def test_pass_at_k(k: int, std: float, low: float, high: float) -> None:
+    tree = small_tree()
+    assign_credit([tree], "passk", k=k)
+    assert leaf_advantages(tree) == pytest.approx(np.array([low, high, low]) / (std + E), abs=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rewards=st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=1, max_size=7), k=st.integers(1, 4))
+def test_pass_at_k_equals_enumeration(rewards: list[float], k: int) -> None:
+    """The closed form is the average over all k-subsets. Fails when ties or ranks are off by one."""
+    tree = TurnTree([1])
+    for reward in rewards:
+        tree.set_reward(tree.add_turn(0, [2]), reward)
+    assign_credit([tree], "passk", k=k)
+    subsets = list(combinations(range(len(rewards)), min(k, len(rewards))))
+    best = np.array([max(rewards[i] for i in subset) for subset in subsets])
+    expected = [
+        np.mean([b for b, subset in zip(best, subsets, strict=True) if i in subset]) - best.mean()
+        for i in range(len(rewards))
+    ]
+    assert leaf_advantages(tree) == pytest.approx(np.array(expected) / (best.std() + E), abs=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tree=trees(credit=False), method=st.sampled_from(METHODS))
+def test_multiplicity_is_copies_of_the_leaf(tree: TurnTree, method: str) -> None:
+    """A leaf of multiplicity m counts like m identical siblings, in every method (at2po: by the mean of leaves)."""
+    copied = TurnTree(tree.turns[0].observation_ids, question_id=tree.question_id)
+    for n, turn in enumerate(tree.turns[1:], start=1):
+        copied.add_turn(turn.parent, turn.action_ids, turn.logprobs, turn.observation_ids)
+        if not turn.children:
+            copied.set_reward(n, turn.reward or 0.0)
+    for leaf in tree.leaves:
+        turn = tree.turns[leaf]
+        for _ in range(turn.multiplicity - 1):
+            copied.set_reward(copied.add_turn(turn.parent, turn.action_ids, turn.logprobs), turn.reward or 0.0)
+    assign_credit([tree], method, value="leaf_mean")
+    assign_credit([copied], method, value="leaf_mean")
+    assert tree.values is not None and copied.values is not None
+    assert tree.advantages is not None and copied.advantages is not None
+    assert copied.values[: len(tree)] == pytest.approx(tree.values, abs=1e-9)
+    assert copied.advantages[: len(tree)] == pytest.approx(tree.advantages, abs=1e-9)
+
+
+# Fails when a zero std, a single leaf or an empty tree gives nan, inf or rounding noise instead of 0.
+@pytest.mark.parametrize("method", METHODS)
+def test_no_signal_is_exactly_zero(method: str) -> None:
+    equal, single, empty = small_tree("1", (0.1, 0.1, 0.1)), TurnTree([1], question_id="2"), TurnTree([1])
+    single.set_reward(single.add_turn(0, [2]), 0.7)
+    assign_credit([equal, single, empty], method)
+    for tree in (equal, single, empty):
+        assert tree.advantages is not None and (tree.advantages == 0).all()
+        assert tree.values is not None and len(tree.values) == len(tree)
+
+
+def test_deep_chain() -> None:
+    """Fails when values are computed by recursion (Python's limit is 1,000 levels)."""
+    tree = TurnTree([1])
+    turn = 0
+    for _ in range(3000):
+        turn = tree.add_turn(turn, [2], [-1.0])
+    tree.set_reward(turn, 1.0)
+    assign_credit([tree], leaf_norm=False)
+    assert tree.values is not None and (tree.values == 1).all()
+
+
+def test_leaf_without_reward_is_named() -> None:
+    tree = small_tree("who?")
+    tree.turns[3].reward = None
+    with pytest.raises(ValueError, match=r"'who\?'.*turn 3"):
+        assign_credit([small_tree(), tree])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"method": "ppo"}, {"value": "max"}, {"advantage": "gae"}, {"method": "passk", "k": 0}]
+)
+def test_unknown_choices(arguments: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="assign_credit"):
+        assign_credit([small_tree()], **arguments)  # type: ignore[arg-type]

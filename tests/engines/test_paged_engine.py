@@ -1,0 +1,460 @@
+"""The paged engine against a plain loop that forwards everything again for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from atpo_fast.engines.base import Completion, PathNode, Request, SamplingParams
+from atpo_fast.engines.paged import batching, kv_cache, prefill
+from atpo_fast.engines.paged.engine import PagedEngine
+from atpo_fast.engines.sampling import uniforms
+from atpo_fast.tree.turn_tree import TurnTree
+
+VOCABULARY = 40
+EOS, STOP = 0, 1
+SIZES = dict(
+    vocab_size=VOCABULARY + 2,  # padded, as real embeddings are
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+)
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=True)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+}
+
+
+def make_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return FAMILIES[family]().to(dtype).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<eos>", "</search>", *(f"w{i}" for i in range(VOCABULARY - 2))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def make_engine(
+    tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel | None = None, **options: Any
+) -> PagedEngine:
+    return PagedEngine(model or make_model(), tokenizer, **{"cache_tokens": 100_000, **options})
+
+
+def request(tree: TurnTree, name: str, parent: int, turn: int, sampling: SamplingParams, seed: int = 0) -> Request:
+    path = tree.path(parent)
+    ends = np.cumsum([len(tree.turns[n].action_ids) + len(tree.turns[n].observation_ids) for n in path])
+    nodes = tuple(PathNode(key=(name, n), end=int(end)) for n, end in zip(path, ends, strict=True))
+    prompt = tree.path_ids(parent).tolist()
+    return Request(prompt_ids=prompt, sampling=sampling, seed=seed, path=nodes, turn_key=(name, turn))
+
+
+def roots(count: int, seed: int = 0, lengths: tuple[int, int] = (3, 20)) -> list[TurnTree]:
+    rng = np.random.default_rng(seed)
+    return [TurnTree(rng.integers(2, VOCABULARY, rng.integers(*lengths))) for _ in range(count)]
+
+
+def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[float], list[float]]:
+    """Tokens, log-probs of the distribution drawn from, and log-probs of the policy; everything is forwarded anew."""
+    params, tokens = ask.sampling, list(ask.prompt_ids)
+    drawn, policy = [], []
+    for index in range(params.max_new_tokens):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double().numpy()
+        logp = np.log(np.exp(x := logits / (params.temperature or 1.0) - logits.max()) / np.exp(x).sum())
+        order = np.argsort(-logp, kind="stable")
+        kept = order[: params.top_k or None]
+        probs = np.exp(logp[kept]) / np.exp(logp[kept]).sum()
+        kept = kept[np.concatenate([[0.0], probs.cumsum()[:-1]]) < params.top_p]
+        if params.temperature == 0:
+            token, logprob = int(order[0]), logp[order[0]]
+        else:
+            if params.top_k == 0 and params.top_p == 1.0:
+                kept = np.sort(kept)  # untruncated draws go through the vocabulary in order of the ids
+            cdf = np.exp(logp[kept]).cumsum()
+            number = uniforms(np.array([ask.seed], dtype=np.uint64), np.array([index]))[0]
+            token = int(kept[np.searchsorted(cdf, number * cdf[-1], side="right")])
+            logprob = logp[token] - np.log(cdf[-1])
+        tokens.append(token)
+        drawn.append(logprob)
+        policy.append(logp[token])
+        if token == EOS or (token == STOP and "</search>" in params.stop):
+            break
+    return tokens[len(ask.prompt_ids) :], drawn, policy
+
+
+def grow(engine: PagedEngine, trees: Sequence[TurnTree], rounds: int = 2, shuffle: bool = False) -> list[Request]:
+    """What the tree search does: chains with observations to their ends, then expansion rounds; the requests."""
+    params = SamplingParams(max_new_tokens=6, stop=("</search>",))
+    asked: list[Request] = []
+
+    def run(branches: list[tuple[int, int]]) -> None:
+        while branches:
+            sizes = {i: len(tree) for i, tree in enumerate(trees)}
+            batch = []
+            for index, parent in branches:
+                turn = sizes[index]
+                sizes[index] += 1
+                batch.append(request(trees[index], f"t{index}", parent, turn, params, seed=1000 * index + turn))
+            shuffled = np.random.default_rng(len(asked)).permutation(len(batch)) if shuffle else np.arange(len(batch))
+            answers: dict[int, Completion] = {}
+            for where, answer in zip(shuffled, engine.generate([batch[i] for i in shuffled]), strict=True):
+                answers[int(where)] = answer
+            asked.extend(batch)
+            following = []
+            for at, (index, parent) in enumerate(branches):
+                done = answers[at]
+                leaf = done.finish_reason == "eos" or len(trees[index].path(parent)) > 3
+                rng = np.random.default_rng(1000 * index + batch[at].turn_key[1])
+                seen = [] if leaf else rng.integers(2, VOCABULARY, rng.integers(0, 9)).tolist()
+                node = trees[index].add_turn(
+                    parent, done.token_ids, done.logprobs, seen, finish_reason=done.finish_reason
+                )
+                if not leaf:
+                    following.append((index, node))
+            branches = following
+
+    run([(index, 0) for index in range(len(trees)) for _ in range(3)])
+    for number in range(rounds):
+        rng = np.random.default_rng(number)
+        run([(index, tree.turns[int(rng.integers(1, len(tree)))].parent) for index, tree in enumerate(trees)])
+    return asked
+
+
+def snapshot(trees: Sequence[TurnTree]) -> list[tuple[int, list[int], list[int]]]:
+    return [(t.parent, t.action_ids.tolist(), t.observation_ids.tolist()) for tree in trees for t in tree.turns]
+
+
+# Wrong slots, positions, masks, head grouping, sampling order or stop handling all change tokens or log-probs.
+@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_new_tokens=8, temperature=0.0),
+        SamplingParams(max_new_tokens=12, temperature=0.8, stop=("</search>",)),
+        SamplingParams(max_new_tokens=8, temperature=1.3, top_k=12, top_p=0.8),
+    ],
+    ids=["greedy", "sampled", "truncated"],
+)
+def test_equals_full_recomputation(family: str, params: SamplingParams, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer, make_model(family))
+    plain = make_model(family)
+    asks = [request(t, f"t{i}", 0, s, params, 9 * i + s) for i, t in enumerate(roots(4)) for s in (1, 2, 3)]
+    for ask, answer in zip(asks, engine.generate(asks), strict=True):
+        tokens, drawn, policy = plain_loop(plain, ask)
+        assert answer.token_ids == tokens
+        np.testing.assert_allclose(answer.logprobs, drawn, atol=1e-10)
+        np.testing.assert_allclose(answer.policy_logprobs, policy, atol=1e-10)
+        ends = {EOS: "eos", STOP: "stop" if params.stop else "length"}
+        assert answer.finish_reason == ends.get(tokens[-1], "length")
+        assert answer.stop == ("</search>" if answer.finish_reason == "stop" else None)
+
+
+# float32 is what training uses: log-probs must come from float32 logits.
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_float32_logprobs_equal_a_separate_forward(family: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer, make_model(family, torch.float32))
+    plain = make_model(family, torch.float32)
+    trees = roots(5)
+    grow(engine, trees)
+    check_logprobs(plain, trees, 1e-5)
+
+
+def check_logprobs(model: PreTrainedModel, trees: Sequence[TurnTree], tolerance: float) -> None:
+    """The stored log-probs of every path against one forward of the whole path."""
+    for tree in trees:
+        for leaf in tree.leaves:
+            ids = torch.from_numpy(tree.path_ids(leaf))
+            with torch.no_grad():
+                logp = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
+            at = len(tree.turns[0].observation_ids)
+            for turn in (tree.turns[n] for n in tree.path(leaf)[1:]):
+                rows = torch.arange(at - 1, at - 1 + len(turn.action_ids))
+                np.testing.assert_allclose(turn.logprobs, logp[rows, ids[rows + 1]].numpy(), atol=tolerance)
+                at += len(turn.action_ids) + len(turn.observation_ids)
+
+
+# An entry made twice (sibling, next turn, expansion round), or a token forwarded twice, breaks these counts.
+def test_every_tree_token_is_prefilled_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer)
+    trees = roots(6)
+    asked = grow(engine, trees, rounds=3)
+    turns = [turn for tree in trees for turn in tree.turns]
+    unique = sum(tree.unique_tokens for tree in trees)
+    assert max(len(tree.path(leaf)) for tree in trees for leaf in tree.leaves) >= 4
+    counters = engine.counters
+    assert counters.prefilled_tokens == unique
+    assert counters.decoded_tokens == sum(len(turn.action_ids) for turn in turns)
+    assert counters.forwarded_tokens == unique - sum(not turn.children for turn in turns)
+    prompts = sum(len(ask.prompt_ids) for ask in asked)
+    assert counters.cache_hit_tokens == prompts - (unique - counters.decoded_tokens)
+    assert counters.evicted_tokens == 0
+    ended = {(f"t{i}", n) for i, tree in enumerate(trees) for n, t in enumerate(tree.turns) if t.finish_reason == "eos"}
+    assert ended and not ended & set(engine.cache.nodes)  # nobody continues them: their slots are free at once
+    check_logprobs(make_model(), trees, 1e-10)
+    for index in range(len(trees)):
+        engine.release(f"t{index}")
+    assert engine.cache.available == engine.cache.pool.limit and not engine.cache.nodes
+
+
+# Every variant must write the same trees: batching, admission in waves, order, eviction, chunked prefill, and
+# attention in many groups change nothing but the work done.
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 1},
+        {"batch_size": 5},
+        {"shuffle": 1},
+        {"cache_tokens": 400},  # some trees must be evicted between turns
+        {"cache_tokens": 75},  # running requests must be sent back as well
+        {"small_pieces": 1},
+    ],
+    ids=lambda options: "-".join(f"{key}{value}" for key, value in options.items()),
+)
+def test_results_do_not_depend_on_how_the_work_is_cut(
+    options: dict[str, int], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = roots(6)
+    grow(make_engine(tokenizer), expected)
+    if options.pop("small_pieces", 0):
+        monkeypatch.setattr(kv_cache, "_SMALLEST_POOL", 16)  # grows many times, and must keep what it holds
+        monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", 7)
+        monkeypatch.setattr(prefill, "_SCORES_PER_GROUP", 64)
+        monkeypatch.setitem(batching._KEYS_PER_GROUP, "cpu", 50)
+    shuffle = bool(options.pop("shuffle", 0))
+    engine = make_engine(tokenizer, **options)
+    trees = roots(6)
+    grow(engine, trees, shuffle=shuffle)
+    assert snapshot(trees) == snapshot(expected)
+    check_logprobs(make_model(), trees, 1e-10)
+    unique = sum(tree.unique_tokens for tree in trees)
+    assert unique > 400  # so that the small caches are too small
+    if "cache_tokens" in options:
+        assert engine.counters.evicted_tokens > 0
+        assert engine.counters.prefilled_tokens > unique
+        assert max(len(layer) for layer in engine.cache.pool.layers.values()) <= options["cache_tokens"]
+    else:
+        assert engine.counters.prefilled_tokens == unique
+    for index in range(len(trees)):
+        engine.release(f"t{index}")
+    assert engine.cache.available == engine.cache.pool.limit  # no slot is lost or freed twice
+
+
+def drain(engine: PagedEngine) -> dict[Any, Completion]:
+    """Poll until nothing is in flight."""
+    done: dict[Any, Completion] = {}
+    while engine.in_flight:
+        done.update(engine.poll())
+    return done
+
+
+# Requests that join while others decode must sample what they sample alone, and reuse the rows of the table: fails if
+# an index is handed out twice or kept for ever, a row keeps the counts of the one before it, or stops get mixed up.
+@pytest.mark.parametrize("batch_size", [3, 100])
+def test_requests_join_while_others_decode(batch_size: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    rng = np.random.default_rng(0)
+    asks = [
+        request(tree, f"t{i}", 0, n, SamplingParams(max_new_tokens=int(rng.integers(1, 12)), stop=stop), 7 * i + n)
+        for i, tree in enumerate(roots(12))
+        for n, stop in enumerate([("</search>",), (), ("w3", "</search>")], start=1)
+    ]
+    plain = make_model()
+    engine, done, sizes = make_engine(tokenizer, batch_size=batch_size), {}, []
+    for begin in range(0, len(asks), 2):
+        engine.submit(asks[begin : begin + 2])
+        for _ in range(3):
+            done.update(engine.poll())
+            if engine._batch is not None:
+                sizes.append(len(engine._batch.table.requests))
+    done.update(drain(engine))
+    assert engine.poll() == [] and engine._batch is None
+    for ask in asks:
+        answer = done.pop(ask.turn_key)
+        if ask.sampling.stop != ("w3", "</search>"):
+            tokens, drawn, _ = plain_loop(plain, ask)
+            assert answer.token_ids == tokens
+            np.testing.assert_allclose(answer.logprobs, drawn, atol=1e-10)
+        else:
+            assert answer.token_ids == make_engine(tokenizer).generate([ask])[0].token_ids
+    assert not done and max(sizes) <= min(batch_size, 20) < len(asks)
+    unique = sum(len(tree.turns[0].observation_ids) for tree in roots(12)) + engine.counters.decoded_tokens
+    assert engine.counters.prefilled_tokens == unique
+    for index in range(12):
+        engine.release(f"t{index}")
+    assert engine.cache.available == engine.cache.pool.limit
+
+
+# A tree released in mid-flight takes its requests along, waiting or decoding, and nothing of the others: fails if a
+# slot is lost, a path stays pinned, or a neighbour's sample changes.
+def test_release_drops_requests_in_flight(tokenizer: PreTrainedTokenizerFast) -> None:
+    params = SamplingParams(max_new_tokens=15)
+    asks = [request(t, f"t{i}", 0, s, params, 9 * i + s) for i, t in enumerate(roots(4)) for s in (1, 2, 3)]
+    engine = make_engine(tokenizer, batch_size=8)
+    engine.submit(asks)
+    early = dict(engine.poll())
+    engine.release("t0")  # decoding
+    engine.release("t3")  # waiting
+    done = early | drain(engine)
+    whole = {ask.turn_key: answer for ask, answer in zip(asks, make_engine(tokenizer).generate(asks), strict=True)}
+    for key, answer in done.items():
+        assert answer.token_ids == whole[key].token_ids
+    assert {key for key in whole if key[0] in ("t1", "t2")} == {key for key in done if key[0] in ("t1", "t2")}
+    assert not {key for key in done if key[0] == "t3"}
+    engine.submit(asks[:1])
+    engine.release("t0")
+    assert engine._batch is None and engine.poll() == []
+    for index in range(4):
+        engine.release(f"t{index}")
+    assert engine.cache.available == engine.cache.pool.limit and not engine.cache.nodes
+
+
+# Weights or memory must not change under requests in flight, and a failure must leave none behind.
+def test_requests_in_flight_are_protected(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer, cache_tokens=32)
+    fits = request(TurnTree([3, 4]), "a", 0, 1, SamplingParams(max_new_tokens=3, temperature=0.0))
+    engine.submit([fits])
+    for change in (engine.sleep, engine.reset_prefix_cache, lambda: engine.update_weights([])):
+        with pytest.raises(RuntimeError, match="1 requests are in flight"):
+            change()
+    with pytest.raises(ValueError, match="requested already"):
+        engine.submit([request(TurnTree([3, 4]), "b", 0, 1, fits.sampling), fits])
+    engine.submit([request(TurnTree(np.full(40, 5)), "c", 0, 1, fits.sampling)])
+    with pytest.raises(ValueError, match="cache_tokens=32"):
+        drain(engine)
+    assert engine.poll() == [] and engine.cache.available == engine.cache.pool.limit
+    assert engine.generate([fits])[0].token_ids == plain_loop(make_model(), fits)[0]
+
+
+# After a shortage of room the batch grows back: fails if it stays at the size that once fitted.
+def test_the_batch_grows_again_after_a_shortage(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, params = make_engine(tokenizer, cache_tokens=60), SamplingParams(max_new_tokens=12)
+    asks = [request(tree, f"t{i}", 0, 1, params, i) for i, tree in enumerate(roots(40, lengths=(3, 6)))]
+    plain = make_model()
+    engine.submit(asks)
+    limits, done = [], {}
+    while engine.in_flight:
+        limits.append(engine._batch.limit)
+        done.update(engine.poll())
+    assert engine.counters.evicted_tokens > 0 and min(limits) < 10
+    assert any(later == now + 1 for now, later in pairwise(limits))
+    assert all(done[ask.turn_key].token_ids == plain_loop(plain, ask)[0] for ask in asks)
+
+
+# A request larger than the whole cache must say so instead of looping for ever; the engine stays usable.
+@pytest.mark.parametrize(("prompt", "tokens"), [(40, 5), (25, 30)], ids=["prompt", "decoding"])
+def test_request_that_cannot_fit_names_the_budget(prompt: int, tokens: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer, cache_tokens=32)
+    tree = TurnTree(np.full(prompt, 5))
+    params = SamplingParams(max_new_tokens=tokens, temperature=0.0)
+    with pytest.raises(ValueError, match=r"needs at least \d+ cache entries.*cache_tokens=32"):
+        engine.generate([request(tree, "t", 0, 1, params)])
+    small = request(TurnTree([3, 4]), "t", 0, 1, SamplingParams(max_new_tokens=3))
+    assert engine.generate([small])[0].token_ids == plain_loop(make_model(), small)[0]
+
+
+# Stale entries, a forgotten tied head, or weights copied into the wrong place fail here.
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("with_head", [True, False])
+def test_update_weights(family: str, with_head: bool, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine, new = make_engine(tokenizer, make_model(family)), make_model(family, seed=1)
+    ask = request(roots(1)[0], "t", 0, 1, SamplingParams(max_new_tokens=10))
+    before = engine.generate([ask])[0]
+    weights = dict(new.named_parameters(remove_duplicate=False))
+    if not with_head:
+        weights.pop("lm_head.weight")
+    if not with_head and family == "llama":  # not tied: it has to come
+        with pytest.raises(ValueError, match=r"lack 1 parameters: lm_head\.weight"):
+            engine.update_weights(weights.items())
+        return
+    engine.update_weights((name, tensor.clone()) for name, tensor in weights.items())
+    assert not engine.cache.nodes
+    after = engine.generate([ask])[0]
+    assert after.logprobs != before.logprobs
+    assert after.token_ids == plain_loop(new, ask)[0]
+    wrong: list[tuple[str, Tensor]] = [("model.norm.weight", torch.zeros(3))]
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: new weights have shape \(3,\), not \(32,\)"):
+        engine.update_weights(wrong)
+    with pytest.raises(KeyError, match=r"nearest: 'model\.norm\.weight'"):
+        engine.update_weights([("model.norm.weigth", torch.zeros(32))])
+
+
+# The engine must neither touch the configuration of another model nor lose its own weights in its sleep.
+def test_sleep_wake_and_the_other_model(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = Qwen3Config(**SIZES)
+    trainer, own = Qwen3ForCausalLM(config).double(), Qwen3ForCausalLM(config).double()
+    engine = make_engine(tokenizer, own)
+    engine.update_weights(trainer.named_parameters())
+    assert trainer.config._attn_implementation != own.config._attn_implementation
+    ask = request(roots(1)[0], "t", 0, 1, SamplingParams(max_new_tokens=10))
+    first = engine.generate([ask])[0]
+    engine.sleep()
+    assert not engine.cache.pool.layers
+    with pytest.raises(RuntimeError, match="wake"):
+        engine.generate([ask])
+    engine.wake()
+    assert engine.generate([ask])[0] == first
+    assert first.token_ids == plain_loop(trainer.eval(), ask)[0]
+
+
+# bfloat16 weights: logits must still be float32, or log-probs come in coarse steps.
+def test_low_precision_head_gives_float32_logits(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer, FAMILIES["qwen3"](), dtype=torch.bfloat16)
+    own = engine.model.model
+    assert own.dtype == torch.bfloat16
+    assert own.model.rotary_emb.inv_freq.dtype == torch.float32  # or positions beyond 256 become inexact
+    hidden = torch.randn(4, 32, dtype=torch.bfloat16)
+    logits = engine.model.logits(hidden)
+    torch.testing.assert_close(logits, hidden.float() @ own.lm_head.weight.float().T)
+    answer = engine.generate([request(roots(1)[0], "t", 0, 1, SamplingParams(max_new_tokens=4))])[0]
+    assert np.isfinite(answer.logprobs).all()
+
+
+# Requests that would corrupt the cache are refused before anything is written.
+def test_contradicting_requests_are_errors(tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = make_engine(tokenizer)
+    params = SamplingParams(max_new_tokens=3, temperature=0.0)
+    tree = TurnTree([5, 6, 7])
+    good = request(tree, "t", 0, 1, params)
+    with pytest.raises(ValueError, match="requested already"):
+        engine.generate([good, good])
+    with pytest.raises(ValueError, match="do not fit its 2 prompt"):
+        engine.generate([Request(prompt_ids=[5, 6], sampling=params, seed=0, path=good.path, turn_key=("t", 1))])
+    with pytest.raises(ValueError, match="token ids must be in"):
+        engine.generate([request(TurnTree([5, 99]), "u", 0, 1, params)])
+    engine.generate([good])
+    with pytest.raises(ValueError, match="token 2 of the path is 8, but was 7"):
+        engine.generate([request(TurnTree([5, 6, 8]), "t", 0, 2, params)])
+    assert engine.generate([]) == []
+
+
+# Windowed attention would silently be computed as full attention.
+def test_sliding_windows_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    with pytest.raises(ValueError, match="sliding_attention"):
+        make_engine(tokenizer, Qwen2ForCausalLM(config))

@@ -1,0 +1,316 @@
+"""The python tool: whatever the code does, the call is answered, and nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atpo_fast.environment import PythonTool, ToolError, bubblewrap
+from atpo_fast.environment.python_tool import _MAX_OUTPUT_BYTES
+
+HERE = Path(__file__).resolve().parents[1] / "helpers"
+TIME_OUT = "TimeoutError: the code ran longer than 1 seconds."
+LONG = str(1_000_000 + os.getpid())  # seconds to sleep: tells this run's processes from others'
+
+
+class Confined:
+    """The tool in a process that may do less than this one (`confined_python.py`)."""
+
+    def __init__(self, *options: str) -> None:
+        self.options = options
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "confined_python.py"), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=HERE.parent,
+            env=os.environ | {"WANDB_API_KEY": "secret"},
+        )
+        assert self._process.stdout is not None
+        if not self._process.stdout.readline():
+            _, errors = self._process.communicate()
+            pytest.skip(f"cannot be confined with {options}: {errors.strip().splitlines()[-1:]}")
+
+    def __call__(self, code: str, *, timeout_seconds: float = 300.0, times: int = 1) -> dict[str, Any]:
+        """Answers to `times` calls, log messages, and the process' handles, threads and memory."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        job = {"code": code, "timeout_seconds": timeout_seconds, "times": times}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        state: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return state
+
+    def answer(self, code: str, *, timeout_seconds: float = 300.0) -> str:
+        return str(self(code, timeout_seconds=timeout_seconds)["answers"][0])
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+WAYS = [(), ("--user",), ("--user", "--no-namespaces"), ("--user", "--no-namespaces", "--bubblewrap")]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids="".join)
+def tool(request: pytest.FixtureRequest) -> Iterator[Confined]:
+    """As the tests run; as a plain user; as one where the kernel refuses namespaces; there, but with bubblewrap."""
+    if "--user" in request.param and os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    confined = Confined(*request.param)
+    yield confined
+    confined.close()
+
+
+def isolated(tool: Confined) -> bool:
+    """Whether this kernel gives the tool namespaces of its own."""
+    return "own namespaces" in tool("1")["log"][0]
+
+
+def processes_with(text: str) -> list[str]:
+    """Processes whose command line holds a text; dead ones have none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if text.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+def assert_gone(text: str) -> None:
+    for _ in range(12_000):  # killed processes need a moment to end
+        if not processes_with(text):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"still running: {processes_with(text)}")
+
+
+# ---- answers
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        ("print(1)\n2 + 3", "1\n5"),  # a bare last expression is printed
+        ("print('a')", "a"),  # and the None of print is not
+        ("x = 4\nx", "4"),
+        ("'é'", "é"),
+        ("import sys\nsys.stdout.buffer.write(b'\\xff a')\nNone", "\ufffd a"),  # no UTF-8
+        ("import atexit, threading\nt = threading.Timer(0.05, print, ['b'])\nt.start()\nprint('a')", "a\nb"),
+        ("class A: pass\nimport pickle\ntype(pickle.loads(pickle.dumps(A()))).__module__", "__main__"),
+        ("import os\nopen('f', 'w').write('x')\nos.listdir(), os.environ['HOME'] == os.getcwd()", "(['f'], True)"),
+        ("import sys\nsys.stdin.read() == ''", "True"),
+        ("from multiprocessing import Pool\nwith Pool(2) as pool: print(pool.map(abs, [-1, -2]))", "[1, 2]"),
+    ],
+)
+def test_answers(tool: Confined, code: str, answer: str) -> None:
+    """Fails if code runs in another way than in an interpreter of its own with an empty folder."""
+    assert tool.answer(code) == answer
+
+
+def test_errors_are_the_answer() -> None:
+    """Fails if a traceback names lines or files of the sandbox, or code that cannot run is tried again."""
+    tool = PythonTool()
+    assert tool("print(1)\n1 / 0") == (
+        'Traceback (most recent call last):\n  File "<string>", line 2, in <module>\n'
+        "ZeroDivisionError: division by zero"
+    )
+    assert tool("print(").startswith('File "<string>", line 1\n') and "Traceback" not in tool("print(")
+    assert tool("raise SystemExit(7)") == "The code ended with status 7."
+    assert tool("import sys\nsys.exit('why')") == "why"
+    assert tool("import atexit\natexit.register(print, 'b')\nprint('a')\nraise SystemExit") == "a\nb"
+    assert tool("import ctypes\nctypes.string_at(0)") == "The code ended with signal SIGSEGV."
+    assert "null byte" in tool("x = '\0'")
+    assert "SyntaxError" in tool("x = '\ud800'") or "UnicodeEncodeError" in tool("x = '\ud800'")
+    with pytest.raises(ToolError, match="2,000,004 characters of code are too many"):
+        tool("x = " + "y" * 2_000_000)
+    with pytest.raises(ToolError, match="returned empty output"):
+        tool("x = 1")
+
+
+def test_output_is_bounded() -> None:
+    """Fails if the answer is longer than asked for, or the wrong end of it is kept."""
+    text = PythonTool(max_chars=1000)("for _ in range(10_000): print('x' * 100)")
+    assert len(text) <= 1000 and text.startswith("xxx")
+    error = PythonTool(max_chars=1000)("import sys\nsys.stderr.write('y' * 100_000 + 'end')\nraise SystemExit(1)")
+    assert len(error) <= 1000 and error.endswith("end")
+
+
+def test_environment_is_clean(tool: Confined) -> None:
+    """Fails if a secret of the trainer's environment reaches the code, or the trainer's process can be looked into."""
+    assert "secret" not in tool.answer("import os\nos.environ")
+    if isolated(tool):
+        assert "secret" not in tool.answer(f"open('/proc/{tool.process_id}/environ').read()")
+        assert int(tool.answer("import os\nlen([name for name in os.listdir('/proc') if name.isdigit()])")) == 2
+
+
+# ---- faults, each also without namespaces and without privileges
+
+
+def test_a_fork_bomb(tool: Confined) -> None:
+    """Fails if processes are not limited, or outlive the call."""
+    assert "Resource temporarily unavailable" in tool.answer("import os\nwhile True: os.fork()")
+    started = tool.answer(
+        "import subprocess\nn = 0\ntry:\n    while True:\n"
+        f"        subprocess.Popen(['sleep', '{LONG}'], start_new_session=True)\n        n += 1\n"
+        "except OSError: print(n)"
+    )
+    assert 10 <= int(started) < 2 * 64  # what was left of the bomb for a moment may have raised the limit
+    assert_gone(f"\0{LONG}\0")
+
+
+def test_sockets(tool: Confined) -> None:
+    """Fails if code can reach a server of this machine (here: one that listens for it)."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        answer = tool.answer(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=5)")
+        # In a namespace nobody listens; a filter refuses the socket.
+        assert answer.endswith("Errno 13] Permission denied") or "Error: [Errno" in answer
+        other = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=5)\nprint('reached')"
+        code = f"import subprocess, sys\nprint(subprocess.run([sys.executable, '-c', {other!r}]).returncode)"
+        assert tool.answer(code) == "1"  # nor can a program that it starts
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def test_writing_files(tool: Confined) -> None:
+    """Fails if a file can be changed outside of the working directory, or one inside may be of any size."""
+    if isolated(tool):
+        with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # where everybody may write
+            Path(folder).chmod(0o777)
+            assert "Read-only file system" in tool.answer(f"open('{folder}/file', 'w')")
+            assert not os.listdir(folder)
+        assert "Read-only file system" in tool.answer("open('/dev/shm/../../tmp/file', 'w')")
+    else:
+        messages = tool("1")["log"]
+        assert any(m.startswith("WARNING") and "other files, and the trainer's, are open" in m for m in messages)
+        assert len(messages) == 2  # said once
+    big = "f = open('big', 'wb')\nfor _ in range(1000): f.write(bytes(1 << 20))"
+    assert "OSError" in tool.answer(big)
+
+
+def test_ten_gigabytes(tool: Confined) -> None:
+    """Fails if memory is not limited."""
+    assert tool.answer("x = bytearray(10 << 30)").endswith("MemoryError")
+
+
+def test_printing_for_ever(tool: Confined) -> None:
+    """Fails if output is gathered until time or memory run out."""
+    answer = tool.answer("while True: print('x' * 1000)")
+    assert answer.startswith("xxx") and answer.endswith("\nThe code was stopped: it printed too much.")
+    assert len(answer) < 30_000 < _MAX_OUTPUT_BYTES
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import signal\nfor s in (15, 2, 1, 3): signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        f"import os, time\nos.close(1), os.close(2)\ntime.sleep({LONG})",
+        f"import subprocess, time\nsubprocess.Popen(['sleep', '{LONG}'], start_new_session=True)\ntime.sleep({LONG})",
+    ],
+)
+def test_endless_code(tool: Confined, code: str) -> None:
+    """Fails if a time-out does not end the code and all that it started, whatever they do about it."""
+    assert tool.answer(code, timeout_seconds=1) == TIME_OUT
+    assert_gone(f"\0{LONG}\0")
+
+
+def test_a_daemon_left_behind(tool: Confined) -> None:
+    """Fails if a process that left its session outlives the call, or holds the answer back."""
+    assert (
+        tool.answer(f"import subprocess\nsubprocess.Popen(['sleep', '{LONG}'], start_new_session=True)\n'left'")
+        == "left"
+    )
+    twice = (
+        "import os\nif os.fork() == 0:\n    os.setsid()\n"
+        f"    if os.fork() == 0: os.execvp('sleep', ['sleep', '{LONG}'])\n    os._exit(0)\nos.wait()\n'left'"
+    )
+    assert tool.answer(twice) == "left"
+    assert_gone(f"\0{LONG}\0")
+
+
+def test_signals_reach_nobody_else(tool: Confined) -> None:
+    """Fails if code can end the tool with a signal to its group or its parent."""
+    assert tool.answer("import os\nos.kill(0, 9)") == "The code ended with signal SIGKILL."
+    assert tool.answer("import os, signal\nsignal.signal(15, signal.SIG_IGN)\nos.kill(0, 15)\n'on'") == "on"
+    assert tool.answer("1") == "1"
+
+
+def test_nothing_leaks(tool: Confined) -> None:
+    """Fails if calls leave handles, threads, memory, processes or folders behind."""
+    folders = {path.name for path in Path("/tmp").glob("atpo_python_*")}
+    code = f"import subprocess\nsubprocess.Popen(['sleep', '{LONG}'], start_new_session=True)\nprint('x' * 100_000)"
+    before = tool(code, times=3)
+    after = tool(code, times=15)
+    assert len(after["answers"]) == 15 and all(answer.startswith("xxx") for answer in after["answers"])
+    assert after["handles"] == before["handles"] and after["threads"] == before["threads"]
+    assert after["memory_kb"] < before["memory_kb"] + 4096
+    assert {path.name for path in Path("/tmp").glob("atpo_python_*")} <= folders
+    assert_gone(f"\0{LONG}\0")
+
+
+def test_a_killed_trainer_leaves_no_code_running(tmp_path: Path) -> None:
+    """Fails if code goes on when the process that runs the tool is killed."""
+    program = (
+        "from atpo_fast.environment import PythonTool\n"
+        f"PythonTool()(\"import subprocess; print('up'); subprocess.run(['sleep', '{LONG}'])\")"
+    )
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)}
+    )
+    for _ in range(12_000):
+        if processes_with(f"\0{LONG}\0"):
+            break
+        time.sleep(0.01)
+    trainer.kill()
+    trainer.wait()
+    assert_gone(f"\0{LONG}\0")
+
+
+def test_bubblewrap_is_asked_only_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the tool needs bubblewrap, or starts a program that is not there with every call."""
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not bubblewrap.is_needed_and_works.__wrapped__()
+
+
+def test_root_without_namespaces() -> None:
+    """Fails if root's code keeps its privileges where the kernel refuses namespaces."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    tool = Confined("--no-namespaces")
+    assert "Error" in tool.answer("import os\nos.chown('.', 1, 1)") and "Error" in tool.answer("import os\nos.nice(-1)")
+    assert "Resource temporarily unavailable" in tool.answer("import os\nwhile True: os.fork()")
+    assert "Permission denied" in tool.answer("import socket\nsocket.socket()")
+    tool.close()
+
+
+def test_calls_from_many_threads() -> None:
+    """Fails if calls share a folder or a pipe."""
+    tool, answers = PythonTool(), {}
+
+    def call(number: int) -> None:
+        answers[number] = tool(f"import os\nopen('f', 'w').write('{number}')\nos.listdir(), open('f').read()")
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: f"(['f'], '{number}')" for number in range(8)}

@@ -1,0 +1,242 @@
+"""A completions server for tests: the part of vLLM's HTTP interface that the server engine uses, around a real model.
+
+It decodes with plain forwards of a Hugging Face model and draws as the paged engine does, so that both engines
+give the same trees. `CompletionsServer.fault` decides for each request how it fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from socket import socket
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from safetensors.torch import load_file
+from starlette.concurrency import run_in_threadpool
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atpo_fast.engines.sampling import SamplingTable, sample, uniforms
+from atpo_fast.retrieval.server import listen
+
+Fault = str | None  # "500", "429", "slow", "cut", "garbage", "no_ids", "no_logprobs"
+
+
+class CompletionsServer:
+    """One replica, in a thread of its own; use it as a context manager.
+
+    Args:
+        model: what it serves; the weights it is started with come back with every `start`.
+        fault: what goes wrong with the n-th request since the beginning (from 0).
+        dev_mode: offer the endpoints for weights, cache and sleep.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[], PreTrainedModel],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        fault: Callable[[int], Fault] = lambda number: None,
+        dev_mode: bool = True,
+        processed_logprobs: bool = True,
+        max_model_len: int = 512,
+    ):
+        self.make_model, self.tokenizer, self.fault = model, tokenizer, fault
+        self.dev_mode, self.processed_logprobs, self.max_model_len = dev_mode, processed_logprobs, max_model_len
+        self.bodies: list[dict[str, Any]] = []  # of completions asked for
+        self.running = self.most_running = 0
+        self.called: list[str] = []  # other endpoints, with what they were given
+        self.healthy = True
+        self.slow_seconds = 600.0
+        self.held = self.ever_held = 0  # requests that wait to be answered slowly; those that ever did
+        self.on_change: Callable[[], None] = lambda: None  # called when one is held, and when one has been answered
+        self.port = 0
+        self._compute = threading.Lock()
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> CompletionsServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        """Start, on the same port as before."""
+        self.model = self.make_model().eval()
+        self.cached: list[list[int]] = []  # token ids whose prefixes are in the cache
+        bound = listen("127.0.0.1", self.port)
+        self.port = bound.getsockname()[1]
+        self._server = uvicorn.Server(uvicorn.Config(self._app(), log_level="critical", lifespan="off"))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, args=(bound,), daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """End at once: connections are cut, and nobody listens any more."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._cut)
+            self._thread.join(timeout=120)
+            assert not self._thread.is_alive()
+
+    def _run(self, bound: socket) -> None:
+        self._loop.run_until_complete(self._server.serve([bound]))
+        self._loop.close()
+
+    def _cut(self) -> None:
+        self._server.should_exit = self._server.force_exit = True
+        for server in self._server.servers:
+            server.close()
+        for connection in list(self._server.server_state.connections):
+            if connection.transport is not None:  # type: ignore[union-attr]
+                connection.transport.abort()  # type: ignore[union-attr]
+        for task in list(self._server.server_state.tasks):
+            task.cancel()
+
+    def _app(self) -> FastAPI:
+        app = FastAPI()
+
+        @app.get("/health")
+        async def health() -> Response:
+            return Response(status_code=200 if self.healthy else 503)
+
+        @app.get("/v1/models")
+        async def models() -> dict[str, Any]:
+            return {"object": "list", "data": [{"id": "tiny", "max_model_len": self.max_model_len}]}
+
+        @app.post("/v1/completions")
+        async def completions(request: Request) -> Response:
+            return await self._complete(await request.json())
+
+        if self.dev_mode:
+
+            @app.post("/{endpoint}")
+            async def other(endpoint: str, request: Request) -> Response:
+                body = await request.body()
+                self.called.append(f"{endpoint}?{request.url.query}" if request.url.query else endpoint)
+                if endpoint == "collective_rpc":
+                    return self._reload(json.loads(body))
+                if endpoint == "reset_prefix_cache":
+                    self.cached.clear()
+                return JSONResponse({"success": True})
+
+        return app
+
+    def _reload(self, body: dict[str, Any]) -> Response:
+        folder = Path(body["kwargs"]["weights_path"])
+        if body["method"] != "reload_weights" or not folder.is_dir():
+            return JSONResponse({"error": f"no weights in {folder}"}, status_code=500)
+        parts = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+        state = {name: tensor for part in parts for name, tensor in part.items()}
+        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}
+        self.model.tie_weights()
+        return JSONResponse({"results": [None]})
+
+    async def _complete(self, body: dict[str, Any]) -> Response:
+        self.bodies.append(body)
+        fault = self.fault(len(self.bodies) - 1)
+        if fault in ("500", "429"):
+            return JSONResponse({"error": {"message": "out of order"}}, status_code=int(fault))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            if fault == "slow":
+                await self._hold()
+            answer = await run_in_threadpool(self._decode, body)
+        finally:
+            self.running -= 1
+            self.on_change()
+        (choice,) = answer["choices"]
+        if fault == "no_ids":
+            choice["token_ids"] = choice["prompt_token_ids"] = None
+            choice["logprobs"]["tokens"] = ["word"] * len(choice["logprobs"]["tokens"])
+        if fault == "no_logprobs":
+            choice["logprobs"] = None
+        text = json.dumps(answer)
+        if fault == "garbage":
+            return Response("<html>bad gateway</html>", media_type="text/html")
+        if fault == "cut":
+            return StreamingResponse(_half(text), media_type="application/json")
+        return Response(text, media_type="application/json")
+
+    async def _hold(self) -> None:
+        self.held += 1
+        self.ever_held += 1
+        self.on_change()
+        try:
+            await asyncio.sleep(self.slow_seconds)
+        finally:
+            self.held -= 1
+
+    @torch.inference_mode()
+    def _decode(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Token after token, with a whole forward for each; text is decoded to look for stop strings, as vLLM does."""
+        with self._compute:
+            ids = list(body["prompt"])
+            known = max((_shared(ids, other) for other in self.cached), default=0)
+            self.cached.append(ids)
+            temperature = float(body["temperature"])
+            table = SamplingTable(np.array([temperature]), np.array([0]), np.array([1.0]))
+            seed = np.array([body.get("seed", 0)], dtype=np.uint64)
+            written: list[int] = []
+            logprobs: list[float] = []
+            best: list[float] = []
+            finish, cause = "length", None
+            while len(written) < body["max_tokens"]:
+                logits = self.model(torch.tensor([ids + written])).logits[:, -1]
+                draw = sample(logits, uniforms(seed, np.array([len(written)])), table)
+                token = int(draw.tokens[0])
+                scaled = logits / (temperature or 1.0) if self.processed_logprobs else logits
+                reported = torch.log_softmax(scaled, dim=-1)[0]
+                written.append(token)
+                logprobs.append(float(reported[token]))
+                best.append(float(reported.max()))
+                text = self.tokenizer.decode(written, skip_special_tokens=body.get("skip_special_tokens", True))
+                found = [stop for stop in body.get("stop", []) if stop in text]
+                if found or token in body.get("stop_token_ids", []):
+                    finish, cause = "stop", found[0] if found else token
+                    break
+            self.cached.append(ids + written)
+        names = [f"token_id:{token}" for token in written]
+        entries = {
+            "tokens": names,
+            "token_logprobs": logprobs,
+            "top_logprobs": [{"best": value} for value in best],
+        }
+        choice = {
+            "index": 0,
+            "text": "",
+            "finish_reason": finish,
+            "stop_reason": cause,
+            "logprobs": entries,
+            "token_ids": written if body.get("return_token_ids") else None,
+            "prompt_token_ids": ids if body.get("return_token_ids") else None,
+        }
+        return {"choices": [choice], "usage": {"prompt_tokens_details": {"cached_tokens": known}}}
+
+
+async def _half(text: str) -> AsyncIterator[bytes]:
+    yield text[: len(text) // 2].encode()
+    raise ConnectionResetError
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,0 +1,80 @@
+"""Answers calls of the python tool in a process that may do less than the tests: one JSON line each way.
+
+    python tests/helpers/confined_python.py [--user] [--no-namespaces] [--bubblewrap]
+
+`--user` (needs root): as a user without an account. `--no-namespaces`: the kernel refuses namespaces, as in a container
+without privileges. `--bubblewrap`: bubblewrap may be used where it is installed; without this option it never is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from typing import Any
+
+from atpo_fast.environment import bubblewrap
+from atpo_fast.environment import python_sandbox as sandbox
+from atpo_fast.environment.function_tool import ToolError
+from atpo_fast.environment.python_tool import PythonTool
+
+USER = 54321
+
+
+class Log(logging.Handler):
+    """Keeps messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(f"{record.levelname} {record.getMessage()}")
+
+
+def become_user() -> None:
+    """Another user, who can read Python's packages wherever they lie."""
+    if sandbox._unshare(0x00020000) or sandbox._mount(None, "/", None, 0x44000):
+        raise SystemExit("cannot make a mount namespace")
+    sandbox._show_to_others([sys.prefix, sys.base_prefix, os.getcwd(), *filter(None, sys.path)])
+    os.setgroups([])
+    os.setgid(USER)
+    os.setuid(USER)
+
+
+def main() -> None:
+    if "--user" in sys.argv:
+        become_user()
+    if "--no-namespaces" in sys.argv:
+        sandbox._prctl(38, 1)  # no_new_privs
+        if not sandbox.deny_system_calls({"unshare": 1}):
+            raise SystemExit("cannot filter system calls")
+    if "--bubblewrap" not in sys.argv:
+        bubblewrap.is_needed_and_works = lambda: False
+    elif not bubblewrap.is_needed_and_works():
+        raise SystemExit("bubblewrap is not installed, or cannot make namespaces, or is not needed")
+    log = Log()
+    logging.getLogger("atpo_fast").addHandler(log)
+    logging.getLogger("atpo_fast").setLevel(logging.INFO)
+    tool = PythonTool(timeout_seconds=30)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        job: dict[str, Any] = json.loads(line)
+        tool.timeout_seconds = job["timeout_seconds"]
+        answer = []
+        for _ in range(job["times"]):
+            try:
+                answer.append(tool(job["code"]))
+            except ToolError as error:
+                answer.append(str(error))
+        handles = os.listdir("/proc/self/fd")
+        with open("/proc/self/status") as file:
+            memory = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+        state = {"handles": len(handles), "threads": threading.active_count(), "memory_kb": memory}
+        print(json.dumps({"answers": answer, "log": log.messages, **state}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

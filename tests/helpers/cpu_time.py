@@ -1,0 +1,76 @@
+"""A plugin: a test run ends with its CPU time and the tests that took most of it, and slow tests must say why.
+
+CPU time is that of this process and of the child processes that have ended. A fixture counts with the first test that
+uses it, and a process that outlives its test counts with a later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
+from time import perf_counter
+from typing import NamedTuple
+
+import pytest
+
+SHOWN = 20  # tests
+LEAST = 1.0  # seconds of CPU time that a test must have taken to be shown
+
+
+class Cost(NamedTuple):
+    """Seconds that a test took."""
+
+    cpu: float
+    wall: float
+    name: str
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its ended children."""
+    return sum(use.ru_utime + use.ru_stime for use in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
+
+
+class CpuTimes:
+    """Measures every test and writes the summary; refuses slow tests that do not say why."""
+
+    def __init__(self) -> None:
+        self.costs: list[Cost] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Refuse tests that are marked slow without a reason."""
+        unexplained = [
+            item.nodeid
+            for item in items
+            for mark in item.iter_markers("slow")
+            if not str(mark.kwargs.get("reason", "")).strip()
+        ]
+        if unexplained:
+            raise pytest.UsageError(
+                'say in a word why a test is slow, as in pytest.mark.slow(reason="starts two servers"): '
+                + ", ".join(unexplained)
+            )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Measure a test with its setup and teardown."""
+        cpu, wall = cpu_seconds(), perf_counter()
+        result = yield
+        self.costs.append(Cost(cpu_seconds() - cpu, perf_counter() - wall, item.nodeid))
+        return result
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Write the most expensive tests and the total."""
+        if not self.costs:
+            return
+        terminalreporter.section("CPU time")
+        for cost in self.most_expensive():
+            terminalreporter.line(f"{cost.cpu:7.1f} s CPU {cost.wall:7.1f} s wall  {cost.name}")
+        tests, total = sum(cost.cpu for cost in self.costs), cpu_seconds()
+        terminalreporter.line(
+            f"{total / 60:.1f} CPU-minutes in all: {tests / 60:.1f} in {len(self.costs)} tests, "
+            f"{(total - tests) / 60:.1f} in imports and collection"
+        )
+
+    def most_expensive(self) -> list[Cost]:
+        """Return the tests that are worth showing, the most expensive first."""
+        return sorted((cost for cost in self.costs if cost.cpu >= LEAST), reverse=True)[:SHOWN]

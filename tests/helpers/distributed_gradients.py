@@ -1,0 +1,102 @@
+"""Worker of test_distributed.py: the gradient of one mini-batch under DeepSpeed, for several stages and row budgets.
+
+Run by the test as
+`python -m torch.distributed.run --nproc_per_node R --module tests.helpers.distributed_gradients OUT`; rank 0 writes one
+.npz per case, holding every parameter's whole gradient under its Hugging Face name.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
+from atpo_fast.packing import depth_first, spread_rows
+from atpo_fast.policy import Policy
+from atpo_fast.policy.opened_rows.plan import plan_passes
+from atpo_fast.telemetry import PhaseTimer
+from atpo_fast.train.step import accumulate
+from atpo_fast.train.zero import GradientWatch, GuardedAdamW, join_process_group
+from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
+
+VOCAB = 64
+ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
+"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
+depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
+
+
+def forest() -> list[TurnTree]:
+    """Three trees with branches, an empty observation and unequal rewards."""
+    rng = np.random.default_rng(0)
+    trees = []
+    for t in range(3):
+        tree = TurnTree(rng.integers(0, VOCAB, 9), question_id=f"q{t}")
+        for c in range(3):
+            inner = tree.add_turn(0, rng.integers(0, VOCAB, 4 + c), -rng.random(4 + c), rng.integers(0, VOCAB, c * 3))
+            for leaf in range(2):
+                n = tree.add_turn(inner, rng.integers(0, VOCAB, 3 + leaf), -rng.random(3 + leaf))
+                tree.set_reward(n, float(rng.integers(0, 2)))
+        trees.append(tree)
+    assign_credit(trees, method="at2po")
+    return trees
+
+
+def gradients(stage: int, tied: bool, budget: str, choice: str, rank: int, world: int) -> dict[str, np.ndarray]:
+    """Whole gradients of one mini-batch after the last backward."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = Qwen3Config(
+        **sizes,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+    )
+    policy = Policy(Qwen3ForCausalLM(config), gradient_checkpointing=choice).train()
+    optimizer = GuardedAdamW(policy.parameters(), lr=0.0)
+    GradientWatch(policy, optimizer)
+    engine = start_engine(policy, optimizer, stage)
+    objective = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
+    max_tokens, max_prefix = ROWS[budget]
+    rows = pack_trees(forest(), objective, max_tokens, max_prefix=max_prefix)
+    assert (max(row.depth for row in rows) > 0) == (budget == "deep")
+    spread = spread_rows(rows, world)
+    passes = plan_passes(spread)[rank]
+    accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
+    assert (policy.skipped_tokens > 0) == (choice != "none")
+    out = whole_gradients(policy.model, stage)
+    engine.destroy()
+    return out
+
+
+def main() -> None:
+    """All cases, one after another."""
+    join_process_group(cuda=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cases = [(stage, tied, budget, "none") for stage in (0, 2, 3) for tied in (True, False) for budget in ROWS]
+    cases += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
+    for stage, tied, budget, choice in cases:
+        result = gradients(stage, tied, budget, choice, rank, world)
+        name = f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}_ranks{world}.npz"
+        if rank == 0:
+            np.savez(Path(sys.argv[1]) / name, **result)
+    for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
+        result = module_gradients(stage, tied, inside, rank, world)
+        if rank == 0:
+            np.savez(
+                Path(sys.argv[1]) / f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}_ranks{world}.npz",
+                **result,
+            )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

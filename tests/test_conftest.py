@@ -1,0 +1,49 @@
+"""The tests' own plugin: CPU time by test, and the reasons of slow tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFTEST = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.helpers.cpu_time import CpuTimes
+def pytest_configure(config):
+    config.pluginmanager.register(CpuTimes())
+"""
+
+
+def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run tests in a folder of its own under the plugin."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
+    (folder / "test_it.py").write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_cpu_time_is_measured_and_printed(tmp_path: Path) -> None:
+    """Fails if the time of a test or of its child processes is not counted, or a cheap test is shown."""
+    child = "import subprocess, sys, time\n"
+    child += "def test_child():\n    code = 'import time\\nwhile time.process_time() < 1.1: pass'\n"
+    child += "    subprocess.run([sys.executable, '-c', code], check=True)\n"
+    child += "def test_cheap():\n    time.sleep(1.1)\n"
+    done = run(tmp_path, child)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout
+    assert [line.split("::")[1] for line in lines if "s CPU" in line] == ["test_child"]
+    assert "in 2 tests" in next(line for line in lines if "CPU-minutes in all" in line)
+
+
+def test_slow_tests_say_why(tmp_path: Path) -> None:
+    """Fails if a test can be marked slow without a word."""
+    code = "import pytest\n@pytest.mark.slow{}\ndef test_it():\n    pass\n"
+    for bare in ("", "(reason=' ')"):
+        done = run(tmp_path, code.format(bare))
+        assert done.returncode == 4 and "test_it.py::test_it" in done.stderr and "reason=" in done.stderr
+    assert run(tmp_path, code.format("(reason='sleeps')")).returncode == 0
