@@ -40,7 +40,7 @@ def case(lengths: list[int], seed: int) -> tuple[Any, dict[str, Any]]:
 
 
 def run(head: Any, keywords: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any) -> list[Tensor]:
-    """Every output, and the gradients under an upstream gradient other than 1: a power of 2, by which nothing rounds."""
+    """Every output, and the gradients under an upstream gradient other than 1; of a power of 2, which rounds nothing."""
     leaves = head.leaves(dtype)
     out = linear_turn_policy_loss(leaves[0], leaves[1], head.targets, bias=leaves[2], **keywords, **more)
     assert isinstance(out, LinearTurnLoss) and not out.logprob.requires_grad and not out.entropy.requires_grad
@@ -97,7 +97,7 @@ def test_no_less_precise_than_plain_pytorch(dtype: torch.dtype, peak: float) -> 
     exact, ours, plain = ([*x[2:4], *x[-3:]] for x in (exact, ours, plain))  # log-prob, entropy, gradients
     coef = -advantages.double().repeat_interleave(torch.tensor(lengths))  # the ratio is 1
     up = (-2.0 * coef, torch.zeros_like(coef))
-    bounds = head_bounds(head, exact, up, dtype, temperature=1.0)
+    bounds = head_bounds(head, exact, up, dtype, temperature=1.0, factor=2.0)
     for e, o, p, bound in zip(exact, ours, plain, bounds, strict=True):
         assert_no_less_precise(p, o, e, bound)
 

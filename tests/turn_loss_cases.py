@@ -98,7 +98,7 @@ def linear_loss_bounds(
     dtype: torch.dtype,
     **more: Any,
 ) -> list[Bound]:
-    """Bounds of every result of run_linear_loss: those of the head, those of the loss, and what one does to the other."""
+    """Bounds of every result of run_linear_loss: of the head, of the loss, and what one does to the other."""
     rows = torch.zeros_like(exact[2])
     gradients = 2 + (len(exact[-1].shape) == 1)  # with or without the bias's
     seen = [*exact[2:4], *exact[-gradients:]]
@@ -113,6 +113,8 @@ def linear_loss_bounds(
     up = (2 * found[names[0]], 2 * found[names[1]])
     by_up = (by_name[names[0]].scaled(2), by_name[names[1]].scaled(2))
     half = torch.float16 if dtype != torch.float32 else dtype
-    by_head = head_bounds(head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up)
+    by_head = head_bounds(
+        head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up, factor=4.0
+    )
     metrics = [by_name[name] for name in found if name not in ("loss", "coef", *names)]
     return [by_name["loss"], by_name["coef"], *values, *metrics, *by_head[2:]]
