@@ -158,7 +158,7 @@ def test_a_path_longer_than_a_row() -> None:
     tree.advantages = np.ones(3)
     rows = pack_trees([tree], TURN, 12, max_prefix=20)
     assert [(row.num_tokens, row.depth, row.prefix_tokens) for row in rows] == [(10, 0, 0), (10, 1, 10), (10, 2, 20)]
-    with pytest.raises(ValueError, match=r"train\.max_tokens to at least 30, or train\.prefix_memory_gb"):
+    with pytest.raises(ValueError, match=r"train\.row_tokens to at least 30, or train\.prefix_memory_gb"):
         pack_trees([tree], TURN, 12, max_prefix=19)
     with pytest.raises(ValueError, match="at least 30"):
         pack_trees([tree], TURN, 9, max_prefix=1000)
