@@ -34,12 +34,12 @@ class SamplingTable(NamedTuple):
     top_p: NDArray[np.float64]  # 1 is off
 
     def rows(self, index: NDArray[np.int64]) -> SamplingTable:
-        """The parameters of some of the requests."""
+        """Select the parameters of some of the requests."""
         return SamplingTable(self.temperature[index], self.top_k[index], self.top_p[index])
 
 
 def uniforms(seeds: NDArray[np.uint64], indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, token index): splitmix64, the same on every machine. Shapes (R,)."""
+    """Hash (seed, token index) to one number in [0, 1): splitmix64, the same on every machine. Shapes (R,)."""
     with np.errstate(over="ignore"):
         state = _splitmix(seeds) + (indices.astype(np.uint64) + np.uint64(1)) * _GOLDEN
         bits = _splitmix(state)
@@ -122,10 +122,10 @@ def truncate(
     logp: Tensor,  # (R, V) log-probs at the row's temperature
     params: SamplingTable,
 ) -> tuple[Tensor, Tensor]:
-    """What top-k and then top-p leave of a distribution.
+    """Cut a distribution to top-k and then to top-p.
 
     Returns (R, K) probabilities in descending order, 0 where a token is cut, and (R, K) the ids of the tokens; K is
-    the largest top-k. The kept probabilities are those of the whole distribution: they sum to the kept mass.
+    the largest top-k. The kept probabilities are those of the whole distribution: they sum to what was kept of it.
     """
     vocabulary = logp.shape[1]
     top_k = np.where(params.top_k > 0, np.minimum(params.top_k, vocabulary), vocabulary)

@@ -19,7 +19,7 @@ _TABLE_TOKENS = 16384  # tokens walked at once
 
 
 class StopTable:
-    """The automaton of one tuple of stop strings over one vocabulary.
+    """Find one tuple of stop strings on token ids of one vocabulary, by an automaton.
 
     State 0 is the start; a state with `found[state] >= 0` is absorbing and names the stop string by its index.
 
@@ -41,7 +41,7 @@ class StopTable:
 
 
 class StopTables:
-    """The tables of one tokenizer, each made when it is first asked for."""
+    """Build the tables of one tokenizer, each when it is first asked for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -49,7 +49,7 @@ class StopTables:
         self._tables: dict[tuple[str, ...], StopTable] = {}
 
     def table(self, stops: tuple[str, ...]) -> StopTable:
-        """The table of these stop strings."""
+        """Return the table of some stop strings."""
         if stops not in self._tables:
             if self._token_bytes is None:
                 self._token_bytes = vocabulary_bytes(self._tokenizer, self._vocab_size)
@@ -58,13 +58,13 @@ class StopTables:
 
 
 def end_of_sequence_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion."""
+    """List the tokens that end a completion."""
     ids = tokenizer.eos_token_id
     return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
 class StopMatcher:
-    """Tables side by side, so that one look-up advances requests with different stops.
+    """Join tables, so that one look-up advances requests with different stops.
 
     Args:
         tables: one per request; more can be added.
@@ -78,7 +78,7 @@ class StopMatcher:
         self.start = np.array([self.add(table) for table in tables], dtype=np.int32)  # (N,) first state of each request
 
     def add(self, table: StopTable) -> int:
-        """The first state of a request with this table. States given before stay what they are."""
+        """Add a table and return the first state of its requests. States given before keep their meaning."""
         if table not in self._offsets:
             offset = self._offsets[table] = len(self.found)
             self._names += [table.stops[i] if i >= 0 else None for i in table.found]
@@ -88,12 +88,12 @@ class StopMatcher:
         return self._offsets[table]
 
     def name(self, state: int) -> str | None:
-        """The stop string that a state stands for."""
+        """Return the stop string that a state has found."""
         return self._names[state]
 
 
 def _automaton(stops: Sequence[bytes]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Aho-Corasick as a full table: (states, 256) next state and (states,) index of the stop found or -1."""
+    """Build Aho-Corasick as a full table: (states, 256) next state and (states,) index of the stop found or -1."""
     goto: list[dict[int, int]] = [{}]
     found = [-1]
     for index, stop in enumerate(stops):
@@ -121,7 +121,7 @@ def _automaton(stops: Sequence[bytes]) -> tuple[NDArray[np.int32], NDArray[np.in
 
 
 def _walk_vocabulary(step: NDArray[np.int32], token_bytes: Sequence[bytes]) -> NDArray[np.int32]:
-    """(states, V): where each state is after each token's bytes."""
+    """Compute (states, V): the state that follows each state after each token's bytes."""
     states = len(step)
     table = np.empty((states, len(token_bytes)), dtype=np.int32)
     by_length = np.argsort([len(text) for text in token_bytes], kind="stable")
@@ -139,7 +139,7 @@ def _walk_vocabulary(step: NDArray[np.int32], token_bytes: Sequence[bytes]) -> N
 
 
 def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
-    """The UTF-8 text that each of `vocab_size` token ids adds in the middle of a sequence.
+    """List the UTF-8 text that each of `vocab_size` token ids adds in the middle of a sequence.
 
     Byte-level BPE gives raw bytes, so that a stop string may end inside a character. Any other tokenizer is asked:
     the text of an ordinary token followed by the token in question, less the text of the former. Ids beyond the
@@ -174,7 +174,7 @@ def _byte_level_texts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[by
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in GPT-2's byte-level vocabulary, inverted."""
+    """Map each character of GPT-2's byte-level vocabulary to its byte."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -189,7 +189,7 @@ def _decoded_texts(tokenizer: PreTrainedTokenizerBase, known: int) -> list[bytes
 
 
 def _anchor(tokenizer: PreTrainedTokenizerBase, known: int) -> int:
-    """An ordinary token to decode others after: one that reads as letters, else the first."""
+    """Choose an ordinary token to decode others after: one that reads as letters, else the first."""
     special = set(tokenizer.all_special_ids)
     for index in range(known):
         if index not in special and tokenizer.decode([index]).strip().isalpha():

@@ -45,7 +45,7 @@ class SharedEngine(Engine):
         return self._part.poll()
 
     def release(self, tree: Hashable) -> None:
-        """Forget a tree."""
+        """Forget a tree in every part."""
         self._announce("release", tree)
         self._part.release(tree)
 
@@ -103,9 +103,9 @@ class SharedEngine(Engine):
         self._part.sleep()
 
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Take back this part's memory."""
         self._part.wake()
 
     def close(self) -> None:
-        """End this part."""
+        """End what this part has started."""
         self._part.close()

@@ -24,7 +24,7 @@ _RESERVE_TOKENS = 100  # tokens left for the policy after a result that had to b
 
 
 class BranchState(Enum):
-    """What a branch waits for. It goes from READY to WRITING, perhaps over CALLING and ANSWERING back, to ENDED."""
+    """Say what a branch waits for: READY, WRITING, perhaps CALLING and ANSWERING, then READY again, until ENDED."""
 
     READY = auto()  # to be given to the engine
     WRITING = auto()  # in flight at the engine
@@ -67,7 +67,7 @@ class Search:
 
     @property
     def key(self) -> str:
-        """The engine's name for the tree."""
+        """Name of the tree at the engine."""
         return f"{self.order}:{self.tree.question_id}"
 
     @property
@@ -110,7 +110,7 @@ class Search:
         self.round = []
 
     def next_number(self) -> int:
-        """Number a new request."""
+        """Return the number of a new request."""
         self.requests += 1
         return self.requests
 
@@ -165,7 +165,7 @@ class Branch:
         return self.search.token_limit - self.search.reserve - len(self.prompt_ids) - len(self.turns[-1].action_ids)
 
     def write(self, number: int, completion: Completion) -> WrittenTurn:
-        """Append a turn."""
+        """Append the turn `number` that the engine has written."""
         ids = np.asarray(completion.token_ids, dtype=np.int64)
         self.search.tokens += len(ids)
         turn = WrittenTurn(number, ids, completion.policy_logprobs, completion.finish_reason)

@@ -195,7 +195,7 @@ class _RollOut:
         return any(self.states[state] for state in _BUSY)
 
     def _move(self, branch: Branch, state: BranchState) -> None:
-        """Change the state of a branch."""
+        """Change the state of a branch, and the numbers by state with it."""
         self.states[branch.state] -= 1
         self.states[state] += 1
         branch.state = state
@@ -325,7 +325,7 @@ class _RollOut:
     # Tools
 
     def _submit_calls(self) -> None:
-        """Hand the calls to the tools."""
+        """Hand the calls that branches have written to the tools."""
         if self._synchronous and self.states[BranchState.WRITING]:
             return
         for branch in self._branches(BranchState.CALLING):

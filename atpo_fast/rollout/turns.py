@@ -44,7 +44,7 @@ class TurnWriter:
         self._special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
     def request(self, branch: Branch, greedy: bool) -> Request:
-        """Ask for a branch's next turn."""
+        """Build the request for a branch's next turn."""
         search, rollout = branch.search, self.rollout
         room = search.token_limit - len(branch.prompt_ids)
         sampling = SamplingParams(

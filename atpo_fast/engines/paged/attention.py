@@ -20,7 +20,7 @@ ATTENTION = "atpo_paged"
 
 
 class Padding(NamedTuple):
-    """How a group's t packed tokens become b x S padded queries, and back."""
+    """Map a group's t packed tokens to b x S padded queries, and back."""
 
     pad: Tensor  # (b * S,) int64 token for each padded query
     unpad: Tensor  # (t,) int64 padded query of each token
@@ -28,7 +28,7 @@ class Padding(NamedTuple):
 
 @dataclass(slots=True)
 class AttentionGroup:
-    """`b` requests attended to together, padded to `S` queries and `L` keys.
+    """Describe `b` requests that are attended to together, padded to `S` queries and `L` keys.
 
     `padding` is None when each request has exactly one query (decoding).
     """
@@ -42,10 +42,10 @@ class AttentionGroup:
 
 @dataclass(slots=True)
 class PagedBatch:
-    """What one forward pass needs to know beside the tokens; travels to the layers as the model argument `paged`."""
+    """Tell the layers what one forward pass needs beside the tokens; they get it as the model argument `paged`."""
 
     pool: SlotPool
-    write_slots: Tensor  # (T,) int64 where the tokens' keys and values go
+    write_slots: Tensor  # (T,) int64 slots of the tokens' keys and values
     groups: list[AttentionGroup]
 
 
@@ -60,7 +60,7 @@ def paged_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over the pool: (1, T, Hq, d), as `AttentionInterface` wants it."""
+    """Attend over the pool; return (1, T, Hq, d), as `AttentionInterface` wants it."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     heads, width = key.shape[1], key.shape[3]
     paged.pool.write(layer, paged.write_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
@@ -81,7 +81,7 @@ def _attend(
     group: AttentionGroup,
     scaling: float | None,
 ) -> Tensor:
-    """(t, Hq, d). The query heads that share a key head become further queries of that head."""
+    """Attend in one group; return (t, Hq, d). Query heads that share a key head become further queries of that head."""
     batch, heads, _, width = keys.shape
     shared = rows.shape[1] // heads
     if group.padding is None:
@@ -108,7 +108,7 @@ def decode_group(
     positions: Tensor,  # (R,) int64 position of the one query per path
     start: int,
 ) -> AttentionGroup:
-    """The group of R requests that decode one token each, at packed rows [start, start + R)."""
+    """Build the group of R requests that decode one token each, at packed rows [start, start + R)."""
     keys = torch.arange(table.shape[1], device=table.device)
     mask = (keys <= positions[:, None])[:, None, None]
     return AttentionGroup(start, start + len(table), table.reshape(-1), mask)
@@ -120,7 +120,7 @@ def prefill_group(
     lengths: Tensor,  # (b,) int64 number of queries of each request
     start: int,
 ) -> AttentionGroup:
-    """The group of b requests whose consecutive queries are packed one request after the other from row `start`."""
+    """Build the group of b requests whose consecutive queries are packed, request after request, from row `start`."""
     device = table.device
     total, longest = int(lengths.sum()), int(lengths.max())
     steps = torch.arange(longest, device=device)

@@ -25,9 +25,9 @@ _EVICTION_SHARE = 64  # evict at least this share (1/n) of the budget at once, s
 
 
 class SlotPool:
-    """Per layer one tensor (capacity, 2 * Hkv * d) of keys and values, made when a layer first writes.
+    """Hold one tensor (capacity, 2 * Hkv * d) of keys and values for each layer, allocated at the layer's first write.
 
-    Capacity doubles as needed, up to `limit`; layers follow at their next write.
+    The capacity doubles as needed, up to `limit`; layers follow at their next write.
     """
 
     def __init__(self, limit: int):
@@ -39,18 +39,18 @@ class SlotPool:
 
     @property
     def available(self) -> int:
-        """Slots that can be allocated."""
+        """Number of slots that can be allocated."""
         return self.free + self.limit - self._capacity
 
     def allocate(self, count: int) -> Slots:
-        """(count,) unused slots; at most `available`."""
+        """Allocate (count,) unused slots; at most `available`."""
         while self.free < count:
             self._grow()
         self.free -= count
         return self._free[self.free : self.free + count].copy()
 
     def release(self, slots: Slots) -> None:
-        """Take slots back."""
+        """Take back slots that are used no more."""
         self._free[self.free : self.free + len(slots)] = slots
         self.free += len(slots)
 
@@ -71,7 +71,7 @@ class SlotPool:
         store.index_copy_(0, slots, rows)
 
     def read(self, layer: int, slots: Tensor) -> Tensor:
-        """(n, 2 * Hkv * d) keys, then values, at `slots` (n,). Rows of two dimensions: many times faster to gather."""
+        """Read (n, 2 * Hkv * d), keys then values, at `slots` (n,); two dimensions are many times faster to gather."""
         return self.layers[layer].index_select(0, slots)
 
     def _grow(self) -> None:
@@ -83,7 +83,7 @@ class SlotPool:
 
 @dataclass(slots=True, eq=False)
 class CacheNode:
-    """One turn's entries: `slots[:filled]` hold keys and values of `tokens[:filled]`."""
+    """One turn's cache entries: `slots[:filled]` hold keys and values of `tokens[:filled]`."""
 
     key: TurnKey
     parent: CacheNode | None
@@ -91,9 +91,9 @@ class CacheNode:
     tokens: NDArray[np.int64]
     slots: Slots
     filled: int = 0
-    counted: int = 0  # tokens that `prefilled_tokens` has counted
+    counted: int = 0  # number of tokens that `prefilled_tokens` has counted
     hidden: Tensor | None = None  # (D,) hidden state of the last token, once that is filled
-    pins: int = 0  # requests in progress that pass through the node
+    pins: int = 0  # number of requests in progress that pass through the node
     used: int = 0  # time of the last use
 
     @property
@@ -107,36 +107,36 @@ class CacheNode:
 
 
 class PrefixCache:
-    """Nodes by key, with a budget of slots and eviction of the least recently used."""
+    """Keep nodes by key within a budget of slots, and evict the least recently used."""
 
     def __init__(self, pool: SlotPool, counters: EngineCounters):
         self.pool = pool
         self.counters = counters
         self.nodes: dict[TurnKey, CacheNode] = {}
         self._trees: dict[Hashable, set[TurnKey]] = {}
-        self._evictable = 0  # slots of nodes that nobody has pinned
+        self._evictable = 0  # number of slots of nodes that nobody has pinned
         self._clock = 0
 
     @property
     def available(self) -> int:
-        """Slots that can be had, by eviction if need be."""
+        """Number of slots that can be allocated, by eviction if need be."""
         return self.pool.available + self._evictable
 
     def allocate(self, count: int) -> Slots:
-        """(count,) slots, evicting unpinned nodes for them if need be; at most `available`."""
+        """Allocate (count,) slots, at most `available`, and evict unpinned nodes for them if need be."""
         if self.pool.available < count:
             self._evict(max(count - self.pool.available, self.pool.limit // _EVICTION_SHARE))
         return self.pool.allocate(count)
 
     def add(self, node: CacheNode) -> None:
-        """Take in a new node, whose slots now belong to the cache."""
+        """Add a new node, whose slots then belong to the cache."""
         self.nodes[node.key] = node
         self._trees.setdefault(node.key[0], set()).add(node.key)
         self._evictable += 0 if node.pins else len(node.slots)
         self.touch(node)
 
     def extend(self, node: CacheNode, tokens: NDArray[np.int64]) -> None:
-        """Give a pinned node all its tokens, and slots to those that have none (see `allocate`)."""
+        """Give a pinned node all its tokens, and slots to those of them that have none (see `allocate`)."""
         self.counters.prefilled_tokens += len(tokens) - node.counted
         node.counted = len(tokens)
         node.tokens = tokens
@@ -151,7 +151,7 @@ class PrefixCache:
             node.pins += 1
 
     def unpin(self, nodes: Iterable[CacheNode]) -> None:
-        """Undo one `pin`."""
+        """Undo one `pin` of each node."""
         for node in nodes:
             node.pins -= 1
             if not node.pins:

@@ -30,7 +30,7 @@ def fill(nodes: Sequence[CacheNode], model: PagedModel, cache: PrefixCache) -> N
 
 
 def _fill_some(ready: list[CacheNode], model: PagedModel, cache: PrefixCache) -> None:
-    """One forward pass over as many tokens of `ready` as fit."""
+    """Make one forward pass over as many tokens of `ready` as fit."""
     ready.sort(key=lambda node: len(node.tokens) - node.filled)
     lengths = np.array([len(node.tokens) - node.filled for node in ready])
     count = max(1, int(np.searchsorted(lengths.cumsum(), _TOKENS_PER_FORWARD, side="right")))
@@ -78,5 +78,5 @@ def _groups(
 
 
 def path_slots(node: CacheNode) -> NDArray[np.int64]:
-    """Slots of all tokens from the root through `node`."""
+    """Concatenate the slots of all tokens from the root through `node`."""
     return np.concatenate([part.slots for part in node.path])

@@ -1,4 +1,4 @@
-"""What is known of the requests that are being decoded: a table by request, and the rows of the batch."""
+"""The requests that are being decoded: a table by request, and the rows of the batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _FIRST_ROWS, _FIRST_COLUMNS = 16, 16
 
 @dataclass(slots=True, eq=False)
 class InFlight:
-    """A request in flight, waiting or being decoded."""
+    """One request in flight, waiting or being decoded."""
 
     request: Request
     prompt: Ints  # (p,) its prompt's token ids
-    number: int  # in the order of submission
-    state: int  # of the stop automaton before the first token
+    number: int  # place in the order of submission
+    state: int  # state of the stop automaton before the first token
     parent: CacheNode | None = None  # last node of its path, pinned while it is decoded
 
 
 class RequestTable:
-    """Per-request arrays of the requests being decoded: parameters, and what has been sampled so far.
+    """Hold arrays by request of the requests being decoded: parameters, and what has been sampled so far.
 
     A request has an index from `add` to `remove`; then the next one takes it over, so that the table holds as many
     rows (N) as were ever decoded at once, and as many columns (C) as the longest completion has tokens, each at most
@@ -54,7 +54,7 @@ class RequestTable:
         self.policy_logprobs = np.zeros(shape)
 
     def add(self, entry: InFlight) -> int:
-        """The request's index from now on."""
+        """Add a request and return its index."""
         if not self._free:
             self._free.append(len(self.requests))
             self.requests.append(None)
@@ -74,22 +74,22 @@ class RequestTable:
         return index
 
     def remove(self, index: int) -> None:
-        """Give up an index."""
+        """Free the index of a request."""
         self.requests[index] = None
         self._free.append(index)
 
     def entry(self, index: int) -> InFlight:
-        """The request that has an index."""
+        """Return the request that has an index."""
         entry = self.requests[index]
         assert entry is not None
         return entry
 
     def sampling(self, indices: Ints) -> SamplingTable:
-        """Sampling parameters of some requests."""
+        """Look up the sampling parameters of some requests."""
         return SamplingTable(self.temperature[indices], self.top_k[indices], self.top_p[indices])
 
     def append(self, indices: Ints, tokens: Ints, logprobs: NDArray, policy_logprobs: NDArray) -> None:
-        """Add one token to each of some requests; all arrays (R,)."""
+        """Append one token to each of some requests; all arrays have shape (R,)."""
         columns = self.counts[indices]
         if columns.max() >= self.tokens.shape[1]:
             self._double(axis=1)
@@ -106,24 +106,24 @@ class RequestTable:
 
 @dataclass(slots=True)
 class Rows:
-    """The requests being decoded, one row each, in ascending order of path length."""
+    """Hold the requests being decoded, one row each, in ascending order of path length."""
 
     requests: Ints  # (R,) their indices in the table
     lengths: Ints  # (R,) tokens on the path that have slots
-    states: NDArray[np.int32]  # (R,) of the stop automaton
+    states: NDArray[np.int32]  # (R,) states of the stop automaton
     positions: Tensor  # (R,) `lengths` on the model's device
     table: Tensor  # (R, C) int64 slots of the path; C has room to grow
     hidden: Tensor  # (R, D) state that predicts the next token
 
     def select(self, rows: Ints) -> Rows:
-        """Some of the rows, in the given order."""
+        """Select some of the rows, in the given order."""
         index = torch.from_numpy(rows).to(self.table.device)
         picks = {np.ndarray: rows, torch.Tensor: index}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Rows(**{name: value[picks[type(value)]] for name, value in values.items()})
 
     def join(self, other: Rows) -> Rows:
-        """Both sets of rows, sorted by length."""
+        """Join two sets of rows, sorted by length."""
         width = max(self.table.shape[1], other.table.shape[1])
         tables = [widen(rows.table, width) for rows in (self, other)]
         joined = Rows(
@@ -138,5 +138,5 @@ class Rows:
 
 
 def widen(table: Tensor, width: int) -> Tensor:
-    """`table` (R, C) with columns added up to `width`."""
+    """Add columns to `table` (R, C) up to `width`."""
     return torch.nn.functional.pad(table, (0, width - table.shape[1]))

@@ -222,7 +222,7 @@ class VLLMEngine(CheckedEngine):
 
 @dataclass(slots=True)
 class _Writing:
-    """A completion being written."""
+    """One completion that is being written."""
 
     request: Request
     forwarded: int  # tokens of the prompt that had been forwarded before it was submitted

@@ -97,7 +97,7 @@ class WorkerExtension:
     """Add methods to vLLM's worker."""
 
     def take_log_kept_probability(self, names: Sequence[str]) -> list[list[float]]:
-        """See `Truncation.take`."""
+        """Return what `Truncation.take` returns for some requests."""
         processors = self.model_runner.input_batch.logitsprocs.all  # type: ignore[attr-defined]
         return next(processor.take(names) for processor in processors if isinstance(processor, Truncation))
 
