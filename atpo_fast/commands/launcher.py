@@ -117,7 +117,7 @@ class _SignalRelay:
 
 
 def _environment(placement: Placement) -> dict[str, str]:
-    """Return the environment of the processes."""
+    """Return the environment variables of the launched processes."""
     env = dict(os.environ)
     env["DS_ACCELERATOR"] = placement.device
     # DeepSpeed finds ninja on PATH; without an activated environment it lies beside the interpreter.

@@ -171,7 +171,7 @@ def _occupied(options: argparse.Namespace, error: Exception) -> int:
 
 
 def _positive(text: str) -> int:
-    """Read a whole number above 0."""
+    """Parse a command-line argument that is a whole number above 0."""
     number = int(text)
     if number < 1:
         raise ValueError(text)

@@ -28,7 +28,7 @@ class RewardConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class CreditConfig:
-    """Way from leaf rewards to advantages."""
+    """Credit assignment: from leaf rewards to advantages."""
 
     method: CreditMethod = "at2po"
     """Method of credit. at2po: per turn. The others: per trajectory."""
@@ -43,7 +43,7 @@ class CreditConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `assign_credit`."""
+        """Keyword arguments of `assign_credit`."""
         arguments = as_dict(self)
         return arguments | {"k": arguments.pop("pass_at_k")}
 

@@ -43,8 +43,8 @@ class RolloutConfig:
     decoded beside a request can change its last bits, and streaming depends on the tools' times. synchronous repeats a
     run exactly."""
     straggler_seconds: float = Field(default=0.0, ge=0)
-    """Time for stragglers: once half of the branches of a tree's round are done and only tools keep the others, they
-    get so many seconds more; then their turns stay leaves. 0: no limit but that of the tools."""
+    """Time limit for late tools. It starts once half of the branches of a tree's round are done and the others wait
+    for tools only; when it ends, their turns stay leaves. 0: no limit but that of the tools."""
 
     @property
     def leaves(self) -> int:

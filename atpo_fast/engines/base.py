@@ -131,7 +131,7 @@ class Engine(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Take back the memory that `sleep` has freed."""
 
     def close(self) -> None:
         """End what the engine has started; it is of no use afterwards."""
@@ -162,7 +162,7 @@ class CheckedEngine(Engine):
         self._prefixes = PrefixCheck()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Check all requests, then begin them."""
+        """Check all requests, then start them."""
         if not self.awake:
             raise RuntimeError("the engine is asleep; call wake() before submit()")
         for request in requests:
@@ -227,7 +227,7 @@ class CheckedEngine(Engine):
             self.awake = True
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Cancel all requests in flight."""
         self._drop_all()
 
     def checked(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -280,12 +280,12 @@ class CheckedEngine(Engine):
 
     @abstractmethod
     def _forget_cache(self) -> None:
-        """Forget every cache entry."""
+        """Evict every entry of the prefix cache."""
 
     @abstractmethod
     def _sleep(self) -> None:
-        """Give back memory until `_wake`."""
+        """Free the memory of weights and cache until `_wake`."""
 
     @abstractmethod
     def _wake(self) -> None:
-        """Undo `_sleep`."""
+        """Take back the memory that `_sleep` has freed."""

@@ -239,7 +239,7 @@ def _environment(workdir: str) -> dict[str, str]:
 
 
 def _describe_status(status: int) -> str:
-    """Return `status 3` or `signal SIGSEGV`."""
+    """Describe an exit status in words: `status 3` or `signal SIGSEGV`."""
     number = status - 128 if status > 128 else -status
     with contextlib.suppress(ValueError):
         return f"signal {signal.Signals(number).name}"

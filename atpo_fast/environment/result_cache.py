@@ -172,7 +172,7 @@ class CachedTool:
         return self._await(argument, answer) if inspect.isawaitable(answer) else self._keep(argument, answer)
 
     def close(self) -> None:
-        """Close tool and file."""
+        """Close the tool and the cache file."""
         for part in (self.tool, self.cache):
             if part is not None and hasattr(part, "close"):
                 part.close()

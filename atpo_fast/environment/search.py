@@ -153,7 +153,7 @@ class HTTPSearch:
 
 
 def clean_query(query: str) -> str:
-    """Return the query without double quotes."""
+    """Strip a query and remove its double quotes."""
     return query.replace('"', "").strip()
 
 

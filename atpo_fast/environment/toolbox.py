@@ -37,7 +37,7 @@ class Tool(Protocol):
     name: str
 
     def __call__(self, argument: str) -> Any:
-        """Answer one call."""
+        """Answer one call with the given argument."""
         ...
 
 

@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 class Series(TypedDict):
-    """One line of a chart."""
+    """A named line of a chart and its points."""
 
     name: str
     points: list[Point]

@@ -1,4 +1,4 @@
-"""A corpus on disk with random access by number: JSON lines, and where each line begins.
+"""A corpus on disk with random access by number: JSON lines, and the offset of each line.
 
 Plain .jsonl files stay where they are. Others get a copy in the index folder, one document a line: .jsonl.gz
 uncompressed, .json and .parquet, and question files, whose paragraphs become the documents.
@@ -32,13 +32,13 @@ _FLUSH_OFFSETS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class DocumentFile:
-    """JSON lines and where they begin."""
+    """A file of JSON lines and the offsets of its documents."""
 
     path: Path
-    offsets: NDArray[np.int64]  # (documents + 1,) first byte of each document; last: end of the file
+    offsets: NDArray[np.int64]  # (documents + 1,) first byte of each document, then the end of the file
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return len(self.offsets) - 1
 
 
@@ -46,7 +46,7 @@ class Documents:
     """Documents of some files, numbered through in order. Reads from several threads are safe.
 
     Raises:
-        FileNotFoundError: a file is gone.
+        FileNotFoundError: a file no longer exists.
         DataError: a file has another size than when it was indexed.
     """
 
@@ -62,11 +62,11 @@ class Documents:
         self._ends = list(accumulate(len(file) for file in self._files))
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return self._ends[-1] if self._ends else 0
 
     def line(self, number: int) -> bytes:
-        """The stored line of a document.
+        """Return the stored line of a document.
 
         Raises:
             IndexError: no such document.
@@ -79,7 +79,7 @@ class Documents:
         return os.pread(self._handles[place].fileno(), end - start, start).strip()
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A document as stored.
+        """Return a document as it is stored.
 
         Raises:
             IndexError: no such document.
@@ -88,7 +88,7 @@ class Documents:
         return parse_line(self._where(number), number, self.line(number)).value
 
     def contents(self, number: int) -> str:
-        """The text of a document. Raises as `__getitem__`, and DataError for a document without text."""
+        """Return the text of a document. Raises as `__getitem__`, and DataError for a document without text."""
         try:
             return document_contents(self[number])
         except KeyError:
@@ -97,7 +97,7 @@ class Documents:
             ) from None
 
     def answer(self, number: int) -> bytes:
-        """A document as the server sends it: as stored, and with `contents`, which the published clients read."""
+        """Return a document as the server sends it: as stored, with `contents` added, which published clients read."""
         document = self[number]
         if isinstance(document.get("contents"), str):
             return self.line(number)
@@ -109,10 +109,10 @@ class Documents:
 
 
 def document_contents(document: dict[str, Any]) -> str:
-    """The text of a document: `contents`, or else `title` in quotes, newline, `text`; without a title `text` alone.
+    """Return the text of a document: `contents`, or else `title` in quotes, newline, `text`. A title may be missing.
 
     Raises:
-        KeyError: it has none of them.
+        KeyError: the document has neither `contents` nor `text`.
     """
     contents = document.get("contents")
     if isinstance(contents, str):
@@ -122,7 +122,7 @@ def document_contents(document: dict[str, Any]) -> str:
 
 
 def store_documents(source: Path, folder: Path, number: int, advance: Callable[[int], None]) -> Path:
-    """Find where the documents of a corpus file begin, after copying it if need be; returns the file of JSON lines.
+    """Store the offsets of a corpus file's documents, after copying it where needed; return the file of JSON lines.
 
     Writes `documents_NNN.offsets` into `folder`, and a copy `documents_NNN.jsonl` where `source` is no plain .jsonl
     file of documents. `advance` is told how many bytes of the source were read.
@@ -147,12 +147,12 @@ def store_documents(source: Path, folder: Path, number: int, advance: Callable[[
 
 
 def open_document_file(path: Path, folder: Path, number: int) -> DocumentFile:
-    """What `store_documents` has left."""
+    """Open a file of documents whose offsets `store_documents` has written."""
     return DocumentFile(path, np.memmap(folder / f"documents_{number:03d}.offsets", dtype=np.int64, mode="r"))
 
 
 def _write_offsets(lines: Iterator[bytes], offsets_path: Path, copy: Path | None) -> int:
-    """Write where each line that is not blank begins, and the lines into `copy`; returns their number."""
+    """Write the offset of each line that is not blank, and the lines to `copy`; return the number of documents."""
     partial = offsets_path.with_suffix(".offsets.partial")
     partial_copy = copy.with_suffix(".jsonl.partial") if copy else None
     offsets, position, count = array("q"), 0, 0
@@ -187,7 +187,7 @@ def _read_lines(source: Path, compressed: bool, advance: Callable[[int], None]) 
 
 
 def _holds_documents(source: Path) -> bool:
-    """Whether the first row is a document, not a question with paragraphs."""
+    """Tell whether the first record is a document, not a question with paragraphs."""
     compressed = source.suffix == ".gz"
     for line in _read_lines(source, compressed, lambda done: None):
         if line.strip():

@@ -72,7 +72,7 @@ class Search:
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
+        """Number of tokens of the question's prompt."""
         return len(self.tree.turns[0].observation_ids)
 
     @property

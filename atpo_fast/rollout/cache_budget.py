@@ -27,7 +27,7 @@ class CacheBudget:
         self._before = self._since = 0.0  # most tokens a branch in the last roll-out, and since then
 
     def begin(self) -> None:
-        """Begin a new roll-out."""
+        """Begin a new roll-out, whose estimates start from those of the last one."""
         self._before, self._since = self._since or self._before, 0.0
 
     def finished(self, search: Search) -> None:

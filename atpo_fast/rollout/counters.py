@@ -17,7 +17,7 @@ class Timer(Protocol):
     """What the tree search asks of a phase timer."""
 
     def phase(self, name: str) -> AbstractContextManager[object]:
-        """Time a block under a name."""
+        """Time the `with` block under a name."""
         ...
 
 

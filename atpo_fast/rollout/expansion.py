@@ -64,7 +64,7 @@ def keep_leaves(tree: TurnTree, count: int, rng: np.random.Generator) -> TurnTre
 
 
 def _prune(tree: TurnTree, leaves: NDArray[np.int64]) -> TurnTree:
-    """Copy the paths to `leaves` only."""
+    """Copy a tree with only the paths from the root to `leaves`."""
     keep = np.zeros(len(tree), dtype=bool)
     keep[leaves] = True
     for index in range(len(tree) - 1, 0, -1):  # parents come before their children

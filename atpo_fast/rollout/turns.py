@@ -76,7 +76,7 @@ class TurnWriter:
         return call
 
     def may_call(self, branch: Branch) -> bool:
-        """Whether the branch has calls left."""
+        """Tell whether the branch may call a tool once more."""
         return branch.calls < self.tools.call_limit
 
     def observations(self, texts: Sequence[str]) -> list[TokenIds]:

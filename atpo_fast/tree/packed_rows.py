@@ -56,12 +56,12 @@ class PackedTrees:
 
     @property
     def num_tokens(self) -> int:
-        """T, tokens of the row."""
+        """Number T of tokens of the row."""
         return self.input_ids.numel()
 
     @property
     def num_actions(self) -> int:
-        """A, action tokens of the row."""
+        """Number A of action tokens of the row."""
         return self.targets.numel()
 
     @property
@@ -71,7 +71,7 @@ class PackedTrees:
 
     @property
     def num_trajectories(self) -> int:
-        """S, distinct trajectories."""
+        """Number S of distinct trajectories of the row."""
         return self.path_offsets.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedTrees:

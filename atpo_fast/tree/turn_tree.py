@@ -169,7 +169,7 @@ class TurnTree:
 
     @property
     def num_trajectories(self) -> int:
-        """Leaves counted with multiplicity."""
+        """Number of trajectories: leaves counted with multiplicity."""
         return sum(self.turns[i].multiplicity for i in self.leaves)
 
     def _require_leaf(self, turn: int) -> None:

@@ -40,7 +40,7 @@ _RELATIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """A world made by `make_world`."""
+    """A world of facts with its passages and questions; `make_world` generates one from a seed."""
 
     entities: tuple[str, ...]
     relations: tuple[str, ...]
@@ -60,7 +60,7 @@ class Composition:
 
     @property
     def hops(self) -> int:
-        """Return the number of look-ups."""
+        """Number of look-ups that the question needs."""
         return len(self.relations)
 
     @property
@@ -99,7 +99,7 @@ def make_world(config: WorldConfig) -> World:
 
 
 def composition(question: Question) -> Composition:
-    """Return the composition that a question of this world was made from."""
+    """Return the composition that a question of this world was generated from."""
     return Composition(tuple(question.meta["relations"]), tuple(question.meta["entities"]))
 
 

@@ -14,7 +14,7 @@ SHORTEST = CPU_ROW if DEVICE == "cpu" else ROWS[0]
 
 
 def shortest(case: AttentionCase) -> tuple[str, ...]:
-    """All implementations of forward and backward there."""
+    """Choose all implementations of forward and backward there."""
     return case.implementations if (case.mode, case.row_tokens) == ("gradient", SHORTEST) else ()
 
 

@@ -12,7 +12,7 @@ from bench.head.cases import CPU_RECORD, HeadCase
 
 
 def affordable(case: HeadCase) -> tuple[str, ...]:
-    """All implementations; of the large CPU shape ours and plain PyTorch, in one case for each operator."""
+    """Choose all implementations; of the large CPU shape ours and plain PyTorch, in one case for each operator."""
     if case.shape != CPU_RECORD:
         return case.implementations
     return case.implementations[:2] if case.quick else ()

@@ -54,7 +54,7 @@ class Turns:
 
 @dataclass(slots=True)
 class Problem:
-    """Everything that a timed call reads."""
+    """The inputs that a timed call reads."""
 
     head: Head
     upstream: Tensor  # (2, N) float32 gradients by log-prob and by entropy
@@ -87,7 +87,7 @@ def make_head(shape: tuple[int, int, int], dtype: str, peaked: bool, device: str
 
 
 def make_problem(case: HeadCase, device: str) -> Problem:
-    """Draw the inputs of a case."""
+    """Draw the inputs of a case on a device."""
     head = make_head(case.shape, case.dtype, case.peaked, device)  # type: ignore[arg-type]
     rng = torch.Generator(device).manual_seed(1)
     upstream = torch.randn(2, case.shape[0], generator=rng, device=device)

@@ -48,7 +48,7 @@ class Resources:
 
     @property
     def name(self) -> tuple[str, str, str]:
-        """Architecture, kernel and label."""
+        """Name of the variant: architecture, kernel and label."""
         return self.arch, self.kernel, self.label
 
 

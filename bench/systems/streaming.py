@@ -50,7 +50,7 @@ class StepTime:
     token: float
 
     def of(self, rows: int, prefilled: int) -> float:
-        """Return the seconds of one step."""
+        """Return the seconds that a decode step of so many rows and prefilled tokens takes."""
         return self.base + self.row * rows + self.token * prefilled
 
 
@@ -135,7 +135,7 @@ class SlowSearch:
         self.rng = np.random.default_rng(0)
 
     def __call__(self, argument: str) -> str:
-        """Answer after 10 to 500 ms."""
+        """Answer after a random time of 10 to 500 ms."""
         time.sleep(self.rng.uniform(*TOOL_SECONDS))
         return "Page one is about " + argument
 

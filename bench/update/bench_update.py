@@ -12,7 +12,7 @@ from bench.update.cases import ModelCase
 
 
 def most_shared(case: ModelCase) -> tuple[str, ...]:
-    """Ours, and flat rows with our operators."""
+    """Choose ours, and flat rows with our operators."""
     return ("ours", "flat") if case.overlap == 0.8 else ()
 
 

@@ -50,7 +50,7 @@ class Layouts:
         self.trees, self.unclipped = clipped, unclipped
 
     def rows(self, name: str) -> Rows:
-        """Return the rows of a contender."""
+        """Return the rows that a contender processes."""
         contender = CONTENDERS[name]
         if contender.padded:
             return self.padded
@@ -63,7 +63,7 @@ class Layouts:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A case's model and rows."""
+    """The model of a case and its rows in every layout."""
 
     case: ModelCase
     layouts: Layouts

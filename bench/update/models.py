@@ -21,13 +21,13 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Entries of one layer's matrices."""
+        """Number of entries of one layer's matrices."""
         width = self.head_dim * (2 * self.heads + 2 * self.key_heads)
         return self.hidden * (width + 3 * self.intermediate)
 
     @property
     def parameters(self) -> int:
-        """Entries of all matrices."""
+        """Number of entries of all matrices."""
         return self.layers * self.layer_weights + self.vocab * self.hidden
 
 

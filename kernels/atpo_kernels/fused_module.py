@@ -52,7 +52,7 @@ class LossMetrics(tuple[Tensor, ...]):
 
     @classmethod
     def ordered(cls, values: dict[str, Tensor]) -> LossMetrics:
-        """Order the metrics of the operator."""
+        """Put the operator's metrics in the order of `NAMES`, with `clip_ratio` added."""
         values = values | {"clip_ratio": values["clipped_low"] + values["clipped_high"]}
         return cls(values[name] for name in cls.NAMES if name in values)
 

@@ -50,7 +50,7 @@ class ContinuousBatch:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is left."""
+        """Whether no request waits or is being decoded."""
         return not self.waiting and self.rows is None
 
     def add(self, request: Request, prompt: Ints, stops: StopTable) -> None:

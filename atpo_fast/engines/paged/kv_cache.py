@@ -151,7 +151,7 @@ class PrefixCache:
             node.pins += 1
 
     def unpin(self, nodes: Iterable[CacheNode]) -> None:
-        """Undo one `pin` of each node."""
+        """Remove one pin of each node; a node without pins may be evicted."""
         for node in nodes:
             node.pins -= 1
             if not node.pins:

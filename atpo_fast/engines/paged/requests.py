@@ -74,7 +74,7 @@ class RequestTable:
         return index
 
     def remove(self, index: int) -> None:
-        """Free the index of a request."""
+        """Remove a request and free its index for the next one."""
         self.requests[index] = None
         self._free.append(index)
 

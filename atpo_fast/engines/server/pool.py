@@ -55,7 +55,7 @@ class ReplicaPool:
 
     @property
     def replicas(self) -> list[Replica]:
-        """All replicas, up or not."""
+        """All replicas, whether they are up or down."""
         return self.router.replicas
 
     async def open(self) -> None:

@@ -77,12 +77,12 @@ class Router:
             raise
 
     def leave(self, replica: Replica) -> None:
-        """Note that a request is over."""
+        """Count a request of the replica as ended, which may admit one that waits."""
         replica.running -= 1
         self._grant()
 
     def forget(self, tree: Hashable) -> None:
-        """Forget a finished tree."""
+        """Forget which replica holds the prefix of a finished tree."""
         self._homes.pop(tree, None)
 
     def set_up(self, replica: Replica) -> None:

@@ -222,7 +222,7 @@ class VLLMEngine(CheckedEngine):
 
 @dataclass(slots=True)
 class _Writing:
-    """One completion that is being written."""
+    """A completion in progress: the request, its stop state and the tokens so far."""
 
     request: Request
     forwarded: int  # tokens of the prompt that had been forwarded before it was submitted
@@ -257,7 +257,7 @@ class _Writing:
             self.finish_reason = "length"
 
     def completion(self) -> Completion:
-        """Return the finished turn."""
+        """Return the completion of the finished turn."""
         assert self.finish_reason is not None
         policy = self.logprobs
         if self.log_kept_probability is not None:

@@ -20,7 +20,7 @@ from atpo_fast.engines.sampling import SamplingTable, truncate
 
 @dataclass(slots=True)
 class _Row:
-    """One truncated request of the batch."""
+    """A request of the batch whose sampling is truncated by top-k or top-p."""
 
     name: str
     top_k: int
@@ -94,7 +94,7 @@ class Truncation(LogitsProcessor):  # type: ignore[misc]
 
 
 class WorkerExtension:
-    """Add methods to vLLM's worker."""
+    """Methods added to vLLM's worker, called by `collective_rpc`."""
 
     def take_log_kept_probability(self, names: Sequence[str]) -> list[list[float]]:
         """Return what `Truncation.take` returns for some requests."""

@@ -44,7 +44,7 @@ class FlatBatch:
 
     @property
     def owner(self) -> Ints:
-        """(X,) trajectory of each token."""
+        """Index of the trajectory of each token, (X,)."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def count(self, flags: Bools) -> Floats:

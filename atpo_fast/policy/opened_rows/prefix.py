@@ -27,7 +27,7 @@ class Kept:
     gradient: Tensor | None = None  # (n, ...) float32, or float64 for a float64 value
 
     def add(self, gradient: Tensor) -> None:
-        """Add one row's gradient."""
+        """Add the gradient from one row, in float32 or wider."""
         if self.gradient is None:
             self.gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         else:
@@ -36,7 +36,7 @@ class Kept:
 
 @dataclass(slots=True)
 class OpenedRow:
-    """The tensors that one row left."""
+    """The tensors of an opened row that the rows below it read."""
 
     keys: list[Kept] = field(default_factory=list)  # a layer each: (T, Hkv, d)
     values: list[Kept] = field(default_factory=list)  # a layer each: (T, Hkv, d)

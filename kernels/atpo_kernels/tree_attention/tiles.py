@@ -43,7 +43,7 @@ class BlockSizes:
 
 
 class Tile(NamedTuple):
-    """One configuration of a kernel."""
+    """The block sizes and launch options of a kernel."""
 
     rows: int
     """Pairs of a query and a query head of one group; for gradients of keys, queries of one head."""
