@@ -58,7 +58,7 @@ class EngineError(AtpoError, RuntimeError):
 
 
 class ForestError(AtpoError, RuntimeError):
-    """A job of search trees cannot go on; the message says why, and what its file holds."""
+    """A job of search trees cannot continue; the message says why, and what its file holds."""
 
 
 class StopRequested(AtpoError):

@@ -92,7 +92,7 @@ class ServerConfig:
     patience_seconds: float = Field(default=600.0, gt=0)
     """Time for which no replica may be up before the run fails."""
     sleep: bool = False
-    """Whether the servers give back their GPUs' memory while the policy is updated; for servers on the trainer's
+    """Whether the servers free their GPUs' memory while the policy is updated; for servers on the trainer's
     GPUs."""
     weights_dir: str | None = None
     """Folder that this machine and the servers see under the same path, through which they are given weights (vLLM

@@ -18,5 +18,5 @@ class LoggingConfig:
     wandb_project: str | None = None
     """Name of the Weights & Biases project (needs wandb); none: nothing is sent."""
     progress: Literal["auto", "live", "plain", "off"] = "auto"
-    """Display while the run goes on. live: two lines that redraw. plain: a line per step. auto: live on a terminal that
+    """Display during the run. live: two lines that redraw. plain: a line per step. auto: live on a terminal that
     can redraw, else plain. off: nothing."""

@@ -74,7 +74,7 @@ class Completion:
     logprobs: list[float]
     policy_logprobs: list[float]
     finish_reason: FinishReason
-    stop: str | None = None  # the stop string found
+    stop: str | None = None  # stop string that ended the turn
 
 
 @dataclass(slots=True)

@@ -76,7 +76,7 @@ class PythonTool:
 
     Args:
         timeout_seconds: longest time of a call; then all its processes are killed.
-        max_chars: longer answers are cut to so many characters.
+        max_chars: number of characters to which an answer is cut.
         memory_mb: address space of each process.
         processes: processes and threads that one call may have.
         file_mb: size of its largest file, and of its working directory where that is in memory.

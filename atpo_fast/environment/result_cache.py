@@ -1,4 +1,4 @@
-"""Results of tools kept on disk, so that a call that was answered once is not made again."""
+"""Results of tools kept on disk, so that a call that was answered once is not repeated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ResultCache:
     and costs only the caching. The file has to be on a disk whose locks work (not every network file system's do).
 
     Raises:
-        ValueError: the file exists and is no such cache, or cannot be made.
+        ValueError: the file exists and is no such cache, or cannot be created.
     """
 
     def __init__(self, path: str | Path, *, max_mb: float = 1024.0) -> None:

@@ -25,7 +25,7 @@ class IndexSearch:
         index: finds passages by number.
         contents: the text of a passage.
         top_k: hits per query.
-        passage_chars: a hit is cut to so many characters.
+        passage_chars: number of characters to which a hit is cut.
     """
 
     name = "search"
@@ -74,7 +74,7 @@ class BM25Search(IndexSearch):
     Args:
         passages: the corpus; `Passage.contents` is indexed and returned.
         top_k: hits per query.
-        passage_chars: a hit is cut to so many characters.
+        passage_chars: number of characters to which a hit is cut.
 
     Raises:
         ValueError: no passages.
@@ -105,7 +105,7 @@ class HTTPSearch:
     Args:
         url: address of the server.
         top_k: hits per query.
-        passage_chars: a hit is cut to so many characters.
+        passage_chars: number of characters to which a hit is cut.
         timeout_seconds: longest time to connect, and then to wait for the next bytes of the answer.
     """
 

@@ -24,7 +24,7 @@ class Chart(TypedDict):
     x: str
     y: str
     kind: str
-    more: bool  # among the further metrics
+    more: bool  # whether the chart is among the further metrics
     series: list[Series]
 
 

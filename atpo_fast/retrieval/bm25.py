@@ -186,7 +186,7 @@ def score(counted: Postings, statistics: Statistics, k1: float, b: float) -> Pos
 
 
 def write_postings(postings: Postings, path: Path, *, lengths: bool) -> None:
-    """Write one file, in one go: header (N or 0, W, P), words, starts, passages, weights, and lengths if asked for."""
+    """Write a file atomically: header (N or 0, W, P), words, starts, passages, weights, and lengths if asked for."""
     header = [len(postings.lengths) if lengths else 0, len(postings.words), len(postings.passages)]
     with replacing(path) as partial, partial.open("wb") as file:
         np.array(header, dtype=np.int64).tofile(file)
@@ -225,7 +225,7 @@ def scores_path(folder: Path, shard: int) -> Path:
 def _count_chunks(
     texts: Iterable[str],
 ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]]:
-    """Yield, chunk by chunk, the words, passages and counts of all pairs, ascending in passages, and passage lengths."""
+    """Yield words, passages and counts of the pairs of each chunk, ascending in passages, and the passages' lengths."""
     remaining, first = iter(texts), 0
     while chunk := list(islice(remaining, _CHUNK)):
         split = bm25s.tokenize(chunk, return_ids=True, show_progress=False, **_TOKENS)

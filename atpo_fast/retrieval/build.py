@@ -19,7 +19,7 @@ from atpo_fast.retrieval.manifest import (
     read_manifest,
 )
 
-_OURS = ("manifest.json*", "documents_*", "vectors.*", "*.faiss*", "faiss.kind")  # and the folder shards
+_OURS = ("manifest.json*", "documents_*", "vectors.*", "*.faiss*", "faiss.kind", ".*.partial")  # and the folder shards
 
 
 def build_index(

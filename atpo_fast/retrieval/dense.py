@@ -104,7 +104,7 @@ def _encode(
 
 
 def _write_faiss(vectors: NDArray[Any], target: Path, settings: DenseSettings, report: Report) -> None:
-    """Build a FAISS index of (n, d) vectors and write it in one go."""
+    """Build a FAISS index of (n, d) vectors and write it atomically."""
     import faiss
 
     index = _new_faiss(vectors, settings)

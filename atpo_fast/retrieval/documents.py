@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpo_fast.common.errors import DataError
+from atpo_fast.common.files import replacing
 from atpo_fast.data.readers import read_passages
 from atpo_fast.data.records import parse_line
 
@@ -153,12 +154,16 @@ def open_document_file(path: Path, folder: Path, number: int) -> DocumentFile:
 
 def _write_offsets(lines: Iterator[bytes], offsets_path: Path, copy: Path | None) -> int:
     """Write the offset of each line that is not blank, and the lines to `copy`; return the number of documents."""
-    partial = offsets_path.with_suffix(".offsets.partial")
-    partial_copy = copy.with_suffix(".jsonl.partial") if copy else None
+    copying = replacing(copy) if copy else nullcontext(Path(os.devnull))
     offsets, position, count = array("q"), 0, 0
-    with partial.open("wb") as file, (partial_copy or Path(os.devnull)).open("wb") as copied:
+    with (
+        replacing(offsets_path) as partial,  # renamed after the copy, so that offsets never lack their lines
+        copying as partial_copy,
+        partial.open("wb") as file,
+        partial_copy.open("wb") as copied,
+    ):
         for line in lines:
-            if partial_copy:
+            if copy:
                 copied.write(line)
             if line.strip(b" \t\r\n" + _BOM):
                 offsets.append(position + (len(_BOM) if line.startswith(_BOM) else 0))
@@ -169,9 +174,6 @@ def _write_offsets(lines: Iterator[bytes], offsets_path: Path, copy: Path | None
                 del offsets[:]
         offsets.append(position)
         offsets.tofile(file)
-    if partial_copy and copy:
-        partial_copy.replace(copy)
-    partial.replace(offsets_path)
     return count
 
 

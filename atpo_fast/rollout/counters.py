@@ -14,7 +14,7 @@ ProgressCallback = Callable[[int, int, int], None]
 
 
 class Timer(Protocol):
-    """What the tree search asks of a phase timer."""
+    """The part of a phase timer that the tree search uses."""
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         """Time the `with` block under a name."""

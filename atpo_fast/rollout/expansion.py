@@ -52,7 +52,7 @@ def keep_leaves(tree: TurnTree, count: int, rng: np.random.Generator) -> TurnTre
 
     Extra leaves are pruned at random, with the ancestors that become childless: the result is then a new tree, its
     turns in the old order. Missing ones raise the multiplicity of the last leaf, in place. A tree without leaves
-    stays as it is.
+    is unchanged.
     """
     leaves = np.array(tree.leaves, dtype=np.int64)
     if leaves.size > count:

@@ -1,11 +1,12 @@
-"""The tree search: from questions to search trees, as they are finished (docs/design.md#search).
+"""The tree search: from questions to search trees, in the order in which they finish (docs/design.md#search).
 
 One loop over events. A branch is ready, then written by the engine, then answered by a tool, then ready again, until it
-ends (`BranchState`). A search's round ends with its last branch, and the next one begins. The streaming schedule moves
-everything on as soon as it can go on. The synchronous schedule is the same loop with three barriers: no turn is written
-while a tool runs, no tool runs while a turn is written, and no round or search begins while any branch goes on.
+ends (`BranchState`). A search's round ends with its last branch, and the next one begins. The streaming schedule
+advances everything as soon as possible. The synchronous schedule is the same loop with three barriers: no turn is
+written while a tool runs, no tool runs while a turn is written, and no round or search begins while any branch is
+active.
 
-Nothing mutable is shared between siblings: the number of calls made, the room left and the seed of a branch all follow
+Nothing mutable is shared between siblings: the number of past calls, the room left and the seed of a branch all follow
 from its own path.
 """
 
@@ -28,7 +29,7 @@ from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Completion, Engine, TurnKey
 from atpo_fast.environment import ToolBox, ToolResult
-from atpo_fast.rollout.branch import Branch, BranchState, Search
+from atpo_fast.rollout.branch import Branch, BranchState, QuestionSearch
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.rollout.counters import REPORT_SECONDS, Progress, ProgressCallback, RolloutCounters, Timer, timed
 from atpo_fast.rollout.expansion import keep_leaves, select_turns
@@ -107,7 +108,9 @@ class TreeSearch:
         progress = Progress(on_progress, budget.branches * len(searches))
         return _RollOut(self, deque(searches), greedy, budget, progress, timer).run()
 
-    def _searches(self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], seed: int) -> list[Search]:
+    def _searches(
+        self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[QuestionSearch]:
         if len(questions) != len(prompts):
             raise ValueError(f"{len(questions)} questions but {len(prompts)} prompts")
         seen: Counter[str] = Counter()
@@ -121,12 +124,12 @@ class TreeSearch:
                     f"question {question.id!r}: a prompt of {len(prompt)} tokens cannot be answered "
                     f"(the model holds {self.max_positions} positions)"
                 )
-            searches.append(Search.of(question, seen[question.id], prompt, order, seed, room))
+            searches.append(QuestionSearch.of(question, seen[question.id], prompt, order, seed, room))
             seen[question.id] += 1
         return searches
 
     def _branches_per_tree(self, greedy: bool) -> int:
-        """Number of leaves of a full tree before any is pruned."""
+        """Return the number of leaves of a full tree before any is pruned."""
         if greedy:
             return 1
         rounds = 0 if self.rollout.strategy == "chain" else self.rollout.expansion_rounds
@@ -143,13 +146,15 @@ class _RollOut:
     """One call of `TreeSearch.roll_out`: its searches and what their branches wait for."""
 
     owner: TreeSearch
-    waiting: deque[Search]  # searches that begin in this order, as soon as `budget` has room
-    greedy: bool  # one chain each, without expansion
+    waiting: deque[QuestionSearch]  # searches that begin in this order, as soon as `budget` has room
+    greedy: bool  # whether each search is one chain, without expansion
     budget: CacheBudget
     progress: Progress
     timer: Timer | None
 
-    searching: list[Search] = field(default_factory=list)  # begun and not finished, in the order of their questions
+    searching: list[QuestionSearch] = field(
+        default_factory=list
+    )  # searches in progress, in the order of their questions
     states: Counter[BranchState] = field(default_factory=Counter)  # number of branches of `searching` in each state
     writing: dict[TurnKey, Branch] = field(default_factory=dict)  # branches that the engine's completions belong to
     answered: SimpleQueue[Branch] = field(default_factory=SimpleQueue)  # branches whose tool calls are done
@@ -209,7 +214,7 @@ class _RollOut:
     # Searches and rounds
 
     def _admit(self) -> None:
-        """Begin searches; without any going on, at least one."""
+        """Begin searches that have room; at least one where none is in progress."""
         if self._synchronous and self.searching:
             return
         while self.waiting and (not self.searching or self.budget.has_room(self.searching, self.waiting[0])):
@@ -217,7 +222,7 @@ class _RollOut:
             self.searching.append(search)
             self._begin_round(search, [0] * (1 if self.greedy else self._rollout.initial_chains))
 
-    def _begin_round(self, search: Search, turns: Sequence[int]) -> None:
+    def _begin_round(self, search: QuestionSearch, turns: Sequence[int]) -> None:
         search.begin_round(turns)
         self.states[BranchState.READY] += len(turns)
 
@@ -237,7 +242,7 @@ class _RollOut:
             self._admit()
         return finished
 
-    def _expanded(self, search: Search) -> list[int]:
+    def _expanded(self, search: QuestionSearch) -> list[int]:
         """Choose the turns that a search's next round continues: parents of those re-sampled; none after the last."""
         if self.greedy or self._rollout.strategy == "chain":
             return []
@@ -254,7 +259,7 @@ class _RollOut:
             search.rounds += 1
         return []
 
-    def _finish(self, search: Search) -> TurnTree:
+    def _finish(self, search: QuestionSearch) -> TurnTree:
         """Take a search out of the engine, count it and return its tree with the leaves that are kept."""
         self.searching.remove(search)
         self.owner.engine.release(search.key)
@@ -345,7 +350,7 @@ class _RollOut:
         answered: list[Branch] = []
         if wait:
             with timed(self.timer, "rollout/tools"), suppress(Empty):
-                answered.append(self.answered.get(timeout=min(REPORT_SECONDS, self._straggler_seconds)))
+                answered.append(self.answered.get(timeout=min(REPORT_SECONDS, self._late_seconds)))
         while not self.answered.empty():
             answered.append(self.answered.get())
         answered = [branch for branch in answered if branch.state is BranchState.ANSWERING]  # others came too late
@@ -356,7 +361,7 @@ class _RollOut:
             self._go_on(branch, self.owner.writer.cut(observation, branch.room))
 
     @property
-    def _straggler_seconds(self) -> float:
+    def _late_seconds(self) -> float:
         return self._rollout.straggler_seconds or float("inf")
 
     def _end_late_branches(self) -> None:
@@ -368,18 +373,18 @@ class _RollOut:
             if search.blocked_since is not None:
                 search.blocked_seconds += now - search.blocked_since
             search.blocked_since = now if search.blocked else None
-            if search.blocked and search.blocked_seconds >= self._straggler_seconds:
+            if search.blocked and search.blocked_seconds >= self._late_seconds:
                 self._time_out(search)
 
-    def _time_out(self, search: Search) -> None:
-        """Turn the turns whose tools have not answered into leaves."""
+    def _time_out(self, search: QuestionSearch) -> None:
+        """End the branches whose tools have not answered; their turns become leaves."""
         late = [branch for branch in search.round if branch.state is BranchState.ANSWERING]
         _LOG.warning(
             "question %r: %d of %d branches end without a tool's answer, after %g seconds (rollout.straggler_seconds)",
             search.tree.question_id,
             len(late),
             len(search.round),
-            self._straggler_seconds,
+            self._late_seconds,
         )
         self.owner.counters.timed_out_turns += len(late)
         for branch in late:

@@ -17,6 +17,7 @@ from atpo_fast.environment.tags import (
     parse_call,
     result_closing,
     result_opening,
+    special_tokens,
 )
 from atpo_fast.rollout.branch import Branch
 from atpo_fast.tree.turn_tree import TokenIds
@@ -40,8 +41,7 @@ class TurnWriter:
         self._stop = tuple(close_tag(name) for name in names)
         self._opening_tokens = len(self._encode(result_opening()))
         self._closing = self._encode(result_closing())
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+        self._special = special_tokens(tokenizer)
 
     def request(self, branch: Branch, greedy: bool) -> Request:
         """Build the request for a branch's next turn."""

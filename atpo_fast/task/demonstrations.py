@@ -31,13 +31,13 @@ def read_demonstrations(
 
 def evidence_demonstrations(
     questions: Sequence[Question],
-    search: Callable[[str], str],
+    search_tool: Callable[[str], str],
     tokenizer: PreTrainedTokenizerBase,
     encode_prompt: Callable[[Question], list[int]],
 ) -> list[TurnTree]:
     """Make chains that search each title of the gold evidence and then answer, where the evidence is known.
 
-    They teach the format and when to search, not how to find titles. Observations are what `search` really finds.
+    They teach the format and when to search, not how to find titles. Observations are what `search_tool` really finds.
     """
 
     def encode(text: str) -> list[int]:
@@ -49,7 +49,7 @@ def evidence_demonstrations(
         tree, turn = TurnTree(encode_prompt(question), question_id=question.id), 0
         for title in titles:
             action = f"<think> I look for {title}. </think> <search> {title} </search>"
-            turn = tree.add_turn(turn, encode(action), observation_ids=encode(format_result(search(title))))
+            turn = tree.add_turn(turn, encode(action), observation_ids=encode(format_result(search_tool(title))))
         answer = f"<think> I know it. </think> <answer> \\boxed{{{question.answers[0]}}} </answer>"
         tree.add_turn(turn, [*encode(answer), tokenizer.eos_token_id], finish_reason="eos")
         if titles:

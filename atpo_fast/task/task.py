@@ -99,14 +99,14 @@ def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     else:
         tokenizer = make_tokenizer(world, texts=[_in_words(config, schemas)])
     encode = _prompt_encoder(config, tokenizer, schemas)
-    search = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
+    search_tool = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
     return Task(
         train=world.train[: config.data.max_train_questions],
         eval=world.eval[: config.data.max_eval_questions],
         passages=world.passages,
         tokenizer=tokenizer,
         encode_prompt=encode,
-        demonstrations=make_demonstrations(world, config.world, tokenizer, search, encode),
+        demonstrations=make_demonstrations(world, config.world, tokenizer, search_tool, encode),
         notes=world.notes,
     )
 
@@ -140,8 +140,8 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     encode = _prompt_encoder(config, tokenizer, schemas)
     demonstrations: list[TurnTree] = []
     if config.cold_start.from_evidence:
-        search = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
-        demonstrations = evidence_demonstrations(train, search, tokenizer, encode)
+        search_tool = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
+        demonstrations = evidence_demonstrations(train, search_tool, tokenizer, encode)
         if not demonstrations:
             raise DataError(
                 "cold_start.from_evidence: no training question names its evidence (supporting_facts, paragraphs)"

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a display that redraws on a terminal, plain lines elsewhere."""
+"""The progress of a run for a person: a display that redraws on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -32,9 +32,9 @@ class Forest:
     actions: list[Ints]  # N arrays of action token ids
     observations: list[Ints]  # N arrays of observation token ids
     rollout_logprobs: list[Floats]  # N arrays, one entry per action token
-    old_logprobs: list[Floats]  # likewise
-    leaves: Ints  # (S,) the turn at which each trajectory ends, ascending
-    multiplicity: Floats  # (S,) how often each trajectory counts
+    old_logprobs: list[Floats]  # N arrays, one entry per action token
+    leaves: Ints  # (S,) turn at which each trajectory ends, ascending
+    multiplicity: Floats  # (S,) number of times that each trajectory counts
 
     action_length: Ints = field(init=False)  # (N,)
     observation_length: Ints = field(init=False)  # (N,)
@@ -150,7 +150,7 @@ _TURN_FIELDS = (
 
 
 def as_forest(trees: Sequence[TurnTree] | Forest) -> Forest:
-    """Read trees into a table; a table that is there already is returned as it is."""
+    """Read trees into a table; return a table unchanged."""
     return trees if isinstance(trees, Forest) else forest_of_trees(trees)
 
 

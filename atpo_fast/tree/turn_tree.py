@@ -30,11 +30,11 @@ class Turn:
     action_ids: TokenIds
     logprobs: Floats
     observation_ids: TokenIds
-    finish_reason: str = "stop"  # stop (a tool's closing tag), eos, length, error
-    tool: str | None = None  # name of the tool the action called
+    finish_reason: str = "stop"  # end of the action: stop (a tool's closing tag), eos, length or error
+    tool: str | None = None  # name of the tool that the action called
     children: list[int] = field(default_factory=list)
-    reward: float | None = None  # leaves only
-    multiplicity: int = 1  # leaves only: how often the leaf counts
+    reward: float | None = None  # reward of a leaf
+    multiplicity: int = 1  # number of times that a leaf counts
 
     @property
     def nll(self) -> float:

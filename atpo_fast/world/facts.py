@@ -56,7 +56,7 @@ class Composition:
     """The look-ups that a question asks for: `relations` in their order, `entities` from the start to the answer."""
 
     relations: tuple[str, ...]
-    entities: tuple[str, ...]  # one more than relations
+    entities: tuple[str, ...]  # entities on the way, one more than relations
 
     @property
     def hops(self) -> int:

@@ -20,4 +20,5 @@ def shortest(case: AttentionCase) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("case", "name"), parameters(("tree_attention",), shortest))
 def test_attention(benchmark: Any, case: Case, name: str) -> None:
+    """Time an implementation's attention, forward and backward."""
     run(benchmark, case, name, rounds=3)

@@ -23,4 +23,5 @@ CASES = parameters(("linear_logprob", "linear_turn_policy_loss", "turn_policy_lo
 
 @pytest.mark.parametrize(("case", "name"), CASES)
 def test_head(benchmark: Any, case: Case, name: str) -> None:
+    """Time an implementation of an operator of the head."""
     run(benchmark, case, name, rounds=2 if case.fields()["shape"] == CPU_RECORD else 10)

@@ -25,7 +25,7 @@ class LogProbs:
     """A batch of log-probs: packed (A,), or (B, T) with turns of equal length between gaps of the same length."""
 
     logprob: Tensor  # (A,) or (B, T), leaf
-    old_logprob: Tensor  # likewise
+    old_logprob: Tensor  # (A,) or (B, T)
     advantages: Tensor  # (turns,) packed; (B, T)
     mask: Tensor | None  # (B, T) float
     offsets: Tensor | None  # (turns + 1,) int32

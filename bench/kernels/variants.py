@@ -15,7 +15,7 @@ from bench.kernels.table import Rows, row_registers, row_source
 
 @dataclass(frozen=True)
 class Address:
-    """The place of a variant in its operator's list. (Kernels themselves cannot go between processes.)"""
+    """The place of a variant in its operator's list, because kernels cannot be pickled."""
 
     arch: str
     operator: str

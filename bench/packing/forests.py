@@ -18,7 +18,7 @@ class Lengths:
     """The ranges of the numbers of tokens and turns of a random tree."""
 
     prompt: Range
-    turns: Range  # of a trajectory, its answer included
+    turns: Range  # number of turns of a trajectory, its answer included
     action: Range
     observation: Range
 

@@ -26,7 +26,7 @@ class Preparation:
 
     forest: list[TurnTree]
     rows: list[PackedTrees]
-    sizes: Any  # of the attention's blocks
+    sizes: Any  # sizes of the attention's blocks
 
     @classmethod
     def make(cls) -> Preparation:

@@ -18,4 +18,5 @@ def most_shared(case: ModelCase) -> tuple[str, ...]:
 
 @pytest.mark.parametrize(("case", "name"), parameters(("decoder_layer", "policy_update"), most_shared))
 def test_update(benchmark: Any, case: Case, name: str) -> None:
+    """Time a decoder layer or a whole update in one layout."""
     run(benchmark, case, name, rounds=2)

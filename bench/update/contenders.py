@@ -205,7 +205,7 @@ def _padded_backward(model: Model, batches: Sequence[tuple[PackedTrees, Padded]]
 
 
 def make_layer(name: str, model: Model, rows: Rows) -> Callable[[], None]:
-    """Return a call of the first layer's forward and backward over a contender's rows; lists and masks exist already."""
+    """Return a call of the first layer's forward and backward over a contender's rows; lists and masks are built."""
     attention = ATTENTION[CONTENDERS[name].attention].make()
     layer = model.model.model.layers[0]
     problems = []

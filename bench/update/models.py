@@ -47,7 +47,7 @@ class Work:
     """Numbers of tokens, pairs and head rows that a layout of a forest gives a model to compute."""
 
     tokens: int
-    pairs: int  # of a query and a key that it sees
+    pairs: int  # number of pairs of a query and a key that it sees
     head_rows: int
 
     def flops(self, shape: Shape, layers: int, head: bool) -> dict[str, float]:

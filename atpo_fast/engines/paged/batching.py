@@ -106,7 +106,7 @@ class ContinuousBatch:
             raise self._too_large(self.waiting[0], len(self.waiting[0].prompt) + 1)
 
     def _reserve(self, entry: InFlight, spare: int, new: dict[CacheNode, None]) -> bool:
-        """Pin the request's path and give every token a slot if `spare` slots are left then; tell whether they are."""
+        """Pin the request's path and give every token a slot if that leaves `spare` slots; return whether it does."""
         prompt, spans = entry.prompt, _spans(entry.request)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)

@@ -53,7 +53,7 @@ class PagedEngine(CheckedEngine):
         self.model = PagedModel(model, torch.device(device or model.device), dtype)
         super().__init__(tokenizer, self.model.vocab_size, parameter_shapes(model))
         self.cache = PrefixCache(SlotPool(cache_tokens), self.counters)
-        self._batch: ContinuousBatch | None = None  # while anything is in flight
+        self._batch: ContinuousBatch | None = None  # batch while requests are in flight
 
     def _begin(self, request: Request, forwarded: int) -> None:
         if self._batch is None:

@@ -119,11 +119,11 @@ class PrefixCache:
 
     @property
     def available(self) -> int:
-        """Number of slots that can be allocated, by eviction if need be."""
+        """Number of slots that can be allocated, by eviction where needed."""
         return self.pool.available + self._evictable
 
     def allocate(self, count: int) -> Slots:
-        """Allocate (count,) slots, at most `available`, and evict unpinned nodes for them if need be."""
+        """Allocate (count,) slots, at most `available`, and evict unpinned nodes for them where needed."""
         if self.pool.available < count:
             self._evict(max(count - self.pool.available, self.pool.limit // _EVICTION_SHARE))
         return self.pool.allocate(count)

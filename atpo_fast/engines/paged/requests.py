@@ -23,7 +23,7 @@ class InFlight:
     """One request in flight, waiting or being decoded."""
 
     request: Request
-    prompt: Ints  # (p,) its prompt's token ids
+    prompt: Ints  # (p,) token ids of the prompt
     number: int  # place in the order of submission
     state: int  # state of the stop automaton before the first token
     parent: CacheNode | None = None  # last node of its path, pinned while it is decoded
@@ -41,15 +41,15 @@ class RequestTable:
         rows, shape = _FIRST_ROWS, (_FIRST_ROWS, _FIRST_COLUMNS)
         self.requests: list[InFlight | None] = []
         self._free: list[int] = []
-        self.numbers: Ints = np.zeros(rows, dtype=np.int64)  # these (N,)
+        self.numbers: Ints = np.zeros(rows, dtype=np.int64)  # numbers of the requests, as all arrays here (N,)
         self.seeds = np.zeros(rows, dtype=np.uint64)
         self.temperature = np.zeros(rows)
         self.top_k: Ints = np.zeros(rows, dtype=np.int64)
         self.top_p = np.zeros(rows)
         self.max_new: Ints = np.zeros(rows, dtype=np.int64)
-        self.counts: Ints = np.zeros(rows, dtype=np.int64)  # tokens sampled
-        self.tokens: Ints = np.zeros(shape, dtype=np.int64)  # these (N, C)
-        self.slots: Ints = np.zeros(shape, dtype=np.int64)  # of all but the last token
+        self.counts: Ints = np.zeros(rows, dtype=np.int64)  # number of sampled tokens
+        self.tokens: Ints = np.zeros(shape, dtype=np.int64)  # sampled tokens, (N, C)
+        self.slots: Ints = np.zeros(shape, dtype=np.int64)  # slots of all tokens but the last, (N, C)
         self.logprobs = np.zeros(shape)
         self.policy_logprobs = np.zeros(shape)
 
@@ -108,7 +108,7 @@ class RequestTable:
 class Rows:
     """Hold the requests being decoded, one row each, in ascending order of path length."""
 
-    requests: Ints  # (R,) their indices in the table
+    requests: Ints  # (R,) indices of the requests in the table
     lengths: Ints  # (R,) tokens on the path that have slots
     states: NDArray[np.int32]  # (R,) states of the stop automaton
     positions: Tensor  # (R,) `lengths` on the model's device

@@ -69,7 +69,7 @@ class ServerEngine(CheckedEngine):
         vocab_size = self._model_config.get_text_config().vocab_size
         super().__init__(tokenizer, vocab_size, parameter_shapes(self._model_config))
         self.config, self.bucket_bytes = config, config.bucket_mb << 20
-        self._futures: dict[TurnKey, Future[Answer]] = {}  # of the requests in flight
+        self._futures: dict[TurnKey, Future[Answer]] = {}  # answers of the requests in flight
         self._finished: SimpleQueue[tuple[TurnKey, Future[Answer]]] = SimpleQueue()
         self._weights_awake = True
         self._updates = 0  # times that the servers were given weights
@@ -129,7 +129,7 @@ class ServerEngine(CheckedEngine):
             done.append((key, answer.completion))
 
     def _cancel(self, keys: Sequence[TurnKey]) -> None:
-        """Give up requests; the servers see their connections closed."""
+        """Cancel requests; the servers see their connections closed."""
         for key in keys:
             if (future := self._futures.pop(key, None)) is not None:
                 future.cancel()
@@ -188,7 +188,7 @@ class ServerEngine(CheckedEngine):
         self._thread.loop.call_soon_threadsafe(self._pool.router.forget, tree)
 
     def _forget_cache(self) -> None:
-        """Let the servers forget their caches, where they can be told to."""
+        """Ask the servers to reset their caches, where they have an endpoint for it."""
         self._run(self._pool.ask_all("/reset_prefix_cache"))
 
     def _sleep(self) -> None:

@@ -51,7 +51,7 @@ class ReplicaPool:
         self._client: httpx.AsyncClient | None = None
         self._watches: list[asyncio.Task[None]] = []
         self._opening = True
-        self._refused: ServerError | None = None  # what a replica lacks that cannot come by waiting
+        self._refused: ServerError | None = None  # error of a replica that waiting cannot cure
 
     @property
     def replicas(self) -> list[Replica]:

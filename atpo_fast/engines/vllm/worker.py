@@ -41,7 +41,7 @@ class Truncation(LogitsProcessor):  # type: ignore[misc]
         self._rows: dict[int, _Row] = {}
         # Per step: (request, index of its token) of each row, and the log of the probability that was kept.
         self._steps: list[tuple[list[tuple[str, int]], Tensor]] = []
-        self._log_kept: dict[str, dict[int, float]] = {}  # the same by request and index
+        self._log_kept: dict[str, dict[int, float]] = {}  # log of the kept probability by request and index
 
     def is_argmax_invariant(self) -> bool:
         """Return True, so that vLLM applies it after temperature, and not to greedy batches."""

@@ -49,7 +49,7 @@ def merge_prefixes(batch: FlatBatch, *, whole_turns: bool, constant_turns: bool)
 def _merge_group(
     batch: FlatBatch, members: Ints, used: int, whole_turns: bool, token: Ints
 ) -> tuple[Ints, Ints, Bools]:
-    """Number the unique tokens of one group from `used` on, and write them to `token`.
+    """Write the numbers of one group's unique tokens, from `used` on, to `token`.
 
     Returns (U,) representative in the batch, (U,) unique token before, (U,) whether a turn of the forest must start.
     """
