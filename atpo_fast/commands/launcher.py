@@ -1,4 +1,4 @@
-"""Starting the processes of a run with DeepSpeed's launcher, passing signals on, and returning their exit code.
+"""Start the processes of a run with DeepSpeed's launcher, pass signals on, and return their exit code.
 
 This starts `deepspeed.launcher.launch`, the part of the `deepspeed` command that runs on each machine: unlike the whole
 command it passes signals on and honours CUDA_VISIBLE_DEVICES. For several machines use
@@ -87,7 +87,7 @@ def launch(
 
 
 class _SignalRelay:
-    """Passes SIGINT and SIGTERM on to the processes of a run."""
+    """A relay of SIGINT and SIGTERM to the processes of a run."""
 
     def __init__(self, child: subprocess.Popen[bytes]):
         self.received: list[int] = []

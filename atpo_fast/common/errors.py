@@ -62,7 +62,7 @@ class ForestError(AtpoError, RuntimeError):
 
 
 class StopRequested(AtpoError):
-    """Raised out of a phase when the run was asked to stop."""
+    """The run was asked to stop; raised out of the current phase."""
 
     exit_code = STOPPED
 

@@ -12,7 +12,7 @@ from atpo_fast.config.section import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class DataConfig:
-    """Where questions, passages and the tokenizer come from."""
+    """Sources of questions, passages and tokenizer."""
 
     source: Literal["world", "files"] = "files"
     """Source of the task. world: the embedded world, generated from a seed. files: data files on disk."""

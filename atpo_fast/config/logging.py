@@ -11,7 +11,7 @@ from atpo_fast.config.section import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class LoggingConfig:
-    """Where metrics go, beside metrics.jsonl, which is always written."""
+    """Destinations of metrics beside metrics.jsonl, which is always written."""
 
     tensorboard: bool = False
     """Whether TensorBoard events are written (needs tensorboard)."""

@@ -31,7 +31,7 @@ class _Turn:
 
 
 class PrefixCheck:
-    """Remember the turns of trees that are not released yet, and compare what is asked of an engine with them."""
+    """A record of the turns of unreleased trees, with which the prompts of new requests are compared."""
 
     def __init__(self) -> None:
         self._trees: dict[Hashable, dict[int, _Turn]] = defaultdict(dict)

@@ -21,7 +21,7 @@ _FINISHED = "finished"
 
 
 class SharedEngine(Engine):
-    """Stand in for this rank's part of an engine: every call is passed on to the part, whose manners are the engine's.
+    """An engine spread over ranks, seen from one of them: every call is passed on to this rank's part.
 
     Args:
         part: takes part in collectives with the other parts, which agree when all are called alike.

@@ -1,4 +1,4 @@
-"""Runs one piece of Python code under limits: the program that the python tool starts for each call.
+"""Run a piece of Python code under limits: the program that the python tool starts for each call.
 
 Only the standard library is imported, and nothing of the package, so that it starts fast. `main` is what is started;
 the trainer imports the module for its path only, which also leaves compiled code for the starts. Three processes:
@@ -10,8 +10,8 @@ the trainer imports the module for its path only, which also leaves compiled cod
 3. the code's own process, without privileges and under resource limits.
 
 Where bubblewrap or nobody has created namespaces, the first two are one. Without any it adopts orphans and kills them,
-and the network is closed by a system-call filter or, where that fails too, in Python only. What was obtained is reported to
-the tool, which logs it.
+and the network is closed by a system-call filter or, where that fails too, in Python only. The tool is told what was
+obtained, and logs it.
 
 This guards against accidents and careless code of a policy. It is no guarantee against an attack on the kernel.
 """

@@ -1,4 +1,4 @@
-"""The python tool: runs code in a fresh, confined interpreter process (see `python_sandbox.py`)."""
+"""The python tool: run code in a fresh, confined interpreter process (see `python_sandbox.py`)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _Run:
 
 
 class PythonTool:
-    """Runs an argument as Python code and answers with what it prints.
+    """The tool that runs its argument as Python code and answers with what the code prints.
 
     As in a notebook, a bare expression on the last line is printed (None is not). The answer is stdout when the code
     succeeds, else the end of stderr. Each call has its own process, working directory and clean environment; no

@@ -30,7 +30,7 @@ insert into total select 0 where not exists (select * from total);
 
 
 class ResultCache:
-    """Keeps answers in an SQLite file. Several processes and threads may read and write it at once.
+    """A cache of answers in an SQLite file. Several processes and threads may read and write it at once.
 
     When the answers pass `max_mb`, the oldest are dropped. A fault of the file or disk while it is used is logged once
     and costs only the caching. The file has to be on a disk whose locks work (not every network file system's do).

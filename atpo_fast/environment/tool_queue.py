@@ -31,7 +31,7 @@ class Attempt:
 
     @property
     def is_final(self) -> bool:
-        """Return whether no further try would give anything else."""
+        """Whether no further try would give anything else."""
         return isinstance(self.outcome, str) or (self.outcome.final and not self.batched)
 
 

@@ -1,4 +1,4 @@
-"""The tool box: runs tool calls side by side, with limits, time-outs and retries, so that no tool can stop a rollout.
+"""The tool box: run tool calls side by side, with limits, time-outs and retries, so that no tool can stop a rollout.
 
 A call is a task on the event loop of the pool, a thread of its own. It waits for its turn in the queue of its tool
 (`ToolQueue`) and is tried there; tenacity decides whether and when it is tried again.
@@ -58,8 +58,8 @@ class ToolBox:
         timeout_seconds: longest time of one try. A try that takes longer is abandoned: a coroutine is cancelled, a
             thread runs on (it is a daemon and does not keep the interpreter from ending). A tool with more than
             MAX_ABANDONED of these is answered "unavailable" until some of them return.
-        workers: tries of one tool that run at once.
-        max_chars: longer answers are cut to so many characters.
+        workers: number of tries of one tool that run at once.
+        max_chars: number of characters to which an answer is cut.
         backoff_seconds: wait before the second try; twice as long before each further one.
         concurrency: by tool, instead of `workers`.
         timeouts: by tool, instead of `timeout_seconds`.
@@ -119,7 +119,7 @@ class ToolBox:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the tools, in order."""
+        """Names of the tools, in order."""
         return tuple(self.tools)
 
     def schemas(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Cutting trees depth-first into pieces that read their ancestors' keys and values (docs/design.md#opened-rows).
+"""Cut trees depth-first into pieces that read their ancestors' keys and values (docs/design.md#opened-rows).
 
 A turn whose subtree exceeds the budget is *opened*: it gets a row of its own, whose keys and values are kept while the
 rows below it are computed. Its other children go together into rows that see the opened turns above as a prefix.

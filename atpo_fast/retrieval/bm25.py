@@ -33,7 +33,7 @@ _SCORE_BLOCK = 1 << 20  # postings scored at once
 
 @dataclass(frozen=True, slots=True)
 class Postings:
-    """Where the words of N passages occur: W different words, P pairs of word and passage, sorted by both."""
+    """The occurrences of words in N passages: W different words, P pairs of word and passage, sorted by both."""
 
     words: NDArray[np.uint64]  # (W,) hashes, ascending
     starts: NDArray[np.int64]  # (W + 1,) first pair of each word
@@ -113,7 +113,7 @@ class BM25Index:
 
 
 class _Shard:
-    """One shard, whose scores bm25s adds up with the words of the shard as its vocabulary."""
+    """A shard whose scores bm25s adds up with the words of the shard as its vocabulary."""
 
     def __init__(self, postings: Postings, size: int) -> None:
         self.size = size

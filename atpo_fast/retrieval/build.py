@@ -43,7 +43,7 @@ def build_index(
     Raises:
         FileNotFoundError: a corpus file is missing.
         IndexMismatchError: the folder holds something else, or another process is building in it.
-        DataError: a corpus file cannot be used; names file and row.
+        DataError: a corpus file cannot be used; names file and record.
     """
     folder, paths = Path(folder).resolve(), [Path(path).resolve() for path in corpus]
     wanted = make_manifest(settings.kind, paths, settings.identity())

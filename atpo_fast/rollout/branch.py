@@ -24,7 +24,7 @@ _RESERVE_TOKENS = 100  # tokens left for the policy after a result that had to b
 
 
 class BranchState(Enum):
-    """Say what a branch waits for: READY, WRITING, perhaps CALLING and ANSWERING, then READY again, until ENDED."""
+    """State of a branch: READY, WRITING, perhaps CALLING and ANSWERING, then READY again, until ENDED."""
 
     READY = auto()  # to be given to the engine
     WRITING = auto()  # in flight at the engine

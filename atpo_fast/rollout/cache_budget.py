@@ -12,7 +12,7 @@ _USAGE_MARGIN = 1.25  # headroom over what the largest tree used
 
 
 class CacheBudget:
-    """Estimate whether a tree fits into the engine's cache beside those that are growing.
+    """An estimate of whether a tree fits into the engine's cache beside those that are growing.
 
     A tree is expected to use as many tokens a branch as the largest of the last roll-out or of those finished since
     (before the first: as many as the limits allow). A wrong guess costs evictions in the engine, never correctness.

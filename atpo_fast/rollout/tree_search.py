@@ -2,12 +2,10 @@
 
 One loop over events. A branch is ready, then written by the engine, then answered by a tool, then ready again, until it
 ends (`BranchState`). A search's round ends with its last branch, and the next one begins. The streaming schedule
-advances everything as soon as possible. The synchronous schedule is the same loop with three barriers: no turn is
-written while a tool runs, no tool runs while a turn is written, and no round or search begins while any branch is
-active.
+never waits. The synchronous one adds three barriers: no turn is written while a tool runs, no tool runs while a turn is
+written, and no round or search begins while any branch is active.
 
-Nothing mutable is shared between siblings: the number of past calls, the room left and the seed of a branch all follow
-from its own path.
+Siblings share nothing mutable: the past calls, the room and the seed of a branch all follow from its own path.
 """
 
 from __future__ import annotations
@@ -41,12 +39,12 @@ _BUSY = (BranchState.WRITING, BranchState.CALLING, BranchState.ANSWERING)
 
 
 class TreeSearch:
-    """Grow search trees.
+    """The tree search over an engine and a tool box.
 
     Args:
-        engine: writes turns.
+        engine: engine that writes the turns.
         tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.
-        toolbox: answers calls.
+        toolbox: tools that answer the calls.
         rollout: shape of the search, sampling, limits and schedule.
         tools: call limit and length of results.
         cache_tokens: room in the engine's cache; it bounds how many questions are searched at once (`CacheBudget`).
@@ -87,8 +85,8 @@ class TreeSearch:
     ) -> Iterator[tuple[int, TurnTree]]:
         """Yield (index of the question, its tree) as each tree is finished; `in_order` gives the trees as a list.
 
-        The search goes on only while the next tree is asked for. Closing the iterator ends it: nothing of it is left in
-        the engine then.
+        The search advances only while the next tree is asked for. Closing the iterator ends it and leaves nothing in
+        the engine.
 
         Args:
             prompts: token ids per question.
@@ -313,9 +311,9 @@ class _RollOut:
         elif self.owner.writer.may_call(branch):
             self._move(branch, BranchState.CALLING)
         else:
-            self._go_on(branch, self.owner.writer.notice)
+            self._continue(branch, self.owner.writer.notice)
 
-    def _go_on(self, branch: Branch, observation: TokenIds) -> None:
+    def _continue(self, branch: Branch, observation: TokenIds) -> None:
         """Continue a branch after an observation, if there is room for it; else its turn stays a leaf."""
         if 0 < len(observation) <= branch.room:
             branch.observe(observation)
@@ -330,7 +328,7 @@ class _RollOut:
     # Tools
 
     def _submit_calls(self) -> None:
-        """Hand the calls that branches have written to the tools."""
+        """Submit the calls that branches have written to the tools."""
         if self._synchronous and self.states[BranchState.WRITING]:
             return
         for branch in self._branches(BranchState.CALLING):
@@ -358,7 +356,7 @@ class _RollOut:
         self.owner.counters.failed_tool_calls += sum(not result.ok for result in results)
         observations = self.owner.writer.observations([result.text for result in results])
         for branch, observation in zip(answered, observations, strict=True):
-            self._go_on(branch, self.owner.writer.cut(observation, branch.room))
+            self._continue(branch, self.owner.writer.cut(observation, branch.room))
 
     @property
     def _late_seconds(self) -> float:

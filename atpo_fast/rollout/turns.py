@@ -1,4 +1,4 @@
-"""Write turns: what a branch asks of the engine, the call in what comes back, and the observation after it."""
+"""Write turns: the request of a branch to the engine, the call in its completion, and the observation after it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from atpo_fast.tree.turn_tree import TokenIds
 
 
 class TurnWriter:
-    """Turn branches into requests, completions into turns and calls, and results into token ids.
+    """The translation of branches into requests, completions into turns and calls, and results into token ids.
 
     Args:
         tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.

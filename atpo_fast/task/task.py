@@ -36,7 +36,7 @@ Notes = dict[str, float | str]
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """What a run works on.
+    """The questions, passages, tokenizer and prompts of a run.
 
     `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
     `encode_prompt` gives the token ids of a question's prompt. `tools` are the configured functions and MCP tools,
@@ -59,7 +59,7 @@ def load_task(config: Config) -> Task:
 
     Raises:
         FileNotFoundError: a data file, the model folder or its tokenizer is missing.
-        DataError: a data file cannot be used; the message names file, row and field.
+        DataError: a data file cannot be used; the message names file, record and field.
         ValueError: a prompt longer than `data.max_prompt_tokens`, an impossible world, or a function or an MCP tool
             that cannot be used.
         ConnectionError: an MCP server cannot be started or reached.

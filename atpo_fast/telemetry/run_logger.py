@@ -28,7 +28,7 @@ class _Sink(Protocol):
 
 
 class RunLogger:
-    """Writes the records of a run; every method does nothing on ranks that are not `is_main`.
+    """The metric records of a run; every method does nothing on ranks that are not `is_main`.
 
     A record is `{"phase": "cold_start" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the
     logger exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.

@@ -28,7 +28,7 @@ from atpo_fast.train.weights import export_model
 
 @dataclass(slots=True)
 class TrainState:
-    """What a checkpoint remembers beside weights and optimizer."""
+    """The state of training that a checkpoint holds beside weights and optimizer."""
 
     step: int = 0  # number of steps done
     optimizer_steps: int = 0

@@ -12,7 +12,7 @@ from atpo_fast.tree.packed_rows import PackedTrees
 
 
 class MiniBatch(NamedTuple):
-    """What one rank computes of a mini-batch."""
+    """The part of a mini-batch that one rank computes."""
 
     rows: list[PackedTrees]  # rows; none where no token has a gradient, on any rank
     passes: list[Pass]

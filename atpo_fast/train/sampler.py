@@ -30,7 +30,7 @@ from atpo_fast.tree import TurnTree
 
 
 class Sampler:
-    """Roll out this rank's questions.
+    """The sampler of this rank's questions.
 
     The engine holds its own copy of the model at `folder`, because ZeRO-3 shards the trainer's; `sync` brings it up
     to date, a bucket of parameters at a time.
@@ -138,12 +138,12 @@ class Batch:
 
 
 class BatchSampler:
-    """Roll out batches, one at a time: when one is wanted, or a step ahead while the policy learns.
+    """A source of batches, rolled out one at a time: when one is wanted, or a step ahead while the policy learns.
 
     Args:
-        sampler: rolls out.
-        questions: gives this rank's questions of a step.
-        seed: gives the seed of a step.
+        sampler: sampler that rolls out.
+        questions: function that gives this rank's questions of a step.
+        seed: function that gives the seed of a step.
     """
 
     def __init__(self, sampler: Sampler, questions: Callable[[int], Sequence[Question]], seed: Callable[[int], int]):

@@ -142,7 +142,7 @@ def make_optimizer(module: nn.Module, settings: OptimConfig, *, offload: bool) -
 
 
 class GradientWatch:
-    """Notes whether any gradient of any micro-batch was non-finite."""
+    """A watch that notes whether any gradient of any micro-batch was non-finite."""
 
     def __init__(self, module: nn.Module, optimizer: Guard):
         parameters = [p for p in module.parameters() if p.requires_grad]

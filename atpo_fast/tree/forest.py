@@ -100,18 +100,18 @@ class Forest:
 
     @property
     def tree_offsets(self) -> Ints:
-        """(trees+1,) first turn of each tree, which is its root."""
+        """First turn of each tree, which is its root, (trees+1,)."""
         return offsets(np.bincount(self.tree, minlength=len(self.names)))
 
     @property
     def nll(self) -> Floats:
-        """(N,) mean negative log-prob of each turn's action, the entropy estimate H(n); 0 for an empty action."""
+        """Mean negative log-prob of each turn's action, (N,): the entropy estimate H(n); 0 for an empty action."""
         means = (-float(logprobs.mean()) if logprobs.size else 0.0 for logprobs in self.rollout_logprobs)
         return np.fromiter(means, dtype=np.float64, count=len(self.parent))
 
     @property
     def path_leaf(self) -> Ints:
-        """(P,) trajectory of each entry of the path table."""
+        """Trajectory of each entry of the path table, (P,)."""
         return np.repeat(np.arange(len(self.leaves)), np.diff(self.path_offsets))
 
     def _pre_order(self) -> Ints:

@@ -66,7 +66,7 @@ class PackedTrees:
 
     @property
     def num_turns(self) -> int:
-        """N, turns with at least one action token."""
+        """Number N of turns with at least one action token."""
         return self.turn_offsets.numel() - 1
 
     @property

@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(slots=True)
 class Turn:
-    """What the policy wrote between two observations, and the observation that it caused.
+    """An action of the policy between two observations, and the observation that it caused.
 
     `action_ids` (a,) int64 sampled tokens; `logprobs` (a,) float64 the engine's log-prob of each; `observation_ids`
     (o,) int64 tokens the environment inserted after the action (never trained on).

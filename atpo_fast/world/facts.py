@@ -65,7 +65,7 @@ class Composition:
 
     @property
     def text(self) -> str:
-        """Return the question in words, the last relation first."""
+        """The question in words, the last relation first."""
         asked = " of ".join(f"the {relation}" for relation in reversed(self.relations))
         return f"What is {asked} of {self.entities[0]}?"
 

@@ -18,7 +18,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """How the records of one kind of bench are shown."""
+    """The presentation of the records of one kind of bench."""
 
     bench: str
     title: Callable[[Record], str]

@@ -27,14 +27,14 @@ _KEYS_PER_GROUP = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
 class ContinuousBatch:
-    """Decode the requests in flight of one engine: waiting ones are in a queue, the others in the rows of the batch.
+    """The requests in flight of an engine: waiting ones are in a queue, the others in the rows of the batch.
 
-    It lives while anything is in flight. What a request samples depends on its seed and on the index of the token in
+    It exists while requests are in flight. What a request samples depends on its seed and on the index of the token in
     the completion, never on its row or on what is decoded beside it.
 
     Args:
         eos_ids: tokens that end a completion.
-        batch_size: most requests decoded at once.
+        batch_size: number of requests decoded at once, at most.
     """
 
     def __init__(self, model: PagedModel, cache: PrefixCache, eos_ids: Sequence[int], batch_size: int):

@@ -25,7 +25,7 @@ _EVICTION_SHARE = 64  # evict at least this share (1/n) of the budget at once, s
 
 
 class SlotPool:
-    """Hold one tensor (capacity, 2 * Hkv * d) of keys and values for each layer, allocated at the layer's first write.
+    """A tensor (capacity, 2 * Hkv * d) of keys and values for each layer, allocated at the layer's first write.
 
     The capacity doubles as needed, up to `limit`; layers follow at their next write.
     """
@@ -107,7 +107,7 @@ class CacheNode:
 
 
 class PrefixCache:
-    """Keep nodes by key within a budget of slots, and evict the least recently used."""
+    """A cache of nodes by key within a budget of slots, which evicts the least recently used."""
 
     def __init__(self, pool: SlotPool, counters: EngineCounters):
         self.pool = pool

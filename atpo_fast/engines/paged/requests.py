@@ -30,7 +30,7 @@ class InFlight:
 
 
 class RequestTable:
-    """Hold arrays by request of the requests being decoded: parameters, and what has been sampled so far.
+    """A table of the requests being decoded: arrays by request of parameters and of the samples so far.
 
     A request has an index from `add` to `remove`; then the next one takes it over, so that the table holds as many
     rows (N) as were ever decoded at once, and as many columns (C) as the longest completion has tokens, each at most
@@ -106,7 +106,7 @@ class RequestTable:
 
 @dataclass(slots=True)
 class Rows:
-    """Hold the requests being decoded, one row each, in ascending order of path length."""
+    """The requests being decoded, one row each, in ascending order of path length."""
 
     requests: Ints  # (R,) indices of the requests in the table
     lengths: Ints  # (R,) tokens on the path that have slots

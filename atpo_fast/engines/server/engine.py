@@ -32,15 +32,15 @@ _CLOSE_SECONDS = 10.0
 
 
 class ServerEngine(CheckedEngine):
-    """Ask running servers for completions; see `Engine` for the methods.
+    """The engine that asks running servers for completions; see `Engine` for the methods.
 
     Several ranks may share the servers: rank 0 writes new weights as a folder into `config.weights_dir`, a bucket at a
     time, and each server loads it; one that is down loads it when it comes back. `update_weights` is then a collective
     of the ranks, and raises ServerError where a server cannot load the weights or none is up, OSError where the folder
-    cannot be written, and RuntimeError on the other ranks when rank 0 failed. With `config.sleep` the servers give back
-    their GPUs' memory while this engine sleeps. The servers' counts of
-    cached tokens (vLLM: `--enable-prompt-tokens-details`) fill `counters.cache_hit_tokens`; without them every prompt
-    token counts as prefilled.
+    cannot be written, and RuntimeError on the other ranks when rank 0 failed. With `config.sleep` the servers free
+    their GPUs' memory while this engine sleeps. The servers' counts of cached tokens (vLLM:
+    `--enable-prompt-tokens-details`) fill `counters.cache_hit_tokens`; without them every prompt token counts as
+    prefilled.
 
     Args:
         folder: Hugging Face folder of the served model. With `config.weights_dir` the servers are given its weights;

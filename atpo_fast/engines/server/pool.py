@@ -33,7 +33,7 @@ _DEV_MODE = "start vLLM with VLLM_SERVER_DEV_MODE=1, in a network where nobody e
 
 
 class ReplicaPool:
-    """Send requests to the replicas of `config.urls`.
+    """The replicas of `config.urls`: requests with retries, and health checks.
 
     Args:
         config: addresses and limits.

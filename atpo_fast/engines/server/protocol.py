@@ -37,7 +37,7 @@ class TransientError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold a completion, and how many tokens of its prompt the server had in its cache (0 where it does not say)."""
+    """A completion, and the number of its prompt tokens in the server's cache (0 where the server does not say)."""
 
     completion: Completion
     cached_tokens: int

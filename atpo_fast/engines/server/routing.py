@@ -44,11 +44,11 @@ class PendingRequest:
 
 
 class Router:
-    """Give requests to replicas.
+    """The choice of a replica for every request.
 
     Args:
         replicas: the servers.
-        max_requests: requests that a replica works on at once.
+        max_requests: number of requests that a replica works on at once.
         slack: number of requests that a tree's replica may have more than the least busy one before the tree moves.
     """
 

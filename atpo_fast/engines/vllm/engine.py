@@ -30,7 +30,7 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 class VLLMEngine(CheckedEngine):
-    """Run vLLM in this process or on GPUs of its own; see `Engine` for the methods.
+    """The engine that runs vLLM in this process or on GPUs of its own; see `Engine` for the methods.
 
     Asleep, a colocated engine on a GPU frees the cache, and the weights as `config.sleep` says; on a CPU nothing.
     Weights that come while it sleeps get their memory back first, and the cache gets its with `wake`.

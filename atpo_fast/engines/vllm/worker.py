@@ -35,7 +35,7 @@ class _Row:
 
 
 class Truncation(LogitsProcessor):  # type: ignore[misc]
-    """Cut the logits of requests that carry `extra_args["truncation"]`, after temperature."""
+    """A logits processor that truncates requests with `extra_args["truncation"]`, after temperature."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self._rows: dict[int, _Row] = {}

@@ -30,7 +30,7 @@ class Trajectories:
 
 @dataclass(slots=True, kw_only=True)
 class FlatBatch:
-    """B trajectories one after another, X tokens in all."""
+    """A batch of B trajectories one after another, X tokens in all."""
 
     offsets: Ints  # (B+1,) CSR over X
     ids: Ints  # (X,)

@@ -1,4 +1,4 @@
-"""What an opened row leaves for the rows below it, and what they send back (docs/design.md#opened-rows).
+"""The tensors of opened rows that rows below read, and the gradients they return (docs/design.md#opened-rows).
 
 A tree over the row budget is computed depth-first (`plan.py`). An opened row is forwarded without gradient and leaves
 the keys and values of every layer and its last final hidden state. The rows below read them, and their backward adds
@@ -46,7 +46,7 @@ class OpenedRow:
 
 @dataclass(frozen=True, slots=True)
 class RowPrefix:
-    """The opened rows that a pass over a row has to do with."""
+    """The opened rows that a pass over a row reads or fills."""
 
     above: tuple[OpenedRow, ...] = ()  # opened rows above, root first: their tokens are the row's prefix
     own: OpenedRow | None = None  # tensors of the row itself; filled when it is opened, read when it is closed
@@ -79,7 +79,7 @@ NO_PREFIX = RowPrefix()
 
 
 class _Continue(torch.autograd.Function):
-    """Puts a row's tensor behind those that were kept, to which their gradients go."""
+    """Concatenation of kept tensors and the row's own, which collects the gradients of the kept ones."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, *kept: Kept) -> Tensor:  # type: ignore[override]
@@ -96,7 +96,7 @@ class _Continue(torch.autograd.Function):
 
 
 class _Close(torch.autograd.Function):
-    """Identity that adds to the gradient of its last rows, those that were kept, what came back."""
+    """Identity that adds the collected gradients of the kept rows, its last ones, in the backward."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, kept: Kept) -> Tensor:  # type: ignore[override]
