@@ -85,7 +85,7 @@ def check_vocabulary(run: Run, folder: Path | str) -> None:
     other = AutoTokenizer.from_pretrained(folder).get_vocab()
     if other != run.task.tokenizer.get_vocab():
         raise ValueError(
-            f"the model in {folder} was made for another vocabulary ({len(other)} tokens) than this task's "
+            f"the model in {folder} was trained with another vocabulary ({len(other)} tokens) than this task's "
             f"({len(run.task.tokenizer)}); delete that folder or choose another run_dir"
         )
 

@@ -197,7 +197,7 @@ def _causal() -> Attention:
 ATTENTION: dict[str, Peer] = {
     "ours": Peer(make=lambda: _tree_attention("auto")),
     "flex": Peer(make=lambda: _flex(True), note="compiled FlexAttention with a BlockMask of our lists, for any length"),
-    "flex_static": Peer(make=lambda: _flex(False), note="the same, compiled anew for every length"),
+    "flex_static": Peer(make=lambda: _flex(False), note="the same, compiled again for every length"),
     "flex_dense": Peer(make=_flex_dense, note="FlexAttention whose BlockMask is made from a dense mask"),
     "areal": Peer(make=_areal, note="AReaL: trie and dense mask made on the host, FlexAttention"),
     "sdpa": Peer(make=_sdpa, note="scaled_dot_product_attention with a dense mask"),

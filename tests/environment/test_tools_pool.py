@@ -421,7 +421,7 @@ def test_a_thousand_calls_leave_nothing() -> None:
         return argument
 
     timeouts = {"odd": 0.01, "slow": 0.01}
-    # The two loops, a worker thread for each call that runs at once, and for each that was given up and still sleeps.
+    # The two loops, a worker thread for each call that runs at once, and for each that was abandoned and still sleeps.
     most_threads = threading.active_count() + 2 + 2 * 32 + (MAX_ABANDONED + 32)
     with ToolBox([odd, slow, echo], retries=1, backoff_seconds=0.001, timeouts=timeouts, max_chars=1000) as toolbox:
 
