@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.data.questions import Question
+
+if TYPE_CHECKING:  # takes seconds to import, which the tools need not wait for
+    from transformers import PreTrainedTokenizerBase
 
 PromptKind = Literal["published", "short"]
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from atpo_fast.data.prompts import NO_TOOLS, PromptKind, ToolDescriptions, template_shows_tools
-from atpo_fast.data.tokenizers import special_tokens
 from atpo_fast.environment.arguments import JsonSchema, describe_object, text_property
-from atpo_fast.environment.tags import TAGS, close_tag, escape_tags, open_tag
+from atpo_fast.environment.tags import TAGS, close_tag, escape_tags, open_tag, special_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TEXT = {"type": "object", "properties": {"argument": {"type": "string"}}, "required": ["argument"]}
 

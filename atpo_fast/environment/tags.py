@@ -15,6 +15,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,12 @@ def escape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[s
     and have three characters or more.
     """
     return _reserved(tuple(tools), tuple(special_tokens)).sub(_escape, text)
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the texts of all special tokens of a tokenizer, the named ones first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
 def unescape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 WIDTH, HEIGHT = 1280, 2900
-TOP = 800  # what is kept of the head and the first plots
+TOP = 735  # what is kept of the head and the first plots
 TREE = 560  # and of the search tree
 GREY = (247, 247, 245)
 

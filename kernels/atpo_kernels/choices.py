@@ -5,7 +5,7 @@ Importing this module imports neither PyTorch nor Triton, so that a configuratio
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 RatioLevel = Literal["token", "turn", "sequence"]
 """Over what the log-ratio is averaged before it is exponentiated."""
@@ -19,3 +19,9 @@ Reduction = Literal[Aggregation, "sum", "none"]
 """What an operator does with the losses of its tokens: aggregate them, add them up, or return them one by one."""
 Denominator = Literal["global", "local"]
 """Over what the averages of an aggregation run: the mini-batch of all ranks, or each packed row by itself."""
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+    """Raise ValueError, naming the allowed values, unless `value` is one of the choices (`RatioLevel`, ...)."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(get_args(choices))}")

@@ -76,46 +76,45 @@ class _ActionTokens:
 class FusedLinearTurnPolicyLoss(nn.Module):
     """Module of `linear_turn_policy_loss` with the constructor and forward of Liger's `LigerFusedLinearGRPOLoss`.
 
-        Args:
-            beta, epsilon_low, epsilon_high, importance_sampling_level ("token", "turn", "sequence"), kl, entropy_coef,
-                sapo_temperature_pos, sapo_temperature_neg: fields of LossConfig (kl_coef, clip_low, clip_high, level, ...).
-                **Not Liger's defaults**: left out, they are those of AT2PO: level "turn", 3e-3 and 4e-3, no KL (Liger:
-                "token", 0.2 and 0.2, beta 0.04, loss_type "dapo"). `kl` is "k3" unless said otherwise.
-            loss_type: how tokens are averaged. "grpo" (default), "sapo": seq-mean-token-mean. "bnpo": token-mean. "dapo",
-                "cispo": token-mean with num_items_in_batch / ranks in the denominator, or the mask's sum averaged over
-                the ranks of torch.distributed (an all-reduce, as in Liger). "dr_grpo": seq-mean-token-sum-norm. Or a
-                reduction of `turn_policy_loss` by its name. "sapo" and "cispo" also set the clip; for "cispo"
-                epsilon_high is the upper bound itself, at least 1, and there is no lower bound, as in Liger.
-            max_completion_length: L_max of "dr_grpo".
-            temperature: divides the logits.
-            delta: cap of the ratio where A < 0 (dual clip); at least 1 + epsilon_high.
-            use_ref_model: False says that there is no reference model, so beta must be 0.
-            config: the loss as a LossConfig, in place of the fields above. Its importance_cap must be None: truncated
-                importance weights come in as vllm_is_ratio.
-            impl: as in `linear_turn_policy_loss`.
-            ignored: compiled, chunk_size and vespo_* are accepted and have no effect.
+    Args:
+        beta, epsilon_low, epsilon_high, importance_sampling_level ("token", "turn", "sequence"), kl, entropy_coef,
+            sapo_temperature_pos, sapo_temperature_neg: fields of LossConfig (kl_coef, clip_low, clip_high, level, ...).
+            **Not Liger's defaults**: left out, they are those of AT2PO: level "turn", 3e-3 and 4e-3, no KL (Liger:
+            "token", 0.2 and 0.2, beta 0.04, loss_type "dapo"). `kl` is "k3" unless said otherwise.
+        loss_type: how tokens are averaged. "grpo" (default), "sapo": seq-mean-token-mean. "bnpo": token-mean. "dapo",
+            "cispo": token-mean with num_items_in_batch / ranks in the denominator, or the mask's sum averaged over
+            the ranks of torch.distributed (an all-reduce, as in Liger). "dr_grpo": seq-mean-token-sum-norm. Or a
+            reduction of `turn_policy_loss` by its name. "sapo" and "cispo" also set the clip; for "cispo"
+            epsilon_high is the upper bound itself, at least 1, and there is no lower bound, as in Liger.
+        max_completion_length: L_max of "dr_grpo".
+        temperature: divides the logits.
+        delta: cap of the ratio where A < 0 (dual clip); at least 1 + epsilon_high.
+        use_ref_model: False says that there is no reference model, so beta must be 0.
+        config: the loss as a LossConfig, in place of the fields above. Its importance_cap must be None: truncated
+            importance weights come in as vllm_is_ratio.
+        impl: as in `linear_turn_policy_loss`.
+        ignored: compiled, chunk_size and vespo_* are accepted and have no effect.
 
-        Ratios are capped at exp(config.max_log_ratio) and their gradient is the straight-through one of
-    docs/design.md#ratio-levels. At level "sequence" that is Liger's where the weights of a row's tokens are equal (all of
-    Liger's
-        loss_types, vllm_is_ratio None or (B, 1)).
+    Ratios are capped at exp(config.max_log_ratio) and their gradient is the straight-through one of
+    docs/design.md#ratio-levels. At level "sequence" that is Liger's where the weights of a row's tokens are equal (all
+    of Liger's loss_types, vllm_is_ratio None or (B, 1)).
 
-        **ZeRO-3** keeps a parameter whole only in the forward and backward of the module that owns it. Let the LM head call
-        this module, and call the head in the forward of the policy or after it; tied weights stay tied:
+    **ZeRO-3** keeps a parameter whole only in the forward and backward of the module that owns it. Let the LM head call
+    this module, and call the head in the forward of the policy or after it; tied weights stay tied:
 
-            class LossHead(nn.Module):
-                def __init__(self, linear: nn.Linear, loss: FusedLinearTurnPolicyLoss):
-                    super().__init__()
-                    self.weight, self.bias, self.loss = linear.weight, linear.bias, loss
+        class LossHead(nn.Module):
+            def __init__(self, linear: nn.Linear, loss: FusedLinearTurnPolicyLoss):
+                super().__init__()
+                self.weight, self.bias, self.loss = linear.weight, linear.bias, loss
 
-                def forward(self, hidden, *batch, **more):
-                    return self.loss(hidden, self.weight, *batch, bias=self.bias, **more)
+            def forward(self, hidden, *batch, **more):
+                return self.loss(hidden, self.weight, *batch, bias=self.bias, **more)
 
-        A partitioned weight raises ValueError. `deepspeed.zero.GatheredParameters` around the call is not enough to train:
-        the weight is partitioned again when its gradient arrives.
+    A partitioned weight raises ValueError. `deepspeed.zero.GatheredParameters` around the call is not enough to train:
+    the weight is partitioned again when its gradient arrives.
 
-        Raises ValueError for what this loss does not have ("luspo", "vespo", use_bias_correction_kl) and combinations
-        without meaning, TypeError for unknown arguments.
+    Raises ValueError for what this loss does not have ("luspo", "vespo", use_bias_correction_kl) and combinations
+    without meaning, TypeError for unknown arguments.
     """
 
     def __init__(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from torch import Tensor
 
-from atpo_kernels.choices import ClipFamily, KLEstimator, RatioLevel
+from atpo_kernels.choices import ClipFamily, KLEstimator, RatioLevel, check_choice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +42,9 @@ class LossConfig:
     """Cap of the truncated importance weights min(exp(old - rollout), cap) on the policy term; None: no weights."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("level", RatioLevel), ("clip", ClipFamily), ("kl", KLEstimator)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(allowed))}")
+        check_choice("level", self.level, RatioLevel)
+        check_choice("clip", self.clip, ClipFamily)
+        check_choice("kl", self.kl, KLEstimator)
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError(f"clip_low and clip_high must not be negative, got {self.clip_low} and {self.clip_high}")
         if self.dual_cap <= 1:

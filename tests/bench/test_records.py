@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +14,7 @@ from bench.cases import for_device
 from bench.core.records import read_records, write_record
 from bench.report import report
 
-ROOT = Path(__file__).resolve().parents[2]
 CASES = ("linear_logprob-gradient-1024x128x4096-float32-peaked", "turn_policy_loss-gradient-16x4096-float32-padded")
-
-
-def command(*arguments: str | Path) -> None:
-    """Run `python -m bench`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = [sys.executable, "-m", "bench", *map(str, arguments)]
-    subprocess.run(run, check=True, cwd=ROOT, env=environment, capture_output=True)
 
 
 def test_record_and_report_of_a_small_case(tmp_path: Path) -> None:
@@ -33,7 +22,7 @@ def test_record_and_report_of_a_small_case(tmp_path: Path) -> None:
     GPU's."""
     pytest.importorskip("matplotlib")
     results = tmp_path / "results"
-    command("--device", "cpu", "--cases", ",".join(CASES), "--seconds", "0", "--results", results)
+    main(["--device", "cpu", "--cases", ",".join(CASES), "--seconds", "0", "--results", str(results)])
     head, loss = (json.loads((results / "cpu" / f"{name}.json").read_text()) for name in CASES)
     assert head["rows"] == 1024 and set(head["gemm_ms"]) == {"logits", "hidden_gradient", "weight_gradient"}
     assert all(record["commit"] and record["torch"] and record["device"].startswith("CPU") for record in (head, loss))
@@ -45,7 +34,7 @@ def test_record_and_report_of_a_small_case(tmp_path: Path) -> None:
     ours, plain = (head["implementations"][name] for name in ("ours", "plain"))
     assert set(ours["errors"]) == {"logprob", "entropy", "hidden_gradient", "weight_gradient"}
     assert plain["peak_bytes"] > 3 * 1024 * 4096 * 4 > ours["peak_bytes"]
-    command("report", "--results", results, "--output", tmp_path)
+    main(["report", "--results", str(results), "--output", str(tmp_path)])
     text = (tmp_path / "RESULTS.md").read_text()
     assert "No GPU record exists yet" in text and "PASS" not in text and text.count("not measured") > 10
     assert "forward + backward, 1024 × 128 × 4096, float32, peaked logits" in text

@@ -377,7 +377,7 @@ def test_the_report_works_without_any_package(tmp_path):
     code = "import sys; from atpo_fast.commands.cli import main; sys.exit(main(['env']))"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{tmp_path}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

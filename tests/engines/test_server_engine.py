@@ -85,8 +85,10 @@ def serve() -> Iterator[Callable[..., CompletionsServer]]:
 
 @pytest.fixture
 def connect(folder: Path) -> Iterator[Callable[..., ServerEngine]]:
-    """Make engines, which are closed at the end of the test. Waits between tries are short, so that faults cost
-    little; a limit that only a broken engine reaches is long, and one that a test is about passes at a word."""
+    """Make engines, which are closed at the end of the test.
+
+    Waits between tries are short, so that faults cost little; limits that only a broken engine reaches are long.
+    """
     with ExitStack() as stack:
 
         def make(*servers: CompletionsServer | str, temperature: float = 1.0, **options: Any) -> ServerEngine:

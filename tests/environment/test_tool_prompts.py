@@ -123,7 +123,7 @@ def test_published_prompts_are_what_they_were() -> None:
 def test_prompts_of_the_quickstart_are_what_they_were() -> None:
     config = load_config(Path(__file__).parents[2] / "configs/quickstart.yaml", ["world.demonstrations=1"])
     task = load_task(config)
-    assert digest([task.encode_prompt(question) for question in task.train + task.test]) == "30f406500379fc8b"
+    assert digest([task.encode_prompt(question) for question in task.train + task.eval]) == "30f406500379fc8b"
     assert digest(sorted(task.tokenizer.get_vocab().items())) == "3df5799e6f30ed7a"
 
 
@@ -157,7 +157,7 @@ def test_from_the_configuration_to_an_answer(
     )
     task = load_task(Config(data=data, tools=tools, model=ModelConfig(path=str(tmp_path / "model"))))
     with make_toolbox(tools, task.passages, task.tools) as toolbox:
-        text = task.tokenizer.decode(task.encode_prompt(task.test[0]))
+        text = task.tokenizer.decode(task.encode_prompt(task.eval[0]))
         assert toolbox.names == ("search", "python", "double", "add")
         for line in ('<double> {"value": integer} </double>', "<python> the code </python>"):
             assert f"\n{line}" in text

@@ -205,6 +205,13 @@ def test_bad_calls_are_answered() -> None:
     assert ToolBox([]).run([]) == []
 
 
+def test_the_tools_are_imported_fast() -> None:
+    """Fails if importing the tools imports transformers or torch, which takes seconds."""
+    code = "import sys, atpo_fast.environment; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match="two tools are called 'echo'"):
         ToolBox([echo, echo])

@@ -399,7 +399,7 @@ def test_hanging_threads_are_bounded() -> None:
         assert results[-1].text.endswith(" of its calls never returned.")
         assert toolbox.run([ToolCall("echo", "y")])[0].text == "y"
         gate.open.set()
-        toolbox._lanes["gate"].timeout_seconds = 120.0  # what does not hang may take its time
+        toolbox._queues["gate"]._timeout_seconds = 120.0  # what does not hang may take its time
         until(lambda: toolbox.run([ToolCall("gate", "again")])[0].ok)
 
 

@@ -18,6 +18,13 @@ where s = gamma(V + 16) for the sum of exponentials, which are rescaled a few ti
 of peaked logits e is large and p (1 - p) is not small; in all others p (1 - p) makes it vanish. What is left out, of
 second order, is a share of e, at most 0.01 here (`SECOND_ORDER`).
 
+The backward computes logits again, with another shape of product and so, on some processors, with other roundings than
+those in the peak and the sum that it is given. Then nothing cancels where p is near 1:
+
+    |d log p_v| <= e_v + sum_u p_u e_u + s
+
+That, and no near tie, is what a gradient 1 - p shows of a peaked softmax; plain PyTorch keeps its logits.
+
 Gradients are products with these numbers: the error of a product A B is at most |dA| |B| + gamma(K) |A| |B|. Where a
 kernel stores one side of a product in half precision (weights, or gradients by logits, for the matrix units), one
 rounding of that side is added, and at the end one of the result. Nothing else may be in half precision: logits rounded
@@ -88,11 +95,12 @@ class Rule:
         largest = 0.5 * torch.finfo(dtype).eps * numbers + smallest
         return largest if self.worst else largest / 3**0.5
 
-    def softmax(self, p: Tensor, errors: Tensor, terms: int) -> Tensor:  # (..., V), (..., V) -> (..., V)
-        """Error of log p from those of the logits."""
+    def softmax(self, p: Tensor, errors: Tensor, again: bool) -> Tensor:  # (..., V), (..., V) -> (..., V)
+        """Error of log p from those of the logits, which were computed once, or again for p."""
         mean = self.sum(p * errors, -1)[..., None]
         others = mean - p * errors if self.worst else (mean.square() - (p * errors).square()).clamp_min(0).sqrt()
-        return self.add((1 - p) * errors, others, torch.full_like(p, self.gamma(terms + 16)))
+        of_sum = torch.full_like(p, self.gamma(p.shape[-1] + 16))
+        return self.add(errors, mean, of_sum) if again else self.add((1 - p) * errors, others, of_sum)
 
 
 WORST, TYPICAL = Rule(True), Rule(False)
@@ -122,6 +130,7 @@ class HeadErrors:
     log_p: Tensor  # (A, V)
     entropy: Tensor  # (A,)
     by_log_p: Tensor  # (A, V) error of log p
+    by_log_p_again: Tensor  # (A, V) error of log p from logits that were computed again
     by_entropy: Tensor  # (A,) error of the entropy
 
     @classmethod
@@ -136,11 +145,11 @@ class HeadErrors:
         p, words = log_p.exp(), z.shape[1]
         entropy = -(p * log_p).sum(-1)
         last = rule.gamma(4) * (log_p.abs() + torch.tensor(words).log())
-        by_log_p = rule.add(rule.softmax(p, errors, words), last)
+        by_log_p, again = (rule.add(rule.softmax(p, errors, again), last) for again in (False, True))
         spread = 1 + torch.tensor(words).log() + (p * below).sum(-1)
         slope = p * (log_p + entropy[:, None]).abs()
         by_entropy = rule.add(rule.sum(slope * errors, -1), (rule.gamma(words + 16) + rule.gamma(4)) * spread)
-        return cls(rule, hidden, weight, bias, temperature, log_p, entropy, by_log_p, by_entropy)
+        return cls(rule, hidden, weight, bias, temperature, log_p, entropy, by_log_p, again, by_entropy)
 
     def gradients(
         self,
@@ -158,7 +167,7 @@ class HeadErrors:
         deviation = self.log_p + self.entropy[:, None]
         # 1. softmax, and its logarithm
         kept = rule.share(p, exponentials) + UNDERFLOW
-        by_p = rule.add(p * self.by_log_p, kept)
+        by_p = rule.add(p * self.by_log_p_again, kept)
         # 2. gradient by the logits
         gradient = (up_logprob * (hit - p) - up_entropy * p * deviation) / self.temperature
         parts = (up_logprob.abs() * (hit + p) + up_entropy.abs() * p * deviation.abs()) / self.temperature
@@ -208,22 +217,22 @@ def attention_errors(
     # 1. weights
     z = (scale * q @ k.mT).masked_fill(~visible, -torch.inf)
     below = (z.amax(-1, keepdim=True) - z).masked_fill(~visible, 0)
-    size, width, keys = scale * q.abs() @ k.abs().mT, q.shape[-1], k.shape[1]
+    size, width = scale * q.abs() @ k.abs().mT, q.shape[-1]
     z_size = z.masked_fill(~visible, 0).abs()
     errors = rule.add(rule.gamma(width + 4) * size, rule.gamma(4) * (z_size + below + 1)) * visible
     p = z.softmax(-1)
-    by_p = (p * rule.softmax(p, errors, keys) + UNDERFLOW) * visible
+    by_p, by_p_again = ((p * rule.softmax(p, errors, again) + UNDERFLOW) * visible for again in (False, True))
     # 2. output, from weights that are stored before their sum is known, and gradient of the values
     by_stored = by_p if stored == torch.float32 else rule.add(by_p, rule.share(p, stored))
     by_out = rule.add(rule.times(by_stored * visible, v), rule.product(p, v))
-    by_v = rule.add(rule.times((kept(p, by_p) * visible).mT, up), rule.product(p.mT, up))
+    by_v = rule.add(rule.times((kept(p, by_p_again) * visible).mT, up), rule.product(p.mT, up))
     # 3. gradients by the scores
     rounded = rule.add(by_out, rule.rounding(out.abs() + by_out, dtype)) if dtype != torch.float32 else by_out
     by_delta = rule.add(rule.sum(up.abs() * rounded, -1), rule.gamma(width + 4) * (up * out).abs().sum(-1))
     difference = up @ v.mT - (up * out).sum(-1, keepdim=True)
     by_difference = rule.add(rule.product(up, v.mT), by_delta[..., None], rule.gamma(4) * difference.abs())
     ds = p * difference
-    by_ds = kept(ds, rule.add(by_p * difference.abs(), p * by_difference, rule.gamma(4) * ds.abs())) * visible
+    by_ds = kept(ds, rule.add(by_p_again * difference.abs(), p * by_difference, rule.gamma(4) * ds.abs())) * visible
     # 4. gradients of queries and keys
     by_q = scale * rule.add(rule.times(by_ds, k), rule.product(ds, k))
     by_k = scale * rule.add(rule.times(by_ds.mT, q), rule.product(ds.mT, q))
@@ -244,11 +253,13 @@ def head_bounds(
     stored: bool = False,
     exponentials: torch.dtype = torch.float32,
     by_up: tuple[Bound, Bound] | None = None,
+    factor: float = 1.0,
 ) -> list[Bound]:
     """Bounds of all that an LM head gives in float32 and, for gradients, in a dtype that they are rounded to.
 
     `stored`: gradients by logits are stored in that dtype too; `exponentials`: what these are made from is stored in.
-    `by_up` (A,) are errors of the upstream gradients.
+    `by_up` (A,) are errors of the upstream gradients. The gradients are rounded before a `factor`, a power of 2,
+    reaches them: that rounds nothing but what has underflowed.
     """
     found = []
     bias = head.bias if len(exact) == 5 else None
@@ -259,7 +270,7 @@ def head_bounds(
         gradients = known.gradients(head.targets, up, given, *kept)
         values = [known.by_log_p.gather(1, head.targets[:, None])[:, 0], known.by_entropy]
         found.append([rounded(rule, e, x, torch.float32) for e, x in zip(values, exact[:2], strict=True)])
-        found[-1] += [rounded(rule, e, x, half) for e, x in zip(gradients, exact[2:], strict=True)]
+        found[-1] += [rounded(rule, e, x, half, factor) for e, x in zip(gradients, exact[2:], strict=True)]
     return [Bound(*pair) for pair in zip(*found, strict=True)]
 
 
@@ -325,9 +336,9 @@ def loss_bounds(
     return found
 
 
-def rounded(rule: Rule, error: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """The error of a result that is rounded at the end."""
-    return rule.add(error, rule.rounding(exact.abs() + error, dtype))
+def rounded(rule: Rule, error: Tensor, exact: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """The error of a result that is rounded at the end, but for a factor that comes later."""
+    return rule.add(error, factor * rule.rounding((exact.abs() + error) / factor, dtype))
 
 
 def errors_of(found: Tensor, exact: Tensor) -> Tensor:

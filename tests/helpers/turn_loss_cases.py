@@ -113,6 +113,8 @@ def linear_loss_bounds(
     up = (2 * found[names[0]], 2 * found[names[1]])
     by_up = (by_name[names[0]].scaled(2), by_name[names[1]].scaled(2))
     half = torch.float16 if dtype != torch.float32 else dtype
-    by_head = head_bounds(head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up)
+    by_head = head_bounds(
+        head, seen, up, dtype, temperature=TEMPERATURE, stored=True, exponentials=half, by_up=by_up, factor=4.0
+    )
     metrics = [by_name[name] for name in found if name not in ("loss", "coef", *names)]
     return [by_name["loss"], by_name["coef"], *values, *metrics, *by_head[2:]]

@@ -158,7 +158,7 @@ def test_a_path_longer_than_a_row() -> None:
     tree.advantages = np.ones(3)
     rows = pack_trees([tree], TURN, 12, max_prefix=20)
     assert [(row.num_tokens, row.depth, row.prefix_tokens) for row in rows] == [(10, 0, 0), (10, 1, 10), (10, 2, 20)]
-    with pytest.raises(ValueError, match=r"train\.max_tokens to at least 30, or train\.prefix_memory_gb"):
+    with pytest.raises(ValueError, match=r"train\.row_tokens to at least 30, or train\.prefix_memory_gb"):
         pack_trees([tree], TURN, 12, max_prefix=19)
     with pytest.raises(ValueError, match="at least 30"):
         pack_trees([tree], TURN, 9, max_prefix=1000)
@@ -173,23 +173,27 @@ def test_a_row_without_its_prefix_is_refused() -> None:
 
 @pytest.mark.parametrize("choice", ["none", "layer"])
 def test_how_often_tokens_are_forwarded_and_what_is_held(choice: str) -> None:
-    """Fails if an ancestor is forwarded more than once plus its recomputation, or opened rows are held too long."""
+    """Fails if an ancestor is forwarded more than once plus its recomputation, or scored when it is opened too, or if
+    opened rows are held too long."""
     policy = Policy(make("qwen3"), gradient_checkpointing=choice).train()
     rows = pack_trees(deep_forest(), TURN, 30, dtype=torch.float64, max_prefix=500)
     forwarded: list[int] = []
     held: list[int] = []
+    scored: list[int] = []
 
     def count(_: object, inputs: tuple[torch.Tensor, ...], __: object) -> None:
         forwarded.append(inputs[0].shape[-2])
         held.append(sum(type(x) is OpenedRow for x in gc.get_objects()))
 
     policy.model.model.layers[0].mlp.register_forward_hook(count)
+    policy.model.lm_head.register_forward_hook(lambda _, inputs, __: scored.append(len(inputs[0])))
     accumulate_gradients(policy, rows, TURN)
     opened = {p.row for p in plan_passes([rows])[0] if p.kind == "open"}
     once = sum(row.num_tokens for row in rows)
     again = sum(rows[i].num_tokens for i in opened)
     least = once + again if choice == "none" else 2 * once - policy.skipped_tokens
     assert sum(forwarded) == least
+    assert sum(scored) == sum(row.num_actions for row in rows)
     assert max(held) <= 1 + max(row.depth for row in rows)
     gc.collect()
     assert not any(type(x) is OpenedRow for x in gc.get_objects())

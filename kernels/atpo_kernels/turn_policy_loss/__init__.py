@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
 from atpo_kernels.autograd import attach_gradients
 from atpo_kernels.checks import check_arguments
-from atpo_kernels.choices import Reduction
+from atpo_kernels.choices import Reduction, check_choice
 from atpo_kernels.devices import kernel_context
 from atpo_kernels.dispatch import choose
 from atpo_kernels.records import LeafPaths, LossConfig, TokenWeights, TurnLoss
@@ -88,8 +88,7 @@ def turn_policy_loss(
     config = replace(config or LossConfig(), **overrides)
     if reduction is None:
         reduction = "sum" if weights is not None or turn_offsets is not None else "seq-mean-token-mean"
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"turn_policy_loss: reduction={reduction!r}: must be one of {', '.join(get_args(Reduction))}")
+    check_choice("turn_policy_loss: reduction", reduction, Reduction)
     tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
     if turn_offsets is not None:
         turn_offsets = turn_offsets.to(logprob.device, non_blocking=True)
