@@ -166,7 +166,7 @@ class HeadErrors:
         hit = torch.nn.functional.one_hot(targets, p.shape[1])
         deviation = self.log_p + self.entropy[:, None]
         # 1. softmax, and its logarithm
-        kept = rule.share(p, exponentials) + UNDERFLOW
+        kept = rule.share(p, exponentials) * (1 - hit) + UNDERFLOW  # the target's is taken from its log-prob
         by_p = rule.add(p * self.by_log_p_again, kept)
         # 2. gradient by the logits
         gradient = (up_logprob * (hit - p) - up_entropy * p * deviation) / self.temperature
@@ -258,8 +258,8 @@ def head_bounds(
     """Bounds of all that an LM head gives in float32 and, for gradients, in a dtype that they are rounded to.
 
     `stored`: gradients by logits are stored in that dtype too; `exponentials`: what these are made from is stored in.
-    `by_up` (A,) are errors of the upstream gradients. The gradients are rounded before a `factor`, a power of 2,
-    reaches them: that rounds nothing but what has underflowed.
+    `by_up` (A,) are errors of the upstream gradients. The gradients are rounded before a `factor`, a power of 2, comes,
+    which rounds only what has underflowed.
     """
     found = []
     bias = head.bias if len(exact) == 5 else None

@@ -40,7 +40,7 @@ def case(lengths: list[int], seed: int) -> tuple[Any, dict[str, Any]]:
 
 
 def run(head: Any, keywords: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any) -> list[Tensor]:
-    """Every output, and the gradients under an upstream gradient of a power of 2, by which nothing rounds."""
+    """Every output, and the gradients under an upstream gradient other than 1: a power of 2, so it rounds nothing."""
     leaves = head.leaves(dtype)
     out = linear_turn_policy_loss(leaves[0], leaves[1], head.targets, bias=leaves[2], **keywords, **more)
     assert isinstance(out, LinearTurnLoss) and not out.logprob.requires_grad and not out.entropy.requires_grad
