@@ -31,16 +31,12 @@ from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.task import load_task
 from atpo_fast.train.from_config import build_model
 from atpo_fast.tree import TurnTree
-from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
 from tests.helpers.completions_server import CompletionsServer, Fault
+from tests.helpers.runs import TINY, records, run
 from tests.helpers.scripted_engine import Search, as_data, questions
-from tests.integration.test_training import TINY, records, run
+from tests.helpers.served_requests import PROMPTS, SMALL, request
 
-SMALL = word_level_tokenizer(split_words(" one two three?\n:Page Tool"))  # 10 tags among 20 tokens: calls happen often
 ASKED = questions(4)
-PROMPTS = [
-    SMALL.encode(text, add_special_tokens=False) for text in (" one two?\n", "Page?", "Tool three one?", ": two\n")
-]
 TOOLS = ToolsConfig(call_limit=3)
 
 
@@ -116,17 +112,6 @@ def expected() -> list[TurnTree]:
 
 def assert_same(trees: list[TurnTree], expected: list[TurnTree]) -> None:
     assert [as_data(tree) for tree in trees] == [as_data(tree) for tree in expected]
-
-
-def request(number: int = 0, tree: str = "t", tokens: int = 5, **sampling: Any) -> Request:
-    prompt = PROMPTS[0]
-    return Request(
-        prompt_ids=prompt,
-        sampling=SamplingParams(**{"max_new_tokens": tokens} | sampling),
-        seed=number,
-        path=(PathNode(key=(tree, 0), end=len(prompt)),),
-        turn_key=(tree, number + 1),
-    )
 
 
 # ---- the same trees

@@ -19,7 +19,7 @@ from atpo_fast.engines.vllm import engine as vllm_engine
 from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.engines.vllm.start import llm_options, start_llm
 from atpo_fast.train.weights import whole_parameters
-from tests.engines.test_stops import byte_level
+from tests.helpers.small_tokenizers import byte_level
 
 TOKENIZER = byte_level()
 SIZES = dict(vocab_size=336, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -13,7 +13,7 @@ from atpo_fast.policy import Policy
 from atpo_fast.policy import policy as policy_module
 from atpo_fast.policy.checkpointing import GradientTokens
 from atpo_kernels import make_tree_blocks
-from tests.policy.test_policy import MODELS, SIZES, make, trees
+from tests.helpers.policies import MODELS, SIZES, make, trees
 
 
 def gradients(policy: Policy, row: PackedTrees, coef: Tensor) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from atpo_fast.policy import Policy, accumulate_gradients, score_rows
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.policy.opened_rows.prefix import OpenedRow
 from tests.helpers.flat_reference import exact_norms, visible_keys
+from tests.helpers.policies import MODELS, VOCAB, make
 from tests.helpers.strategies import forests
-from tests.policy.test_policy import MODELS, VOCAB, make
 
 TURN = Objective.preset("at2po", clip_low=0.3, clip_high=0.3)
 KL = Objective.preset("at2po", kl="k3", kl_coef=0.1)  # nothing is pruned

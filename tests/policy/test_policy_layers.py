@@ -16,7 +16,7 @@ from atpo_fast.policy import Policy, layers
 from atpo_fast.policy.layers import use_liger
 from tests.helpers.flat_reference import exact_norms
 from tests.helpers.interpreter import DEVICE, tl
-from tests.policy.test_policy import MODELS, make, trees
+from tests.helpers.policies import MODELS, make, trees
 
 ops = pytest.importorskip("liger_kernel.ops")
 KERNELS = ("LigerRMSNormFunction", "LigerSiLUMulFunction", "LigerRopeFunction")
