@@ -220,7 +220,9 @@ def test_requests_join_while_others_decode(batch_size: int, tokenizer: PreTraine
         for n, stop in enumerate([("</search>",), (), ("w3", "</search>")], start=1)
     ]
     plain = make_model()
-    engine, done, sizes = make_engine(tokenizer, batch_size=batch_size), {}, []
+    engine = make_engine(tokenizer, batch_size=batch_size)
+    done: dict[Any, Completion] = {}
+    sizes: list[int] = []
     for begin in range(0, len(asks), 2):
         engine.submit(asks[begin : begin + 2])
         for _ in range(3):
@@ -292,8 +294,10 @@ def test_the_batch_grows_again_after_a_shortage(tokenizer: PreTrainedTokenizerFa
     asks = [request(tree, f"t{i}", 0, 1, params, i) for i, tree in enumerate(roots(40, lengths=(3, 6)))]
     plain = make_model()
     engine.submit(asks)
-    limits, done = [], {}
+    limits: list[int] = []
+    done: dict[Any, Completion] = {}
     while engine.in_flight:
+        assert engine._batch is not None
         limits.append(engine._batch.limit)
         done.update(engine.poll())
     assert engine.counters.evicted_tokens > 0 and min(limits) < 10

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from atpo_fast.engines.stops import StopMatcher, StopTable, vocabulary_bytes
 from tests.helpers.small_tokenizers import byte_level, first_stop, metaspace, word_level
@@ -26,7 +27,7 @@ def walk(table: StopTable, ids: Sequence[int]) -> tuple[int, str] | None:
 # A stop spread over tokens, inside one token, after a false start, or next to multi-byte text that is missed or
 # reported at another token fails here. The tokenizer kinds differ in where a token's spaces come from.
 @pytest.mark.parametrize("make", [byte_level, metaspace, word_level])
-def test_stops_equal_decoding_every_prefix(make) -> None:
+def test_stops_equal_decoding_every_prefix(make: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
     stops = ("</search>", "</answer>", "?")
     table = StopTable(vocabulary_bytes(tokenizer, len(tokenizer)), stops)

@@ -28,7 +28,7 @@ from tests.helpers.small_tokenizers import byte_level, first_stop
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (`make test-vllm` does)")
 
 TOKENIZER = byte_level()
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=-(-len(TOKENIZER) // 8) * 8,
     hidden_size=64,
     intermediate_size=96,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import pytest
@@ -59,7 +59,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     Qwen3Config(**SIZES).save_pretrained(tmp_path)
     monkeypatch.setattr(vllm_engine, "check_vllm", lambda: Version("0.32.0"))
 
-    def made(sleep: str, device: torch.device = CUDA, **options: Any) -> tuple[VLLMEngine, list[str]]:
+    def made(
+        sleep: Literal["off", "host", "drop"], device: torch.device = CUDA, **options: Any
+    ) -> tuple[VLLMEngine, list[str]]:
         llm = StandIn()
         monkeypatch.setattr(vllm_engine, "start_llm", lambda *_: (None, llm))
         config = VLLMConfig(sleep=sleep)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -39,6 +40,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def make(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return MODELS[name]().double()
+
+
+def grad_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, which has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def trees() -> list[TurnTree]:

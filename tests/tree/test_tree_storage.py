@@ -57,8 +57,8 @@ def test_damaged_tree_is_named() -> None:
 def test_readable_record(tmp_path: Path) -> None:
     # fails if text is decoded from the wrong tokens or a number belongs to another turn
     tree = make_tree()
-    tree.values = np.arange(5.0)
-    tree.advantages = np.arange(5.0) - 2
+    tree.values = np.arange(5.0, dtype=np.float64)
+    tree.advantages = np.arange(5.0, dtype=np.float64) - 2
     append_trees(tmp_path / "trees.jsonl", [tree], 4, Letters())
     record = read_trees(tmp_path / "trees.jsonl")[0]
     assert record["question_id"] == "q1" and record["step"] == 4 and record["meta"]["question"] == "Who?"
