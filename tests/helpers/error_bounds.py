@@ -266,7 +266,8 @@ def head_bounds(
     for rule, half in ((WORST, dtype), (TYPICAL, torch.float32)):
         known = HeadErrors.of(rule, head.hidden, head.weight, bias, temperature)
         kept = [half if stored else torch.float32, exponentials if half == dtype else torch.float32]
-        given = None if by_up is None else tuple(x.worst if rule.worst else x.typical for x in by_up)
+        worse = [x.worst if rule.worst else x.typical for x in by_up or ()]
+        given = (worse[0], worse[1]) if worse else None
         gradients = known.gradients(head.targets, up, given, *kept)
         values = [known.by_log_p.gather(1, head.targets[:, None])[:, 0], known.by_entropy]
         found.append([rounded(rule, e, x, torch.float32) for e, x in zip(values, exact[:2], strict=True)])

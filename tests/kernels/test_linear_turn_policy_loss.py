@@ -232,10 +232,11 @@ def test_chunks_hold_whole_turns(lengths: list[int], max_rows: int) -> None:
 def test_errors_say_what_is_wrong() -> None:
     """Fails if a reduction without meaning is computed, or the checks of the head are skipped."""
     head, keywords = case([3, 2], 0)
-    for weight, more, message in [
+    cases: list[tuple[Tensor, dict[str, Any], str]] = [
         (head.weight[:0], {}, "linear_turn_policy_loss: weight has no elements"),
         (head.weight, {"reduction": "none"}, "linear_logprob and turn_policy_loss"),
         (head.weight, {"reduction": "token-mean"}, "'sum' or 'none'"),
-    ]:
+    ]
+    for weight, more, message in cases:
         with pytest.raises(ValueError, match=message):
             linear_turn_policy_loss(head.hidden, weight, head.targets, **keywords, **more)
