@@ -106,7 +106,6 @@ def cold_start(policy: Policy, task: Task, steps: int, draw: np.random.Generator
         for tree in batch:
             tree.advantages = np.ones(len(tree))
         loss = sum(-(row.weight_pos * policy(row)[0]).sum() for row in pack_trees(batch, likelihood, ROW_TOKENS))
-        assert isinstance(loss, torch.Tensor)
         loss.backward()
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 20, 0.1 + (steps - step) / steps)
         optimizer.step()

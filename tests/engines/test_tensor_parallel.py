@@ -33,7 +33,9 @@ def follow(rank: int, store: str, outcomes: Any) -> None:
         return by_seed(prompt, request)
 
     part = ScriptedEngine(script)
-    engine = SharedEngine(part, dist.group.WORLD)
+    world = dist.group.WORLD
+    assert world is not None
+    engine = SharedEngine(part, world)
     search = make_search(engine)
     found: dict[str, Any] = {}
     for name in ("first", "failed", "again"):
