@@ -304,7 +304,7 @@ def test_refused_requests_leave_nothing_behind(engine: VLLMEngine) -> None:
     node = tree.add_turn(0, answer.token_ids, answer.logprobs, [7, 8], finish_reason="stop")
     wrong = request(tree, "t", node, 2, FREE)
     at = len(tree.path_ids(0)) + 3
-    wrong.prompt_ids = [*wrong.prompt_ids[:at], 300, *wrong.prompt_ids[at + 1 :]]  # type: ignore[misc]
+    wrong.prompt_ids = [*wrong.prompt_ids[:at], 300, *wrong.prompt_ids[at + 1 :]]
     with pytest.raises(ValueError, match=rf"token {at} of the path is 300, but was {answer.token_ids[3]} \(token 3"):
         engine.generate([wrong])
     engine.generate([request(tree, "t", node, 2, FREE)])
