@@ -1,6 +1,6 @@
 """Which packages are installed from where: `atpo_fast` from the root, `atpo_kernels` from its source root `kernels/`.
 
-Everything else about the project is in pyproject.toml. `pip install ./kernels` installs `atpo_kernels` alone.
+Everything else about the project is in pyproject.toml. `pip install ./kernels` installs only `atpo_kernels`.
 """
 
 from setuptools import find_namespace_packages, setup

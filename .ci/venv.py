@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def preinstalled_torch() -> Path | None:
-    """The folder that holds an importable PyTorch in range, if this Python has one."""
+    """Find the folder that holds an importable PyTorch in range, if this Python has one."""
     try:
         import torch
     except Exception:  # absent or broken: either way not one to keep
@@ -41,12 +41,12 @@ def preinstalled_torch() -> Path | None:
 
 
 def site_packages() -> Path:
-    """The package folder of `.venv`."""
+    """Return the package folder of `.venv`."""
     return next((VENV / "lib").glob("python3*/site-packages"))
 
 
 def write_constraints() -> None:
-    """`constraints.txt` without the packages that the kept PyTorch's folder brings."""
+    """Write `constraints.txt` without the packages that the kept PyTorch's folder brings."""
     foreign = site_packages() / FOREIGN
     kept = (
         {normal(d.metadata["Name"]) for d in distributions(path=[foreign.read_text().strip()])}
@@ -58,7 +58,7 @@ def write_constraints() -> None:
 
 
 def normal(name: str) -> str:
-    """A distribution's name as pip compares it."""
+    """Normalise a distribution's name as pip does."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

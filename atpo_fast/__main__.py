@@ -1,4 +1,4 @@
-"""`python -m atpo_fast` is `atpo-fast`."""
+"""Run the command line: `python -m atpo_fast` does what `atpo-fast` does."""
 
 from __future__ import annotations
 

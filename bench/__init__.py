@@ -9,7 +9,7 @@ One folder a subject; each has its cases, what they measure, what they must show
     packing/     random forests, their rows, and what the host does before a forward
     systems/     the quickstart by seed, schedules of rollouts, retrieval
     kernels/     what every Triton kernel takes of a GPU, compiled without one
-    results/     the records (cpu/, gpu/), RESULTS.md and plots made of them
+    results/     the records (cpu/, gpu/), and RESULTS.md and plots drawn from them
 
 `python -m bench --help` says how they are run.
 """

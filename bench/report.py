@@ -33,7 +33,7 @@ _PREAMBLE = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Write RESULTS.md and its plots from the records."""
     parser = argparse.ArgumentParser(
         prog="python -m bench report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Measure operators, layers and whole updates side by side with their peers: a record for each case in bench/results/.
 
     python -m bench                         every case of this machine (a GPU where there is one), must-show cases first
-    python -m bench --quick                 the must-show cases alone
+    python -m bench --quick                 the must-show cases only
     python -m bench --cases turn_policy_loss,clipped       cases whose name has one of these in it
     python -m bench --list                  print the names
 
@@ -29,7 +29,7 @@ _SECONDS = {"cuda": 1.0, "cpu": 3.0}  # of samples per implementation
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Measure the chosen cases and write their records."""
     options = _parser().parse_args(arguments)
     parts = options.cases.split(",")
     chosen = [
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cases", default="", help="parts of names, separated by commas")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
-    parser.add_argument("--quick", action="store_true", help="the must-show cases alone")
+    parser.add_argument("--quick", action="store_true", help="the must-show cases only")
     parser.add_argument("--budget", type=float, help="seconds after which no further case is started")
     parser.add_argument("--seconds", type=float, help="seconds of samples per implementation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))

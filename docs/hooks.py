@@ -72,7 +72,7 @@ def configuration_tables() -> str:
 
 
 def _section(cls: type, prefix: str, title: str) -> Iterator[str]:
-    """The table of one section, and those of the sections in it."""
+    """Yield the table of one section, and those of the sections in it."""
     from pydantic import TypeAdapter
 
     described = TypeAdapter(cls).json_schema()
@@ -100,7 +100,7 @@ def _section(cls: type, prefix: str, title: str) -> Iterator[str]:
 
 
 def _dataclasses(hint: Any) -> list[type]:
-    """The configuration classes in a type: itself, those of a union, or that of a list's items."""
+    """List the configuration classes in a type: itself, those of a union, or that of a list's items."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
     return [cls for part in get_args(hint) for cls in _dataclasses(part)]
@@ -124,7 +124,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value as it is written in a file."""
+    """Write a value as a configuration file does."""
     if value is None:
         return "null"
     if isinstance(value, bool):

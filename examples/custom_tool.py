@@ -23,7 +23,7 @@ def convert(
     unit: Annotated[Literal["km", "mi"], Field(description="Unit that the value is given in.")],
     digits: int = 1,
 ) -> str:
-    """Converts a length from kilometres to miles, or from miles to kilometres."""
+    """Convert a length from kilometres to miles, or from miles to kilometres."""
     other = "mi" if unit == "km" else "km"
     return f"{value * METRES[unit] / METRES[other]:.{digits}f} {other}"
 

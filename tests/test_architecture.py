@@ -24,7 +24,6 @@ SHORT = {
     "atpo_fast/policy/model.py": "loads a model, also for engines that have no policy",
     "bench/attention/bench_attention.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/attention/sdpa.py": "one implementation to compare with, of which each has its file",
-    "bench/kernels/bench_kernels.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/update/bench_update.py": "what pytest-benchmark runs of this subject, of which each has its file",
 }
 """Files of fewer lines than `SHORTEST`, and why they are; those named __init__.py are not asked."""

@@ -1,4 +1,4 @@
-"""`atpo-fast cold-start` (once `sft`): the cold start alone, and its evaluation."""
+"""`atpo-fast cold-start` (formerly `sft`): the cold start without RL, and its evaluation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cold_start(run: Run, arguments: argparse.Namespace) -> int:
 COLD_START = LaunchedVerb(
     name="cold-start",
     old_names=("sft",),
-    summary="the cold start alone: supervised training on demonstrations, loss on action tokens only",
+    summary="the cold start without RL: supervised training on demonstrations, loss on action tokens only",
     detail="Writes a Hugging Face folder into the run folder and evaluates it.",
     example="atpo-fast cold-start --config configs/quickstart.yaml cold_start.steps=100",
     work=cold_start,

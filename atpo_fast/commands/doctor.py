@@ -50,12 +50,12 @@ class Requirement:
 
 @dataclass(kw_only=True)
 class Environment:
-    """What is on this machine."""
+    """The software and hardware found on this machine."""
 
-    versions: dict[str, str] = field(default_factory=dict)  # installed distributions that matter
-    requirements: list[Requirement] = field(default_factory=list)  # the project's own
-    companions: dict[str, list[Requirement]] = field(default_factory=dict)  # what vllm and others ask of torch, numpy
-    broken: dict[str, str] = field(default_factory=dict)  # module -> why its import fails
+    versions: dict[str, str] = field(default_factory=dict)  # versions of the installed distributions that matter
+    requirements: list[Requirement] = field(default_factory=list)  # requirements of the project
+    companions: dict[str, list[Requirement]] = field(default_factory=dict)  # those of vllm and others on torch, numpy
+    broken: dict[str, str] = field(default_factory=dict)  # error of each module whose import fails
     cores: int = 1
     memory_gib: float = 0.0
     gpus: list[str] = field(default_factory=list)  # one line each
@@ -69,7 +69,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that has to be fixed."""
+    """A problem of the installation, and its remedy."""
 
     what: str
     remedy: str
@@ -158,7 +158,7 @@ def _torch_devices() -> tuple[str | None, list[str]]:
 
 
 def _nvidia_driver() -> bool:
-    """Tell whether an NVIDIA driver answers."""
+    """Tell whether `nvidia-smi` exists and lists GPUs."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return False
@@ -252,7 +252,7 @@ def _device_problems(environment: Environment) -> Iterator[Problem]:
 
 
 def render(environment: Environment, problems: list[Problem]) -> str:
-    """Write the report as text."""
+    """Render the report as lines of text."""
     lines = [f"{'python':<22}{platform.python_version()} ({sys.executable})", f"{'system':<22}{platform.platform()}"]
     ranges = {r.name: r.ranges for r in environment.requirements}
     lines += [f"{name:<22}{found:<18}{ranges.get(name, '')}".rstrip() for name, found in environment.versions.items()]

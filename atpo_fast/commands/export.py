@@ -12,7 +12,7 @@ from atpo_fast.common.files import replacing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add where from and where to."""
+    """Add the arguments CHECKPOINT and TARGET."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint folder, or a run folder")
     parser.add_argument("target", metavar="TARGET", help="new or empty folder")
 

@@ -1,4 +1,4 @@
-"""Starting the processes of a run with DeepSpeed's launcher, passing signals on, and returning their exit code.
+"""Start the processes of a run with DeepSpeed's launcher, pass signals on, and return their exit code.
 
 This starts `deepspeed.launcher.launch`, the part of the `deepspeed` command that runs on each machine: unlike the whole
 command it passes signals on and honours CUDA_VISIBLE_DEVICES. For several machines use
@@ -88,7 +88,7 @@ def launch(
 
 
 class _SignalRelay:
-    """Passes SIGINT and SIGTERM on to the processes of a run."""
+    """A relay of SIGINT and SIGTERM to the processes of a run."""
 
     def __init__(self, child: subprocess.Popen[bytes]):
         self.received: list[int] = []
@@ -118,7 +118,7 @@ class _SignalRelay:
 
 
 def _environment(placement: Placement) -> dict[str, str]:
-    """Return the environment of the processes."""
+    """Return the environment variables of the launched processes."""
     env = dict(os.environ)
     env["DS_ACCELERATOR"] = placement.device
     # DeepSpeed finds ninja on PATH; without an activated environment it lies beside the interpreter.

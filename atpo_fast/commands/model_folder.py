@@ -1,4 +1,4 @@
-"""Which folder holds the model: the one definition of what a checkpoint and a run folder stand for."""
+"""Find the folder that holds the model of a checkpoint or a run: the one definition of it."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from atpo_fast.commands.verb import Verb
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what to report on."""
+    """Add the argument RUN, the source of the report."""
     parser.add_argument("source", metavar="RUN", help="run folder, or a file that `atpo-fast rollout` wrote")
 
 

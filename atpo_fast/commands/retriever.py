@@ -1,4 +1,4 @@
-"""`atpo-fast retriever`: options and running. It builds an index if need be, with a progress bar, and serves it."""
+"""`atpo-fast retriever`: build an index where there is none, with a progress bar, and serve it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def retriever(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace, folder: Path) -> int:
-    """Serve until a signal comes. The address is taken before the build, so that an occupied port is told at once."""
+    """Serve until a signal comes. The address is bound before the build, so that an occupied port fails at once."""
     from atpo_fast.retrieval import open_index
     from atpo_fast.retrieval.server import listen, make_app, serve
 
@@ -171,7 +171,7 @@ def _occupied(options: argparse.Namespace, error: Exception) -> int:
 
 
 def _positive(text: str) -> int:
-    """Read a whole number above 0."""
+    """Parse a command-line argument that is a whole number above 0."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
@@ -181,7 +181,7 @@ def _positive(text: str) -> int:
 RETRIEVER = Verb(
     name="retriever",
     summary="a search server over a corpus: POST /retrieve, as published with AT2PO and Search-R1",
-    detail="Builds the index first (BM25, or dense vectors in FAISS), or goes on with one that was interrupted; an "
+    detail="Builds the index first (BM25, or dense vectors in FAISS), or continues one that was interrupted; an "
     "index that is there is used again. Point tools.search_url at the printed address, or tools.index_dir at the "
     "index.",
     example="atpo-fast retriever --corpus wiki-18.jsonl --index bm25 --index-dir indexes/wiki18 --port 8000",

@@ -17,7 +17,7 @@ SPLITS = ("train", "eval")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the file, and which questions."""
+    """Add the options that name the output file and choose the questions."""
     parser.add_argument(
         "--out",
         type=_forest,

@@ -1,4 +1,4 @@
-"""The named choices of model and credit: the one list of their values, for the configuration and for what it sets up.
+"""The named choices of model, credit and objective: the one list of their values, for configuration and code.
 
 Those of the loss are in `atpo_kernels.choices`.
 """
@@ -13,6 +13,8 @@ Liger = Literal["auto", "off"]
 """Whether Liger's kernels run the layers that they fit, or never."""
 CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"]
 """How rewards become advantages: `at2po` per turn, the others per trajectory."""
+Preset = Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]
+"""Published objective; what each of them sets is in `atpo_fast.objective.objective.PRESETS`."""
 TurnValue = Literal["child_softmax", "child_mean", "leaf_mean"]
 """How the value of an inner turn follows from those of its children or leaves."""
 TurnAdvantage = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]

@@ -58,11 +58,11 @@ class EngineError(AtpoError, RuntimeError):
 
 
 class ForestError(AtpoError, RuntimeError):
-    """A job of search trees cannot go on; the message says why, and what its file holds."""
+    """A job of search trees cannot continue; the message says why, and what its file holds."""
 
 
 class StopRequested(AtpoError):
-    """Raised out of a phase when the run was asked to stop."""
+    """The run was asked to stop; raised out of the current phase."""
 
     exit_code = STOPPED
 

@@ -15,7 +15,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class EventLoopThread:
-    """Runs coroutines in a daemon thread until it is closed, collected as garbage, or the interpreter ends."""
+    """An event loop in a daemon thread, until it is closed or garbage-collected, or the interpreter ends."""
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -34,7 +34,7 @@ class EventLoopThread:
 
 
 class LazyEventLoop:
-    """Runs coroutines in an event loop thread that is started when it is first needed."""
+    """An event loop in a thread that is started when it is first needed."""
 
     def __init__(self, name: str) -> None:
         self._name = name

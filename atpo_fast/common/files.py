@@ -12,9 +12,9 @@ from pathlib import Path
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a path to write to in place of `path`; when the block succeeds, it is renamed over `path`.
 
-    What is written may be a file or a folder. The path yielded is in the same folder, which is made if need be, and its
-    name begins with a dot. What a killed writer left there is removed first. When the block raises, what it wrote is
-    removed and `path` is as it was.
+    What is written may be a file or a folder. The path yielded is in the same folder, which is created if it does not
+    exist, and its name begins with a dot. Remains of a killed writer are removed first. When the block raises, what it
+    wrote is removed and `path` is unchanged.
     """
     path = Path(path)
     partial = partial_path(path)

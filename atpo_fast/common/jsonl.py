@@ -83,7 +83,7 @@ def iterate_records(path: Path | str) -> Iterator[Record]:
 
 
 def keep_records(path: Path | str, keep: Callable[[Record], bool]) -> None:
-    """Rewrite a file with only the records for which `keep` is true; the file is replaced in one go."""
+    """Rewrite a file with only the records for which `keep` is true; the file is replaced atomically."""
     kept = [_encode(record) for record in read_records(path) if keep(record)]
     with replacing(path) as partial:
         partial.write_bytes(b"".join(kept))

@@ -14,8 +14,8 @@ def set_up_logging() -> None:
 
 
 class _StandardError(logging.Handler):
-    """Writes to what `sys.stderr` is at the time, which a display that redraws replaces by its own."""
+    """A handler that writes to the current `sys.stderr`, which a display that redraws replaces by its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
+        """Write a record to stderr as one line, its level first."""
         print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What has to hold between sections; each check raises ValueError that names the keys and says what to change."""
+"""Check what has to hold between sections; each check raises ValueError that names the keys and says what to change."""
 
 from __future__ import annotations
 

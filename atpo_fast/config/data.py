@@ -12,16 +12,16 @@ from atpo_fast.config.section import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class DataConfig:
-    """Where questions, passages and the tokenizer come from."""
+    """Sources of questions, passages and tokenizer."""
 
     source: Literal["world", "files"] = "files"
-    """Source of the task. world: the embedded world, made from a seed. files: data files on disk."""
+    """Source of the task. world: the embedded world, generated from a seed. files: data files on disk."""
     train_files: list[str] = Field(default_factory=list)
     """Question files (.json, .jsonl, .parquet, each also .gz), relative to `root`."""
     eval_files: list[str] = Field(default_factory=list)
     """Question files for evaluation."""
     corpus_files: list[str] = Field(default_factory=list)
-    """Passage files, or question files whose paragraphs are taken as passages."""
+    """Passage files, or question files whose paragraphs become the passages."""
     root: str = "."
     """Folder that the files are relative to; the environment variable ATPO_DATA overrides it."""
     max_train_questions: int | None = Field(default=None, ge=1)

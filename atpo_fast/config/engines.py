@@ -47,7 +47,7 @@ class VLLMConfig:
     """Whether CUDA graphs and compilation are left out, for a quick start (always so on CPU)."""
     sleep: Literal["off", "host", "drop"] = "host"
     """What becomes of a colocated engine's GPU memory during the update. off: it is kept. host: the weights go to host
-    memory. drop: the weights are given up and sent again when they are needed. The cache is given up in both."""
+    memory. drop: the weights are freed and sent again when they are needed. Both free the cache."""
     bucket_mb: int = Field(default=256, ge=1)
     """Size of the buckets in which weights are gathered and sent."""
 
@@ -90,13 +90,13 @@ class ServerConfig:
     health_seconds: float = Field(default=5.0, gt=0)
     """Time between health checks of a replica; shorter than a replica takes to start again."""
     patience_seconds: float = Field(default=600.0, gt=0)
-    """Time for which no replica may be up before the run gives up."""
+    """Time for which no replica may be up before the run fails."""
     sleep: bool = False
-    """Whether the servers give back their GPUs' memory while the policy is updated; for servers on the trainer's
+    """Whether the servers free their GPUs' memory while the policy is updated; for servers on the trainer's
     GPUs."""
     weights_dir: str | None = None
     """Folder that this machine and the servers see under the same path, through which they are given weights (vLLM
-    >=0.24 with VLLM_SERVER_DEV_MODE=1). Needed for training; none: the servers' weights are taken as they are."""
+    >=0.24 with VLLM_SERVER_DEV_MODE=1). Needed for training; none: the servers keep the weights that they have."""
     bucket_mb: int = Field(default=256, ge=1)
     """Size of the buckets in which weights are gathered and written."""
 

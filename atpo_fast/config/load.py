@@ -105,7 +105,7 @@ def _read_settings(path: Path) -> _Settings:
 
 
 def _read_override(override: str) -> _Settings:
-    """Read the settings of one `a.b=value`."""
+    """Parse an override `a.b=value` into its settings."""
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {override!r}: must look like key=value, for example train.steps=10")

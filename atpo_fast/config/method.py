@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from atpo_fast.common.choices import CreditMethod, TurnAdvantage, TurnValue
+from atpo_fast.common.choices import CreditMethod, Preset, TurnAdvantage, TurnValue
 from atpo_fast.config.section import STRICT, as_dict
 from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
 
@@ -28,7 +28,7 @@ class RewardConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class CreditConfig:
-    """Way from leaf rewards to advantages."""
+    """Credit assignment: from leaf rewards to advantages."""
 
     method: CreditMethod = "at2po"
     """Method of credit. at2po: per turn. The others: per trajectory."""
@@ -43,7 +43,7 @@ class CreditConfig:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `assign_credit`."""
+        """Keyword arguments of `assign_credit`."""
         arguments = as_dict(self)
         return arguments | {"k": arguments.pop("pass_at_k")}
 
@@ -52,9 +52,7 @@ class CreditConfig:
 class ObjectiveConfig:
     """The policy objective: a preset and departures from it."""
 
-    preset: Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"] = (
-        "at2po"
-    )
+    preset: Preset = "at2po"
     """Published objective to start from."""
     level: RatioLevel | None = None
     """Level of the ratio; none: the preset's (likewise below)."""

@@ -18,7 +18,7 @@ def _checkpointing_name(value: Any) -> Any:
 
 @dataclass(config=STRICT, kw_only=True)
 class ModelConfig:
-    """The policy model."""
+    """The policy model: a checkpoint, or a random model of a given size."""
 
     path: str | None = None
     """Folder with a Hugging Face model and tokenizer; none: a random model of the sizes below."""

@@ -1,4 +1,4 @@
-"""Settings of the retriever's indices."""
+"""Settings of the retriever's indices, BM25 and dense."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 Faiss = Literal["flat", "ivf", "hnsw"]
 VectorDtype = Literal["float16", "float32"]
 
-MAX_HITS = 1000  # that one query may ask for
+MAX_HITS = 1000  # number of hits that one query may ask for
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,10 @@ class BM25Settings:
     kind: ClassVar[str] = "bm25"
     k1: float = 0.9
     b: float = 0.4
-    shard_passages: int = 250_000  # passages of a shard: bounds the memory of the build
+    shard_passages: int = 250_000  # number of passages of a shard, which bounds the memory of the build
 
     def identity(self) -> dict[str, Any]:
-        """Return what the index depends on."""
+        """Return the settings on which the index depends."""
         return asdict(self)
 
 
@@ -31,16 +31,16 @@ class DenseSettings:
     """Settings of a dense index."""
 
     kind: ClassVar[str] = "dense"
-    encoder: str  # Hugging Face encoder: folder, or name on the hub
-    faiss: Faiss = "flat"  # flat: exact. ivf: looks into the nearest lists only. hnsw: walks a graph of neighbours
+    encoder: str  # folder of a Hugging Face encoder, or its name on the hub
+    faiss: Faiss = "flat"  # kind of search. flat: exact. ivf: the nearest lists only. hnsw: a graph of neighbours
     vector_dtype: VectorDtype = "float16"
     query_prefix: str = "query: "
     passage_prefix: str = "passage: "
-    max_tokens: int = 256  # longer texts are cut
-    batch_texts: int = 64  # texts of one forward
+    max_tokens: int = 256  # number of tokens to which a text is cut
+    batch_texts: int = 64  # number of texts of one forward
 
     def identity(self) -> dict[str, Any]:
-        """Return what the vectors depend on, and how queries are encoded."""
+        """Return the settings on which the vectors and the encoding of queries depend."""
         folder = Path(self.encoder)
         return {
             "encoder": str(folder.resolve()) if folder.is_dir() else self.encoder,

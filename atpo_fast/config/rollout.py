@@ -37,14 +37,14 @@ class RolloutConfig:
     max_response_tokens: int = Field(default=6192, ge=1)
     """Longest trajectory after the prompt, tool results included."""
     schedule: Literal["streaming", "synchronous"] = "streaming"
-    """Order of the work. streaming: a branch goes on as soon as its tool has answered, a tree is expanded as soon as
+    """Order of the work. streaming: a branch continues as soon as its tool answers, a tree is expanded as soon as
     its own chains are done, and the next question begins as soon as there is room. synchronous: all branches write a
     turn, then all tools run, and the trees of a group grow together. Both give the same trees but for rounding: what is
     decoded beside a request can change its last bits, and streaming depends on the tools' times. synchronous repeats a
     run exactly."""
     straggler_seconds: float = Field(default=0.0, ge=0)
-    """Time for stragglers: once half of the branches of a tree's round are done and only tools keep the others, they
-    get so many seconds more; then their turns stay leaves. 0: no limit but that of the tools."""
+    """Time limit for late tools. It starts once half of the branches of a tree's round are done and the others wait
+    for tools only; when it ends, their turns stay leaves. 0: no limit but that of the tools."""
 
     @property
     def leaves(self) -> int:

@@ -38,7 +38,7 @@ class MCPServerConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class ToolsConfig:
-    """The tools of the environment."""
+    """The tools of the environment and the limits of their calls."""
 
     builtin: list[BuiltinTool] = Field(default_factory=lambda: list[BuiltinTool](["search"]))
     """Built-in tools offered, each called by its tag."""

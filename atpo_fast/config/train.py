@@ -12,7 +12,7 @@ from atpo_fast.config.section import STRICT
 
 @dataclass(config=STRICT, kw_only=True)
 class OptimConfig:
-    """The optimizer of RL."""
+    """AdamW and its learning-rate schedule during RL."""
 
     lr: float = Field(default=1e-6, gt=0)
     """Learning rate."""
@@ -39,8 +39,8 @@ class ColdStartConfig:
     warmup_steps: int = Field(default=20, ge=0)
     """Number of steps of warm-up."""
     from_evidence: bool = False
-    """Whether demonstrations are made that search the titles of each training question's gold evidence, then answer
-    (files)."""
+    """Whether demonstrations are built from the data (files): they search the titles of a training question's gold
+    evidence, then answer."""
     demonstrations: str | None = None
     """File of demonstrations, with records {"question", "turns": [{"action", "observation"}, ...]}; none: those of the
     world."""
@@ -48,7 +48,7 @@ class ColdStartConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class TrainConfig:
-    """The RL loop."""
+    """The RL loop: batch sizes, old log-probs, evaluation and checkpoints."""
 
     steps: int = Field(default=100, ge=1)
     """Number of rollout batches; a batch is one step, whatever its number of mini-batches."""
@@ -94,7 +94,7 @@ class TrainConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class EvalConfig:
-    """Evaluation: greedy, one chain a question."""
+    """Evaluation by greedy decoding, one chain per question."""
 
     batch_size: int = Field(default=200, ge=1)
     """Number of questions answered at once."""

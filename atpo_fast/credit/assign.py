@@ -104,7 +104,7 @@ def _trajectory_advantages(forest: Forest, reward: Floats, method: str, k: int) 
 
 
 def _question_numbers(trees: Sequence[TurnTree]) -> Ints:
-    """Number the questions, (trees,): trees of one question_id share a number, those without one share with none."""
+    """Return the number of each tree's question, (trees,). Trees without a question_id share theirs with no other."""
     first: dict[str, int] = {}
     numbers = [first.setdefault(tree.question_id, t) if tree.question_id else t for t, tree in enumerate(trees)]
     return np.array(numbers, dtype=np.int64)

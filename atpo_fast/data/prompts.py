@@ -41,11 +41,11 @@ SYSTEM_PROMPT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolDescriptions:
-    """What a prompt says about tools; nothing by default.
+    """Descriptions of tools in a prompt; none by default.
 
     Attributes:
         text: part of the prompt's own text.
-        schemas: given to the chat template, in OpenAI's form.
+        schemas: schemas for the chat template, in OpenAI's form.
     """
 
     text: str = ""

@@ -8,18 +8,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One question to roll out."""
+    """A question to roll out, with its accepted answers."""
 
     id: str
     text: str
     answers: tuple[str, ...]  # accepted answers; at least one
-    source: str = ""  # data set it came from
+    source: str = ""  # data set that the question comes from
     meta: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """One passage of a search corpus."""
+    """A passage of a search corpus."""
 
     id: str
     title: str
@@ -27,5 +27,5 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """The wiki-18 layout: title in quotes, newline, text. A passage without a title is its text alone."""
+        """Passage in the wiki-18 layout: title in quotes, newline, text; without a title only the text."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text

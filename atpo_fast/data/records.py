@@ -1,4 +1,4 @@
-"""Rows of data files: .json (an array), .jsonl, .parquet, each also compressed as .gz."""
+"""Records of data files: .json (an array), .jsonl, .parquet, each also compressed as .gz."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from atpo_fast.common.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One record of a file."""
+class Record:
+    """A record of a data file, and where it was read."""
 
-    where: str  # "questions.jsonl, line 7": for error messages
-    number: int  # counted from 1
+    where: str  # place for error messages, such as "questions.jsonl, line 7"
+    number: int  # number of the line or record, from 1
     value: dict[str, Any]
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read all rows of a file; lines and rows are counted from 1.
+def read_records(path: str | Path) -> list[Record]:
+    """Read all records of a file; lines and records are counted from 1.
 
     Raises:
-        FileNotFoundError: no such file.
-        DataError: unknown file type, an empty or broken file, malformed JSON, a row that is not an object.
+        FileNotFoundError: the file does not exist.
+        DataError: the type is unknown, the file is empty or broken, JSON is malformed, or a record is not an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,21 +38,21 @@ def read_rows(path: str | Path) -> list[Row]:
         raise DataError(f"{path}: expected a .json, .jsonl or .parquet file (or one of them with .gz)")
     content = _read_bytes(path)
     if not content.strip():
-        raise DataError(f"{path}: the file is empty; expected at least one row")
-    readers = {".json": _json_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    rows = list(readers[kind](path, content))
-    if not rows:
-        raise DataError(f"{path}: the file holds no rows; expected at least one")
-    return rows
+        raise DataError(f"{path}: the file is empty; expected at least one record")
+    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
+    records = list(readers[kind](path, content))
+    if not records:
+        raise DataError(f"{path}: the file holds no records; expected at least one")
+    return records
 
 
-def parse_line(where: str, number: int, line: bytes) -> Row:
-    """The row of one line of a .jsonl file.
+def parse_line(where: str, number: int, line: bytes) -> Record:
+    """Parse one line of a .jsonl file.
 
     Raises:
-        DataError: malformed JSON, or not an object; the message begins with `where`.
+        DataError: the JSON is malformed or not an object; the message begins with `where`.
     """
-    return _row(where, number, _parse(line, where))
+    return _record(where, number, _parse(line, where))
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -65,21 +65,21 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: not a complete gzip file: {error}") from error
 
 
-def _json_rows(path: Path, content: bytes) -> Iterator[Row]:
+def _json_records(path: Path, content: bytes) -> Iterator[Record]:
     values = _parse(content, str(path))
     if not isinstance(values, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_name(values)}")
     for number, value in enumerate(values, start=1):
-        yield _row(f"{path}, row {number}", number, value)
+        yield _record(f"{path}, record {number}", number, value)
 
 
-def _jsonl_rows(path: Path, content: bytes) -> Iterator[Row]:
+def _jsonl_records(path: Path, content: bytes) -> Iterator[Record]:
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             yield parse_line(f"{path}, line {number}", number, line)
 
 
-def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
+def _parquet_records(path: Path, content: bytes) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -88,7 +88,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from error
     for number, value in enumerate(values, start=1):
-        yield _row(f"{path}, row {number}", number, value)
+        yield _record(f"{path}, record {number}", number, value)
 
 
 def _parse(content: bytes, where: str) -> Any:
@@ -100,10 +100,10 @@ def _parse(content: bytes, where: str) -> Any:
         raise DataError(f"{where}: malformed JSON: {error}") from error
 
 
-def _row(where: str, number: int, value: Any) -> Row:
+def _record(where: str, number: int, value: Any) -> Record:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, found {_name(value)}")
-    return Row(where, number, value)
+    return Record(where, number, value)
 
 
 def _name(value: Any) -> str:

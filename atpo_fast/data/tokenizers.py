@@ -26,7 +26,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     learned = vocab_size - len(TAGS)
     if learned < 256 + len(specials):
         raise ValueError(
-            f"model.vocab_size={vocab_size} is too small: bytes, special tokens and tags alone take "
+            f"model.vocab_size={vocab_size} is too small: bytes, special tokens and tags already take "
             f"{256 + len(specials) + len(TAGS)}"
         )
     tokenizer = Tokenizer(models.BPE())

@@ -1,7 +1,7 @@
-"""The engine as the tree search sees it (docs/design.md#engines), and the manners that all engines share.
+"""The engine as the tree search sees it (docs/design.md#engines), and the checks that all engines share.
 
-`Engine` says what is asked of an engine. `CheckedEngine` owns the manners: requests are checked before any of them
-begins, new weights are checked against the model, and neither weights nor cache nor memory change while requests are in
+`Engine` is the interface. `CheckedEngine` adds the shared checks: requests are checked before any of them starts,
+new weights are checked against the model, and neither weights nor cache nor memory change while requests are in
 flight. A concrete engine inherits from it and implements its hooks.
 """
 
@@ -51,7 +51,7 @@ class LeaderFailedError(EngineError):
 
 
 class Engine(ABC):
-    """Hold any number of requests in flight and complete them by continuous batching.
+    """An inference engine that completes any number of requests at a time, by continuous batching.
 
     A request is in flight from `submit` until `poll` has returned its completion. It is dropped instead when `release`
     names its tree, and when `submit` fails half-way or `poll` raises. One thread calls all methods.
@@ -131,7 +131,7 @@ class Engine(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Undo `sleep`."""
+        """Take back the memory that `sleep` has freed."""
 
     def close(self) -> None:
         """End what the engine has started; it is of no use afterwards."""
@@ -139,7 +139,7 @@ class Engine(ABC):
 
 
 class CheckedEngine(Engine):
-    """Own the manners of an engine; the work is done by the hooks of a concrete one.
+    """The checks that all engines share, around the hooks in which a concrete engine does its work.
 
     Args:
         tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
@@ -162,7 +162,7 @@ class CheckedEngine(Engine):
         self._prefixes = PrefixCheck()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Check all requests, then begin them."""
+        """Check all requests, then start them."""
         if not self.awake:
             raise RuntimeError("the engine is asleep; call wake() before submit()")
         for request in requests:
@@ -227,7 +227,7 @@ class CheckedEngine(Engine):
             self.awake = True
 
     def close(self) -> None:
-        """Drop what is in flight."""
+        """Cancel all requests in flight."""
         self._drop_all()
 
     def checked(self, named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -280,12 +280,12 @@ class CheckedEngine(Engine):
 
     @abstractmethod
     def _forget_cache(self) -> None:
-        """Forget every cache entry."""
+        """Evict every entry of the prefix cache."""
 
     @abstractmethod
     def _sleep(self) -> None:
-        """Give back memory until `_wake`."""
+        """Free the memory of weights and cache until `_wake`."""
 
     @abstractmethod
     def _wake(self) -> None:
-        """Undo `_sleep`."""
+        """Take back the memory that `_sleep` has freed."""

@@ -23,15 +23,15 @@ Ints = NDArray[np.int64]
 class _Turn:
     """Tokens of a turn: those that were sampled, and its observation once a request has brought it."""
 
-    parent: TurnKey | None  # None for a root
+    parent: TurnKey | None  # turn above; None for a root
     start: int  # index in the path of the turn's first token
     ids: Ints
     observed: bool  # whether `ids` includes the observation
-    forwarded: int  # tokens of the path, up to and with this turn, that the engine has forwarded
+    forwarded: int  # number of tokens of the path, this turn included, that the engine has forwarded
 
 
 class PrefixCheck:
-    """Remember the turns of trees that are not released yet, and compare what is asked of an engine with them."""
+    """A record of the turns of unreleased trees, with which the prompts of new requests are compared."""
 
     def __init__(self) -> None:
         self._trees: dict[Hashable, dict[int, _Turn]] = defaultdict(dict)
@@ -87,7 +87,7 @@ class PrefixCheck:
         self._asked.clear()
 
     def _check(self, request: Request, news: dict[TurnKey, _Turn]) -> int:
-        """Count the tokens known to have been forwarded, and put what the request tells of its turns into `news`."""
+        """Count the tokens known to have been forwarded, and add what is new about its turns to `news`."""
         prompt = np.asarray(request.prompt_ids, dtype=np.int64)
         ends = [node.end for node in request.path]
         if not len(prompt) or not ends or ends[-1] != len(prompt) or sorted(ends) != ends:

@@ -12,7 +12,7 @@ TurnKey = tuple[Hashable, int]  # name of the tree, number of the turn in it
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Say how one completion is sampled.
+    """Parameters by which a completion is sampled.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. A completion ends after the token that
     completes one of the `stop` strings (the token stays), after `eos_token_id`, or at `max_new_tokens`.
@@ -46,9 +46,9 @@ class PathNode:
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """Ask an engine to continue `prompt_ids` by one turn.
+    """A request to continue `prompt_ids` by one turn.
 
-    `path` tells which turns of the search tree the prompt consists of, root first (the last `end` equals
+    `path` lists the turns of the search tree of which the prompt consists, root first (the last `end` equals
     `len(prompt_ids)`), and `turn_key` names the turn about to be written, so that an engine can keep one cache entry
     per tree token and check that turns are continued as they were written. `seed` makes the sample independent of
     what else is in the batch.
@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(slots=True, kw_only=True)
 class Completion:
-    """Hold one sampled turn.
+    """A sampled turn with its log-probs.
 
     `logprobs`: log-prob of each token under the distribution it was really drawn from (temperature, top-p and top-k
     included). `policy_logprobs`: under the policy at this temperature without truncation, which is what the trainer
@@ -74,12 +74,12 @@ class Completion:
     logprobs: list[float]
     policy_logprobs: list[float]
     finish_reason: FinishReason
-    stop: str | None = None  # the stop string found
+    stop: str | None = None  # stop string that ended the turn
 
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Count the tokens of one engine since it was built.
+    """Numbers of tokens of an engine since it was built.
 
     `prefilled_tokens`: tokens that entered the cache, each counted when it gets its entry; a forest rolled out
     without eviction has exactly as many as it has unique tokens. `decoded_tokens`: the part of them that was

@@ -56,7 +56,7 @@ def _splitmix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def sample(
     logits: Tensor,  # (R, V) float32 or float64
     uniform: NDArray[np.float64],  # (R,) in [0, 1)
-    params: SamplingTable,  # of the same R rows
+    params: SamplingTable,  # parameters of the same R rows
 ) -> Draw:
     """Draw one token per row.
 
@@ -99,7 +99,7 @@ def _invert_cdf(
     weights: Tensor,  # (R, V) not negative, some positive in each row
     numbers: Tensor,  # (R,) in [0, 1)
 ) -> Tensor:
-    """(R,) the first index whose cumulative weight exceeds `number` x total; never one of weight 0."""
+    """Find the first index whose cumulative weight exceeds `number` x total, (R,); never one of weight 0."""
     cdf = weights.cumsum(dim=-1)
     total = cdf[:, -1]
     below = torch.nextafter(total, torch.zeros_like(total))  # rounding may lift number x total up to the total
@@ -111,7 +111,7 @@ def _sample_truncated(
     numbers: Tensor,  # (R,)
     params: SamplingTable,
 ) -> tuple[Tensor, Tensor]:
-    """(R,) tokens and (R,) their log-probs under the truncated distribution, drawn among tokens sorted by log-prob."""
+    """Draw (R,) tokens from the truncated distribution, and return them with their (R,) log-probs under it."""
     weights, tokens = truncate(logp, params)
     drawn = tokens.gather(1, _invert_cdf(weights, numbers)[:, None])
     logprobs = logp.gather(1, drawn) - weights.sum(dim=-1, keepdim=True).log()

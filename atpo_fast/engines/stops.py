@@ -2,7 +2,7 @@
 
 The strings become one Aho-Corasick automaton over bytes. Walking the text of every vocabulary token through it once
 gives a table `next_state[state, token]`; a batch is then advanced by one look-up. A stop string may be spread over
-tokens or sit inside one; the token that completes it is kept, even if it goes on after the string.
+tokens or sit inside one; the token that completes it is kept, even if it extends beyond the string.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TABLE_TOKENS = 16384  # tokens walked at once
 
 
 class StopTable:
-    """Find one tuple of stop strings on token ids of one vocabulary, by an automaton.
+    """An automaton that finds a tuple of stop strings on token ids of a vocabulary.
 
     State 0 is the start; a state with `found[state] >= 0` is absorbing and names the stop string by its index.
 
@@ -41,7 +41,7 @@ class StopTable:
 
 
 class StopTables:
-    """Build the tables of one tokenizer, each when it is first asked for."""
+    """The stop tables of a tokenizer, each built when it is first asked for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -64,10 +64,10 @@ def end_of_sequence_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class StopMatcher:
-    """Join tables, so that one look-up advances requests with different stops.
+    """Several tables joined, so that one look-up advances requests with different stops.
 
     Args:
-        tables: one per request; more can be added.
+        tables: tables, one per request; more can be added.
     """
 
     def __init__(self, tables: Sequence[StopTable] = ()):

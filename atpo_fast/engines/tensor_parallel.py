@@ -21,7 +21,7 @@ _FINISHED = "finished"
 
 
 class SharedEngine(Engine):
-    """Stand in for this rank's part of an engine: every call is passed on to the part, whose manners are the engine's.
+    """An engine spread over ranks, seen from one of them: every call is passed on to this rank's part.
 
     Args:
         part: takes part in collectives with the other parts, which agree when all are called alike.
@@ -45,7 +45,7 @@ class SharedEngine(Engine):
         return self._part.poll()
 
     def release(self, tree: Hashable) -> None:
-        """Forget a tree in every part."""
+        """Release a tree in the engine's part on every rank."""
         self._announce("release", tree)
         self._part.release(tree)
 
@@ -91,21 +91,21 @@ class SharedEngine(Engine):
         dist.broadcast_object_list([message], group=self._group, group_src=0)
 
     def update_weights(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights for this part."""
+        """Load new weights into this rank's part."""
         self._part.update_weights(named_parameters)
 
     def reset_prefix_cache(self) -> None:
-        """Forget this part's cache."""
+        """Evict the prefix cache of this rank's part."""
         self._part.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Give back this part's memory."""
+        """Free the memory of this rank's part."""
         self._part.sleep()
 
     def wake(self) -> None:
-        """Take back this part's memory."""
+        """Take back the memory of this rank's part."""
         self._part.wake()
 
     def close(self) -> None:
-        """End what this part has started."""
+        """Close this rank's part of the engine."""
         self._part.close()

@@ -1,4 +1,4 @@
-"""Answers of tools: turns what a tool answered or raised into text."""
+"""Answers of tools: turn what a tool answered or raised into text."""
 
 from __future__ import annotations
 

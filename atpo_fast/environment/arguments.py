@@ -21,11 +21,11 @@ class ArgumentError(ValueError):
 
 
 class TypedArguments:
-    """Read the parameters of a typed Python function.
+    """Parser of arguments for a typed Python function.
 
-    A function of one `str` parameter takes the text as it is. Any other takes a JSON object with its parameters' names,
-    whose values are checked against the type hints, and converted where pydantic converts JSON (a date, an enum). Where
-    the only parameter is written as a JSON string (a date, a literal), its bare text is taken as well.
+    A function of one `str` parameter takes the text unchanged. Any other takes a JSON object with its parameters'
+    names. Its values are checked against the type hints, and converted where pydantic converts JSON (a date, an enum).
+    Where the only parameter is written as a JSON string (a date, a literal), its bare text is taken as well.
 
     Raises:
         ValueError: `*args`, `**kwargs`, positional-only parameters, or hints that cannot be resolved or described.
@@ -84,9 +84,9 @@ class TypedArguments:
 
 
 class SchemaArguments:
-    """Read arguments that a JSON schema describes, as the OpenAI and MCP protocols give it.
+    """Parser of arguments that a JSON schema describes, as the OpenAI and MCP protocols give it.
 
-    Where the schema's only property is a string, the text is taken as it is unless it is a JSON object that fits.
+    Where the schema's only property is a string, the text is taken unchanged unless it is a JSON object that fits.
 
     Raises:
         ValueError: not a JSON schema of an object.

@@ -82,7 +82,7 @@ def load_tool(path: str) -> Callable[[str], Any]:
 
 
 def as_tool(tool: Callable[..., Any]) -> Callable[[str], Any]:
-    """Return a tool as it is, and a plain function, which has no `name`, as a FunctionTool."""
+    """Return a tool unchanged, and a plain function, which has no `name`, as a FunctionTool."""
     return tool if getattr(tool, "name", None) else FunctionTool(tool)
 
 

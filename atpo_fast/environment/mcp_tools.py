@@ -118,7 +118,7 @@ class MCPServer:
         return text
 
     async def _ready(self) -> _Connection:
-        """Return a connection that is not known to be dead, a new one if need be."""
+        """Return a connection that is not known to be dead; open a new one where there is none."""
         async with self._opening:
             if self._connection is None or self._connection.dead:
                 if time.monotonic() - self._restarted < self._restart_seconds:

@@ -1,4 +1,4 @@
-"""Runs one piece of Python code under limits: the program that the python tool starts for each call.
+"""Run a piece of Python code under limits: the program that the python tool starts for each call.
 
 Only the standard library is imported, and nothing of the package, so that it starts fast. `main` is what is started;
 the trainer imports the module for its path only, which also leaves compiled code for the starts. Three processes:
@@ -9,9 +9,9 @@ the trainer imports the module for its path only, which also leaves compiled cod
    every process that the code left behind with it when it ends;
 3. the code's own process, without privileges and under resource limits.
 
-Where bubblewrap or nobody has made namespaces, the first two are one. Without any it adopts orphans and kills them, and
-the network is closed by a system-call filter or, where that fails too, in Python only. What was obtained is reported to
-the tool, which logs it.
+Where bubblewrap or nobody has created namespaces, the first two are one. Without any it adopts orphans and kills them,
+and the network is closed by a system-call filter or, where that fails too, in Python only. The tool is told what was
+obtained, and logs it.
 
 This guards against accidents and careless code of a policy. It is no guarantee against an attack on the kernel.
 """
@@ -282,7 +282,7 @@ def _threads_of_user() -> int:
 
 
 def _drop_privileges(uid: int) -> tuple[str, bool]:
-    """Give up all capabilities, for ever; root becomes a user of whom nothing else is."""
+    """Drop all capabilities for good; root becomes a user that nothing else belongs to."""
     how, strong = "the trainer's, without privileges", True
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):

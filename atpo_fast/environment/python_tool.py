@@ -1,4 +1,4 @@
-"""The python tool: runs code in a fresh, confined interpreter process (see `python_sandbox.py`)."""
+"""The python tool: run code in a fresh, confined interpreter process (see `python_sandbox.py`)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _Run:
 
 
 class PythonTool:
-    """Runs an argument as Python code and answers with what it prints.
+    """The tool that runs its argument as Python code and answers with what the code prints.
 
     As in a notebook, a bare expression on the last line is printed (None is not). The answer is stdout when the code
     succeeds, else the end of stderr. Each call has its own process, working directory and clean environment; no
@@ -76,7 +76,7 @@ class PythonTool:
 
     Args:
         timeout_seconds: longest time of a call; then all its processes are killed.
-        max_chars: longer answers are cut to so many characters.
+        max_chars: number of characters to which an answer is cut.
         memory_mb: address space of each process.
         processes: processes and threads that one call may have.
         file_mb: size of its largest file, and of its working directory where that is in memory.
@@ -239,7 +239,7 @@ def _environment(workdir: str) -> dict[str, str]:
 
 
 def _describe_status(status: int) -> str:
-    """Return `status 3` or `signal SIGSEGV`."""
+    """Describe an exit status in words: `status 3` or `signal SIGSEGV`."""
     number = status - 128 if status > 128 else -status
     with contextlib.suppress(ValueError):
         return f"signal {signal.Signals(number).name}"

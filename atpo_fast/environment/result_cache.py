@@ -1,4 +1,4 @@
-"""Results of tools kept on disk, so that a call that was answered once is not made again."""
+"""Results of tools kept on disk, so that a call that was answered once is not repeated."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ insert into total select 0 where not exists (select * from total);
 
 
 class ResultCache:
-    """Keeps answers in an SQLite file. Several processes and threads may read and write it at once.
+    """A cache of answers in an SQLite file. Several processes and threads may read and write it at once.
 
     When the answers pass `max_mb`, the oldest are dropped. A fault of the file or disk while it is used is logged once
     and costs only the caching. The file has to be on a disk whose locks work (not every network file system's do).
 
     Raises:
-        ValueError: the file exists and is no such cache, or cannot be made.
+        ValueError: the file exists and is no such cache, or cannot be created.
     """
 
     def __init__(self, path: str | Path, *, max_mb: float = 1024.0) -> None:
@@ -172,7 +172,7 @@ class CachedTool:
         return self._await(argument, answer) if inspect.isawaitable(answer) else self._keep(argument, answer)
 
     def close(self) -> None:
-        """Close tool and file."""
+        """Close the tool and the cache file."""
         for part in (self.tool, self.cache):
             if part is not None and hasattr(part, "close"):
                 part.close()

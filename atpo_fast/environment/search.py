@@ -19,13 +19,13 @@ _PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "r
 
 
 class IndexSearch:
-    """Search in an index of any kind, in process.
+    """The search tool over an index of any kind, in process.
 
     Args:
         index: finds passages by number.
         contents: the text of a passage.
-        top_k: hits per query.
-        passage_chars: a hit is cut to so many characters.
+        top_k: number of hits per query.
+        passage_chars: number of characters to which a hit is cut.
     """
 
     name = "search"
@@ -66,15 +66,15 @@ class IndexSearch:
 
 
 class BM25Search(IndexSearch):
-    """Search in passages in memory with BM25 (k1 0.9, b 0.4, English stop words, no stemming).
+    """The search tool over passages in memory with BM25 (k1 0.9, b 0.4, English stop words, no stemming).
 
     Deterministic: equal scores are ordered by the position of the passage. Passages that share no word with the query
     are not hits.
 
     Args:
         passages: the corpus; `Passage.contents` is indexed and returned.
-        top_k: hits per query.
-        passage_chars: a hit is cut to so many characters.
+        top_k: number of hits per query.
+        passage_chars: number of characters to which a hit is cut.
 
     Raises:
         ValueError: no passages.
@@ -94,7 +94,7 @@ class BM25Search(IndexSearch):
 
 
 class HTTPSearch:
-    """Search on a retrieval server: `POST {"queries": [...], "topk": k, "return_scores": true}`.
+    """The search tool over a retrieval server: `POST {"queries": [...], "topk": k, "return_scores": true}`.
 
     The answer is `{"result": [per query: [{"document": {...}, "score": ...}, ...]]}`, best first; bare documents are
     understood too. A document has `contents`, or `title` and `text`.
@@ -104,8 +104,8 @@ class HTTPSearch:
 
     Args:
         url: address of the server.
-        top_k: hits per query.
-        passage_chars: a hit is cut to so many characters.
+        top_k: number of hits per query.
+        passage_chars: number of characters to which a hit is cut.
         timeout_seconds: longest time to connect, and then to wait for the next bytes of the answer.
     """
 
@@ -153,7 +153,7 @@ class HTTPSearch:
 
 
 def clean_query(query: str) -> str:
-    """Return the query without double quotes."""
+    """Strip a query and remove its double quotes."""
     return query.replace('"', "").strip()
 
 

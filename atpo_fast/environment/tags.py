@@ -5,7 +5,7 @@ the same assistant message with ` <result>`, a newline, the text, a newline and 
 
 What a tool answers is data. Before it becomes an observation, the first character of every tag and of every special
 token in it is written as an HTML entity (`&lt;/result>`), so that no text of a result can end the result, answer the
-question, call a tool or end the sequence. All other text stays as it is, and `unescape_tags` gives the original back.
+question, call a tool or end the sequence. All other text is unchanged, and `unescape_tags` restores the original.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class ToolCall:
 
 
 def open_tag(name: str) -> str:
-    """Return `<name>`."""
+    """Return the opening tag `<name>`."""
     return f"<{name}>"
 
 
 def close_tag(name: str) -> str:
-    """Return `</name>`; for a tool, that is also the stop string of its call."""
+    """Return the closing tag `</name>`; for a tool, that is also the stop string of its call."""
     return f"</{name}>"
 
 
@@ -78,12 +78,12 @@ def parse_call(text: str, tools: Sequence[str]) -> ToolCall | None:
 
 
 def result_opening() -> str:
-    """Return what precedes a result's text."""
+    """Return the text before a result: the opening tag and a newline."""
     return f" {open_tag(TAGS.result)}\n"
 
 
 def result_closing() -> str:
-    """Return what follows a result's text."""
+    """Return the text after a result: a newline and the closing tag."""
     return f"\n{close_tag(TAGS.result)}"
 
 

@@ -31,39 +31,39 @@ class Attempt:
 
     @property
     def is_final(self) -> bool:
-        """Return whether no further try would give anything else."""
+        """Whether no further try would give anything else."""
         return isinstance(self.outcome, str) or (self.outcome.final and not self.batched)
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A call that waits for its try, and then for what it gives."""
+    """A call that waits for its try, and then for the outcome."""
 
     argument: str
-    alone: bool
+    unbatched: bool
     attempt: asyncio.Future[Attempt]
     taken: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """One try on a thread or as a coroutine, which goes on running when it is given up."""
+    """A try on a thread or as a coroutine, which may continue after it was abandoned."""
 
     running: bool = False
-    given_up: bool = False
+    timed_out: bool = False
 
 
 class ToolQueue:
-    """Runs the calls of one tool, in the order in which they come.
+    """A queue that runs the calls of one tool in the order in which they come.
 
     `attempt` belongs to the event loop of the tool box. The tool itself runs on anyio's worker threads, or as a
     coroutine on the loop `coroutines`, which a tool may block.
 
     Args:
         tool: called with one argument; its `run_many`, if any, with the arguments of calls that wait together.
-        limit: tries that run at once.
-        timeout_seconds: longest time of a try; then it is given up. A coroutine is cancelled, a thread runs on.
-        max_chars: longer answers are cut to so many characters.
+        limit: number of tries that run at once.
+        timeout_seconds: longest time of a try; then it is abandoned. A coroutine is cancelled, a thread runs on.
+        max_chars: number of characters to which an answer is cut.
         coroutines: the event loop that coroutines of tools run on.
     """
 
@@ -76,7 +76,7 @@ class ToolQueue:
         max_chars: int,
         coroutines: LazyEventLoop,
     ) -> None:
-        self.abandoned = 0  # tries that were given up and still run
+        self.abandoned = 0  # number of abandoned tries that still run
         self._tool = tool
         self._timeout_seconds = timeout_seconds
         self._max_chars = max_chars
@@ -86,10 +86,10 @@ class ToolQueue:
         self._threads = anyio.CapacityLimiter(math.inf)  # the one above is what bounds them
         self._lock = threading.Lock()  # of `abandoned` and of every _Run
 
-    async def attempt(self, argument: str, *, alone: bool) -> Attempt:
-        """Try a call once, in a batch with others that wait unless it is to be tried `alone`."""
-        alone = alone or not hasattr(self._tool, "run_many")
-        mine = _Waiting(argument, alone, asyncio.get_running_loop().create_future())
+    async def attempt(self, argument: str, *, unbatched: bool) -> Attempt:
+        """Try a call once, in a batch with others that wait unless it is `unbatched`."""
+        unbatched = unbatched or not hasattr(self._tool, "run_many")
+        mine = _Waiting(argument, unbatched, asyncio.get_running_loop().create_future())
         self._waiting.append(mine)
         async with self._limiter:
             if not mine.taken:  # else an earlier call has it in its batch
@@ -103,7 +103,7 @@ class ToolQueue:
         """Take a call and those that become a batch with it out of the queue."""
         self._waiting.remove(first)
         batch = [first]
-        while not first.alone and self._waiting and not self._waiting[0].alone and len(batch) < _BATCH:
+        while not first.unbatched and self._waiting and not self._waiting[0].unbatched and len(batch) < _BATCH:
             batch.append(self._waiting.popleft())
         for waiting in batch:
             waiting.taken = True
@@ -169,15 +169,15 @@ class ToolQueue:
 
     def _begin(self, run: _Run) -> bool:
         with self._lock:
-            run.running = not run.given_up
+            run.running = not run.timed_out
             return run.running
 
     def _give_up(self, run: _Run) -> None:
         with self._lock:
-            run.given_up = True
+            run.timed_out = True
             self.abandoned += run.running
 
     def _end(self, run: _Run) -> None:
         with self._lock:
             run.running = False
-            self.abandoned -= run.given_up
+            self.abandoned -= run.timed_out

@@ -1,4 +1,4 @@
-"""The tool box: runs tool calls side by side, with limits, time-outs and retries, so that no tool can stop a rollout.
+"""The tool box: run tool calls side by side, with limits, time-outs and retries, so that no tool can stop a rollout.
 
 A call is a task on the event loop of the pool, a thread of its own. It waits for its turn in the queue of its tool
 (`ToolQueue`) and is tried there; tenacity decides whether and when it is tried again.
@@ -37,29 +37,29 @@ class Tool(Protocol):
     name: str
 
     def __call__(self, argument: str) -> Any:
-        """Answer one call."""
+        """Answer one call with the given argument."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """The answer to one call; `ok` is False when `text` tells of a failure instead of answering."""
+    """The answer to one call; `ok` is False when `text` describes a failure instead."""
 
     text: str
     ok: bool
 
 
 class ToolBox:
-    """Holds the tools of an environment and runs their calls.
+    """The tools of an environment, with a queue for the calls of each.
 
     Args:
         tools: tools by their `name`; a plain function is a tool too, by its `__name__` (see FunctionTool).
-        retries: further tries after a call that raised, timed out or answered nothing.
-        timeout_seconds: longest time of one try. A try that takes longer is given up: a coroutine is cancelled, a
+        retries: number of further tries after a call that raised, timed out or answered nothing.
+        timeout_seconds: longest time of one try. A try that takes longer is abandoned: a coroutine is cancelled, a
             thread runs on (it is a daemon and does not keep the interpreter from ending). A tool with more than
             MAX_ABANDONED of these is answered "unavailable" until some of them return.
-        workers: tries of one tool that run at once.
-        max_chars: longer answers are cut to so many characters.
+        workers: number of tries of one tool that run at once.
+        max_chars: number of characters to which an answer is cut.
         backoff_seconds: wait before the second try; twice as long before each further one.
         concurrency: by tool, instead of `workers`.
         timeouts: by tool, instead of `timeout_seconds`.
@@ -119,7 +119,7 @@ class ToolBox:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the names of the tools, in order."""
+        """Names of the tools, in order."""
         return tuple(self.tools)
 
     def schemas(self) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ class ToolBox:
             raise ValueError(f"two tools are called {name!r}")
 
     def _submit(self, calls: Sequence[ToolCall]) -> list[Future[ToolResult]]:
-        """Return the futures of calls. Calls that are new start together, so that a batch can be made of them."""
+        """Return the futures of calls. Calls that are new start together, so that they can form a batch."""
         futures, new = [], []
         with self._lock:
             if self._closed:
@@ -209,11 +209,11 @@ class ToolBox:
     async def _answer(self, call: ToolCall) -> None:
         """Try a call until it is answered or no try is left."""
         queue = self._queues[call.tool]
-        attempt = await queue.attempt(call.argument, alone=False)
+        attempt = await queue.attempt(call.argument, unbatched=False)
         if not attempt.is_final:  # most calls end here: tenacity would double what a batched search costs
             async for retry in self._retrying.copy():  # a copy: one object serves one call at a time
                 if retry.retry_state.attempt_number > 1:
-                    attempt = await queue.attempt(call.argument, alone=True)
+                    attempt = await queue.attempt(call.argument, unbatched=True)
                 retry.retry_state.set_result(attempt)
         self._finish(call, attempt.outcome)
 

@@ -20,7 +20,7 @@ from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
 __all__ = ["Tool", "ToolBox", "ToolResult", "make_toolbox"]
 
 _CHARS_PER_TOKEN = 16  # far above what tokenizers reach on text: cutting here never shortens a result that would fit
-_TRY_SHARE = 0.9  # of a try's time: code and servers give up before the tool box does, so that it abandons no thread
+_TRY_SHARE = 0.9  # share of a try's time: code and servers stop before the tool box does, so that it abandons no thread
 
 
 def open_further_tools(tools: ToolsConfig) -> list[Tool]:
@@ -104,10 +104,10 @@ def _python(tools: ToolsConfig) -> PythonTool:
 
 def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
     """Make the search tool, behind its caches."""
-    search: Any
+    tool: Any
     settings: dict[str, Any] = {"top_k": tools.top_k, "passage_chars": tools.passage_chars}
     if tools.search_backend == "http":
-        search = HTTPSearch(
+        tool = HTTPSearch(
             tools.search_url,
             top_k=tools.top_k,
             passage_chars=tools.passage_chars,
@@ -115,18 +115,18 @@ def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
         )
         settings["url"] = tools.search_url
     elif tools.index_dir is not None:
-        search = IndexSearch.open(
+        tool = IndexSearch.open(
             tools.index_dir, kind=tools.search_backend, top_k=tools.top_k, passage_chars=tools.passage_chars
         )
         settings["index"] = str(Path(tools.index_dir).resolve())
     else:
-        search = BM25Search(passages, top_k=tools.top_k, passage_chars=tools.passage_chars)
+        tool = BM25Search(passages, top_k=tools.top_k, passage_chars=tools.passage_chars)
         if tools.cache:
             settings["corpus"] = _digest(passages)
     if not (tools.cache or tools.published_cache):
-        return search
+        return tool
     return CachedTool(
-        search,
+        tool,
         ResultCache(tools.cache, max_mb=tools.cache_mb) if tools.cache else None,
         settings=settings,
         published=read_published_cache(tools.published_cache) if tools.published_cache else None,
@@ -134,7 +134,7 @@ def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
 
 
 def _digest(passages: Sequence[Passage]) -> str:
-    """Return a digest that tells one corpus from another."""
+    """Return a digest that distinguishes one corpus from another."""
     digest = blake2b(digest_size=16)
     for passage in passages:
         digest.update(passage.contents.encode(errors="surrogatepass"))

@@ -1,4 +1,4 @@
-"""The policy objective."""
+"""The policy objective: the loss of a packed row, and the presets of published methods."""
 
 from atpo_fast.objective.objective import Objective
 

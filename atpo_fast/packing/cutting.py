@@ -25,12 +25,12 @@ class Cut:
     length: Ints  # (N,) tokens packed of each turn
     copy_turn: Ints  # (C,)
     copy_piece: Ints  # (C,) sorted
-    repeated: Bools  # (C,) the turn was already in an earlier piece
+    repeated: Bools  # (C,) whether the turn was in an earlier piece already
     piece_of_turn: Ints  # (N,) first piece of a kept turn, -1 for others
     piece_tokens: Ints  # (pieces,)
-    piece_depth: Ints  # (pieces,) opened pieces above, whose tokens it reads as a prefix
-    piece_prefix: Ints  # (pieces,) tokens of those
-    piece_own_row: Bools  # (pieces,) of a tree cut depth-first: each is a row of its own, in this order
+    piece_depth: Ints  # (pieces,) number of opened pieces above, whose tokens it reads as a prefix
+    piece_prefix: Ints  # (pieces,) number of tokens of those
+    piece_own_row: Bools  # (pieces,) whether its tree is cut depth-first: it is a row of its own, in this order
 
 
 def turns_to_keep(forest: Forest, weights: ForestWeights, objective: Objective, prune: bool) -> Bools:
@@ -81,11 +81,11 @@ def _packed_lengths(forest: Forest, kept: Bools) -> Ints:
 class _Paths:
     """The paths to the kept turns without kept children, in pre-order (E)."""
 
-    terminals: Ints  # (E,) the turns at their ends
-    first: Ints  # (N,) first of them in each turn's subtree
-    last: Ints  # (N,) last of them
-    cost: Ints  # (E,) tokens of the path
-    shared: Ints  # (E,) tokens of it that lie on the previous path too
+    terminals: Ints  # (E,) turns at the ends of the paths
+    first: Ints  # (N,) first path through each turn's subtree
+    last: Ints  # (N,) last path through it
+    cost: Ints  # (E,) number of tokens of the path
+    shared: Ints  # (E,) number of its tokens that are on the previous path too
 
     @classmethod
     def of(cls, forest: Forest, kept: Bools, length: Ints) -> _Paths:

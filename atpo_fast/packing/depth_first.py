@@ -1,4 +1,4 @@
-"""Cutting trees depth-first into pieces that read their ancestors' keys and values (docs/design.md#opened-rows).
+"""Cut trees depth-first into pieces that read their ancestors' keys and values (docs/design.md#opened-rows).
 
 A turn whose subtree exceeds the budget is *opened*: it gets a row of its own, whose keys and values are kept while the
 rows below it are computed. Its other children go together into rows that see the opened turns above as a prefix.
@@ -23,9 +23,9 @@ OPENING_COST = 1 / 3
 class Piece:
     """Turns of one tree that make a row, without those above them."""
 
-    turns: Ints  # (n,) in pre-order
-    depth: int  # opened rows above
-    prefix_tokens: int  # tokens of those
+    turns: Ints  # (n,) turns in pre-order
+    depth: int  # number of opened rows above
+    prefix_tokens: int  # number of tokens of those
     opened: bool
 
 
@@ -34,8 +34,8 @@ class DepthFirst:
     """A tree in pieces, each opened one before those below it."""
 
     pieces: list[Piece]
-    longest_row: int  # tokens
-    longest_prefix: int  # tokens
+    longest_row: int  # number of tokens of the longest row
+    longest_prefix: int  # number of tokens of the longest prefix
     cost: float
     """Cost beyond its own tokens, in tokens forwarded and back-propagated."""
 

@@ -26,7 +26,7 @@ def apply_entropy_advantage(
     Args:
         rows: the rows of this rank.
         entropies: (A,) entropy of the policy at each action token of each row.
-        objective: its `entropy_advantage` is c; 0 returns the rows as they are.
+        objective: its `entropy_advantage` is c; 0 returns the rows unchanged.
         all_reduce: sums a float64 tensor over the ranks that hold the rest of the batch.
 
     Raises ValueError for the ratio level `sequence`, whose weights are per trajectory.

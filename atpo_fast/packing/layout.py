@@ -1,4 +1,4 @@
-"""Writing the rows: tokens in depth-first pre-order, predictors, offsets and path tables.
+"""Write the rows: tokens in depth-first pre-order, predictors, offsets and path tables.
 
 See docs/design.md#fields-of-a-row.
 """

@@ -1,4 +1,4 @@
-"""Filling rows with pieces of trees, and spreading rows over ranks (docs/design.md#spreading)."""
+"""Fill rows with pieces of trees, and spread rows over ranks (docs/design.md#spreading)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fill_rows(piece_tokens: Ints, max_tokens: int, own_row: Bools | None = None)
 def spread_rows(
     rows: Sequence[PackedTrees], ranks: int, *, pairs_per_token: float = PAIRS_PER_TOKEN
 ) -> list[list[PackedTrees]]:
-    """Deal rows to ranks: one list per rank, all of the same length (at least one), balanced by cost.
+    """Distribute rows over ranks: one list per rank, all of the same length (at least one), balanced by cost.
 
     The i-th rows of all ranks run at the same time, so they are chosen to be alike, and within a step the longest row
     goes to the rank that has done least. A row stays with the rows above and below it. Empty rows fill up.

@@ -40,8 +40,8 @@ class GradientTokens:
         self.index: Tensor | None = None  # (K,) int64 in order; None: all
         self.subtree_end: Tensor | None = None  # (K,) int32 of the row of the needed tokens; None: all
         self.skipped = 0  # T - K
-        self._attention: dict[str, Any] | None = None  # what attention is given of that row, once a layer asks
-        self._whole: list[Any] = []  # values of BY_TOKEN ...
+        self._attention: dict[str, Any] | None = None  # keyword arguments of attention over that row, once a layer asks
+        self._whole: list[Any] = []  # values of the arguments BY_TOKEN ...
         self._cut: dict[str, Any] = {}  # ... and the same of the needed tokens
 
     def observe(self, gradient: Tensor) -> None:  # (1, T, D)
@@ -123,7 +123,7 @@ def checkpoint_layer(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, 
 
 
 def checkpoint_mlp(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
-    """Run a decoder layer as it is, and tell its MLP the row's tokens: the same hook."""
+    """Run a decoder layer unchanged, and pass the row's tokens to its MLP."""
     mlp = run.func.__self__.mlp  # type: ignore[attr-defined]  # of the decoder layer, whose call this is
     mlp.gradient_tokens = run.keywords["gradient_tokens"]
     try:

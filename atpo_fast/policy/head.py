@@ -27,7 +27,7 @@ class RowLoss(NamedTuple):
 
 
 class PolicyHead(nn.Module):
-    """Takes the place of an `nn.Linear` to the vocabulary: the same parameters and names, another forward.
+    """The LM head in place of an `nn.Linear` to the vocabulary: the same parameters and names, another forward.
 
     Args:
         linear: the model's output embedding; its parameters are taken over (tied ones stay tied).

@@ -1,4 +1,4 @@
-"""Loading the Hugging Face model behind the policy."""
+"""Load the Hugging Face model behind the policy."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Policy(nn.Module):
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
         liger: `auto` runs RMSNorm, SwiGLU and RoPE of the architectures in `layers.MODEL_TYPES` on Liger's kernels
-            where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers alone.
+            where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers unchanged.
 
     Raises ValueError for models with windowed or capped attention, and for those that the choice of
     gradient_checkpointing does not suit.

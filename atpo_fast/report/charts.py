@@ -11,7 +11,7 @@ Record = dict[str, Any]
 
 
 class Series(TypedDict):
-    """One line of a chart."""
+    """A named line of a chart and its points."""
 
     name: str
     points: list[Point]
@@ -24,7 +24,7 @@ class Chart(TypedDict):
     x: str
     y: str
     kind: str
-    more: bool  # among the further metrics
+    more: bool  # whether the chart is among the further metrics
     series: list[Series]
 
 

@@ -1,4 +1,4 @@
-"""Queries of concurrent requests are searched together; answers are remembered."""
+"""Batch the queries of concurrent requests into one search, and cache the answers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Key = tuple[str, int]  # query, number of hits
 
 
 class Batcher(Generic[T]):
-    """Collects queries, searches them in one call in a thread, and keeps the answers last asked for.
+    """A queue of queries that searches them in one call on a thread, and caches the answers last asked for.
 
     The first query waits `wait_seconds` for others. Those that come during a search are the next batch and wait no
     longer. Equal queries that wait at the same time are searched once. All methods belong to one event loop.
 
     Args:
-        search: `(queries, k)` to one answer a query; called by one thread.
-        wait_seconds: how long the first query of a batch waits.
-        max_batch: queries of one search.
-        cache_size: answers remembered; 0 is none.
+        search: function from `(queries, k)` to one answer a query; called by one thread.
+        wait_seconds: time for which the first query of a batch waits.
+        max_batch: number of queries of one search, at most.
+        cache_size: number of answers cached; 0 is none.
     """
 
     def __init__(
@@ -38,24 +38,24 @@ class Batcher(Generic[T]):
         self._max_batch = max_batch
         self._cache_size = cache_size
         self._cache: OrderedDict[Key, T] = OrderedDict()
-        self._asked: dict[Key, asyncio.Future[T]] = {}  # not answered yet
+        self._asked: dict[Key, asyncio.Future[T]] = {}  # queries not answered yet
         self._waiting: list[Key] = []  # those of them that no search has taken up
         self._worker: asyncio.Task[None] | None = None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
 
     async def answer(self, queries: Sequence[str], k: int) -> list[T]:
-        """One answer a query. Raises what the search raises."""
+        """Return one answer a query. Raises what the search raises."""
         found: list[T | asyncio.Future[T]] = [self._find((query, k)) for query in queries]
         if waited := {entry for entry in found if isinstance(entry, asyncio.Future)}:
-            await asyncio.wait(waited)  # unlike gather, leaves them alone when this request is cancelled
+            await asyncio.wait(waited)  # unlike gather, does not cancel them when this request is cancelled
         return [entry.result() if isinstance(entry, asyncio.Future) else entry for entry in found]
 
     def close(self) -> None:
-        """Let the thread end."""
+        """Stop the search thread; queries that wait are cancelled."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _find(self, key: Key) -> T | asyncio.Future[T]:
-        """The answer, or where it will be."""
+        """Return the cached answer, or the future that will hold it."""
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -67,7 +67,7 @@ class Batcher(Generic[T]):
         return self._asked[key]
 
     async def _work(self) -> None:
-        """Search until nobody waits."""
+        """Search batch after batch until no query waits."""
         await asyncio.sleep(self._wait_seconds)
         while self._waiting:
             k = self._waiting[0][1]
@@ -84,7 +84,7 @@ class Batcher(Generic[T]):
                         future.set_exception(error)
 
     def _settle(self, answered: Iterable[tuple[Key, T]]) -> None:
-        """Hand out answers and remember them."""
+        """Resolve the futures of answered queries, and cache the answers."""
         for key, answer in answered:
             self._asked.pop(key).set_result(answer)
             if self._cache_size:

@@ -1,4 +1,4 @@
-"""BM25 over shards of a corpus, each with its own postings; scores are those of one index of the whole corpus.
+"""BM25 over shards of a corpus, each with its own postings. Scores are those of one index of the whole corpus.
 
 A shard stores, for every word that occurs in it, the passages and their final scores, which hold the idf and the mean
 length of the whole corpus (eagerly computed scores: bm25s). Words are known by a 64-bit hash, so that no vocabulary has
@@ -33,31 +33,31 @@ _SCORE_BLOCK = 1 << 20  # postings scored at once
 
 @dataclass(frozen=True, slots=True)
 class Postings:
-    """Where the words of N passages occur: W different words, P pairs of word and passage, sorted by both."""
+    """The occurrences of words in N passages: W different words, P pairs of word and passage, sorted by both."""
 
     words: NDArray[np.uint64]  # (W,) hashes, ascending
     starts: NDArray[np.int64]  # (W + 1,) first pair of each word
     passages: NDArray[np.int32]  # (P,) number of the passage among the N
-    weights: NDArray[np.float32]  # (P,) how often the word occurs there, or its score there
+    weights: NDArray[np.float32]  # (P,) count of the word in the passage, or its score there
     lengths: NDArray[np.int32]  # (N,) words of each passage; not needed once scored
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What scores need to know of the whole corpus."""
+    """Statistics of the whole corpus that scores depend on."""
 
     words: NDArray[np.uint64]  # (V,) hashes, ascending
-    frequencies: NDArray[np.int64]  # (V,) passages that hold the word
-    passages: int
-    tokens: int  # words of all passages, repetitions included
+    frequencies: NDArray[np.int64]  # (V,) number of passages that hold the word
+    passages: int  # number of passages
+    tokens: int  # number of words of all passages, repetitions included
 
     @classmethod
     def empty(cls) -> Statistics:
-        """Of no passages."""
+        """Return the statistics of an empty corpus."""
         return cls(np.zeros(0, np.uint64), np.zeros(0, np.int64), 0, 0)
 
     def add(self, postings: Postings) -> Statistics:
-        """With the passages of one more shard."""
+        """Return the statistics with the passages of one more shard added."""
         words, places = np.unique(np.concatenate([self.words, postings.words]), return_inverse=True)
         counts = np.concatenate([self.frequencies, np.diff(postings.starts)])
         frequencies = np.zeros(len(words), np.int64)
@@ -67,17 +67,17 @@ class Statistics:
         )
 
     def idf(self, words: NDArray[np.uint64]) -> NDArray[np.float32]:
-        """(W,) inverse document frequencies of words that occur."""
+        """Return the (W,) inverse document frequencies of words that occur in the corpus."""
         different, places = np.unique(self.frequencies[np.searchsorted(self.words, words)], return_inverse=True)
         logs = [math.log(1 + (self.passages - df + 0.5) / (df + 0.5)) for df in different.tolist()]
         return np.array(logs, dtype=np.float32)[places]
 
 
 class BM25Index:
-    """BM25 over shards.
+    """A BM25 index over the shards of a corpus.
 
-    Deterministic: equal scores are ordered by the number of the passage. Passages that share no word with the query are
-    not hits.
+    Search is deterministic: equal scores are ordered by the number of the passage. Passages that share no word with the
+    query are not hits.
     """
 
     def __init__(self, shards: Sequence[Postings], sizes: Sequence[int]) -> None:
@@ -86,16 +86,16 @@ class BM25Index:
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], k1: float = 0.9, b: float = 0.4) -> BM25Index:
-        """An index in memory."""
+        """Build an index of some texts in memory."""
         counted = count_words(texts)
         return cls([score(counted, Statistics.empty().add(counted), k1, b)], [len(texts)])
 
     def __len__(self) -> int:
-        """Number of passages."""
+        """Return the number of passages."""
         return self._passages
 
     def search(self, queries: Sequence[str], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(Q, k) numbers of the best passages and their scores, best first; -1 and 0 where there are fewer hits."""
+        """Return (Q, k) numbers of the best passages and (Q, k) scores, best first; -1 and 0 pad missing hits."""
         numbers = np.full((len(queries), k), -1, dtype=np.int64)
         scores = np.zeros((len(queries), k), dtype=np.float32)
         words = [hash_words(words) for words in split_words(queries)]
@@ -113,7 +113,7 @@ class BM25Index:
 
 
 class _Shard:
-    """One shard: bm25s adds up the scores, with the words of this shard as its vocabulary."""
+    """A shard whose scores bm25s adds up with the words of the shard as its vocabulary."""
 
     def __init__(self, postings: Postings, size: int) -> None:
         self.size = size
@@ -130,7 +130,7 @@ class _Shard:
     def best(
         self, words: NDArray[np.uint64], k: int, floor: np.float32
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """At most k passages with scores above `floor`, best first, and their scores. `words`: (n,) hashes."""
+        """Return at most k passages that score above `floor`, best first, and their scores. `words`: (n,) hashes."""
         columns = np.searchsorted(self._words, words)
         known = columns < len(self._words)
         known[known] = self._words[columns[known]] == words[known]
@@ -146,20 +146,20 @@ class _Shard:
 
 
 def split_words(texts: Sequence[str]) -> list[list[str]]:
-    """Lower-case words without English stop words, per text."""
+    """Split each text into lower-case words without English stop words."""
     words = bm25s.tokenize(list(texts), return_ids=False, show_progress=False, **_TOKENS)
     assert isinstance(words, list)
     return words
 
 
 def hash_words(words: Iterable[str]) -> NDArray[np.uint64]:
-    """(n,) 64-bit hashes of words; the same on every machine."""
+    """Return (n,) 64-bit hashes of words, the same on every machine."""
     digests = b"".join(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest() for word in words)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64, copy=False)
 
 
 def count_words(texts: Iterable[str]) -> Postings:
-    """Postings with counts as weights."""
+    """Count the words of texts: postings whose weights are counts."""
     counted = list(_count_chunks(texts))
     words = np.concatenate([chunk[0] for chunk in counted] or [np.zeros(0, np.uint64)])
     order = np.argsort(words, kind="stable")  # keeps passages ascending
@@ -173,7 +173,7 @@ def count_words(texts: Iterable[str]) -> Postings:
 
 
 def score(counted: Postings, statistics: Statistics, k1: float, b: float) -> Postings:
-    """Postings with scores as weights."""
+    """Compute BM25 scores from counts: postings whose weights are scores."""
     idf = np.repeat(statistics.idf(counted.words), np.diff(counted.starts))
     mean_length = statistics.tokens / statistics.passages if statistics.tokens else 1.0
     norms = k1 * ((1 - b) + b * counted.lengths / mean_length)
@@ -186,7 +186,7 @@ def score(counted: Postings, statistics: Statistics, k1: float, b: float) -> Pos
 
 
 def write_postings(postings: Postings, path: Path, *, lengths: bool) -> None:
-    """Write one file, in one go: header (N or 0, W, P), words, starts, passages, weights, and lengths if asked for."""
+    """Write a file atomically: header (N or 0, W, P), words, starts, passages, weights, and lengths if asked for."""
     header = [len(postings.lengths) if lengths else 0, len(postings.words), len(postings.passages)]
     with replacing(path) as partial, partial.open("wb") as file:
         np.array(header, dtype=np.int64).tofile(file)
@@ -197,7 +197,7 @@ def write_postings(postings: Postings, path: Path, *, lengths: bool) -> None:
 
 
 def read_postings(path: Path) -> Postings:
-    """Memory-map what `write_postings` wrote."""
+    """Memory-map postings that `write_postings` wrote."""
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     passages, words, pairs = content[:24].view(np.int64).tolist()
     ends = list(accumulate([24, 8 * words, 8 * (words + 1), 4 * pairs, 4 * pairs, 4 * passages]))
@@ -212,20 +212,20 @@ def read_postings(path: Path) -> Postings:
 
 
 def open_bm25(folder: Path) -> BM25Index:
-    """The index that `bm25_build.build` has left in `folder`."""
+    """Open the index that `bm25_build.build` has written to `folder`."""
     sizes = np.load(folder / "shards" / "sizes.npy").tolist()
     return BM25Index([read_postings(scores_path(folder, shard)) for shard in range(len(sizes))], sizes)
 
 
 def scores_path(folder: Path, shard: int) -> Path:
-    """The finished file of a shard."""
+    """Return the path of a shard's scores, the file that a search reads."""
     return folder / "shards" / f"{shard:05d}.scores"
 
 
 def _count_chunks(
     texts: Iterable[str],
 ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]]:
-    """Words, passages and counts of the pairs in some passages, ascending in passages, and the lengths of these."""
+    """Yield words, passages and counts of the pairs of each chunk, ascending in passages, and the passages' lengths."""
     remaining, first = iter(texts), 0
     while chunk := list(islice(remaining, _CHUNK)):
         split = bm25s.tokenize(chunk, return_ids=True, show_progress=False, **_TOKENS)

@@ -1,10 +1,10 @@
-"""Building a BM25 index on disk, in memory that depends on the size of a shard and hardly on that of the corpus.
+"""Build a BM25 index on disk, in memory that depends on the size of a shard and hardly on that of the corpus.
 
-1. Shard by shard: count words; write them down (`NNNNN.counts`).
-2. Add up what scores need to know of the whole corpus (`statistics.npz`).
-3. Shard by shard: counts become scores (`NNNNN.scores`).
+1. Shard by shard: count the words and store the counts (`NNNNN.counts`).
+2. Add up the statistics of the whole corpus (`statistics.npz`).
+3. Shard by shard: turn counts into scores (`NNNNN.scores`).
 
-A build that was killed goes on after the last whole shard.
+A build that was killed continues after the last complete shard.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def build(folder: Path, documents: Documents, settings: BM25Settings, report: Re
     """Build the shards of all documents in `folder`, or those that are missing.
 
     Raises:
-        DataError: a document that cannot be read or has no text; names file and document.
+        DataError: a document cannot be read or has no text; names file and document.
     """
     (folder / "shards").mkdir(exist_ok=True)
     starts = range(0, len(documents), settings.shard_passages)

@@ -1,4 +1,4 @@
-"""Building an index folder, or going on with one, and opening it."""
+"""Build an index folder, or continue an unfinished one, and open it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from atpo_fast.retrieval.manifest import (
     read_manifest,
 )
 
-_OURS = ("manifest.json*", "documents_*", "vectors.*", "*.faiss*", "faiss.kind")  # and the folder shards
+_OURS = ("manifest.json*", "documents_*", "vectors.*", "*.faiss*", "faiss.kind", ".*.partial")  # and the folder shards
 
 
 def build_index(
@@ -30,20 +30,20 @@ def build_index(
     rebuild: bool = False,
     report: Report = silent,
 ) -> None:
-    """Build the index of corpus files in `folder`. What a killed build has finished is kept; a whole index is kept.
+    """Build the index of corpus files in `folder`. Parts that a killed build has finished, or a whole index, are kept.
 
     Args:
-        folder: made if it is not there; holds nothing but the index.
+        folder: folder that holds nothing but the index; created if it does not exist.
         corpus: .jsonl files of documents (`contents`, or `text` with or without `title`), also .gz; other files are
             read as `data.readers.read_passages` does, whole.
-        settings: of the kind of index that is wanted.
-        rebuild: remove an index of another corpus or with other settings instead of refusing.
-        report: told how far it is.
+        settings: settings of the kind of index that is wanted.
+        rebuild: whether an index of another corpus or with other settings is removed instead of refused.
+        report: function that is told the progress.
 
     Raises:
         FileNotFoundError: a corpus file is missing.
         IndexMismatchError: the folder holds something else, or another process is building in it.
-        DataError: a corpus file cannot be used; names file and row.
+        DataError: a corpus file cannot be used; names file and record.
     """
     folder, paths = Path(folder).resolve(), [Path(path).resolve() for path in corpus]
     wanted = make_manifest(settings.kind, paths, settings.identity())
@@ -71,9 +71,9 @@ def open_index(folder: Path | str) -> Retriever:
     """Open a finished index, memory-mapped.
 
     Raises:
-        FileNotFoundError: no index there, an unfinished one, or its corpus is gone.
-        IndexMismatchError: an index of another version of this program.
-        DataError: its corpus changed.
+        FileNotFoundError: the folder holds no index or an unfinished one, or the corpus is gone.
+        IndexMismatchError: another version of this program built the index.
+        DataError: the corpus changed.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -87,7 +87,7 @@ def open_index(folder: Path | str) -> Retriever:
 
 
 def _continue_or_start(folder: Path, wanted: Manifest, rebuild: bool) -> Manifest:
-    """The manifest to go on with; what an index left there is removed first where `rebuild` asks for it."""
+    """Return the manifest to continue with; `rebuild` first removes an index that is in the folder."""
     found = None if rebuild else read_manifest(folder)
     if found is None:
         shutil.rmtree(folder / "shards", ignore_errors=True)
@@ -104,7 +104,7 @@ def _continue_or_start(folder: Path, wanted: Manifest, rebuild: bool) -> Manifes
 
 def _store(folder: Path, manifest: Manifest, paths: Sequence[Path], report: Report) -> None:
     """Make the documents of all corpus files accessible by number."""
-    if manifest.documents:  # a corpus that was moved is still the same
+    if manifest.documents:  # a corpus that was moved keeps its digest
         manifest.documents = [
             str(path) if Path(stored).is_absolute() else stored
             for stored, path in zip(manifest.documents, paths, strict=True)

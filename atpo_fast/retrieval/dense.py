@@ -1,4 +1,4 @@
-"""Dense retrieval: vectors of an encoder in a FAISS index, compared by inner product (of length 1: cosine)."""
+"""Dense retrieval: unit vectors of an encoder in a FAISS index, compared by inner product, which is their cosine."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class DenseIndex:
         self._query_prefix = query_prefix
 
     def __len__(self) -> int:
-        """Number of passages."""
+        """Return the number of passages."""
         return int(self._index.ntotal)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(Q, k) numbers of the best passages and their cosines, best first; -1 and 0 where there are fewer hits."""
+        """Return (Q, k) numbers of the best passages and (Q, k) cosines, best first; -1 and 0 pad missing hits."""
         if not queries or not k:
             return np.zeros((len(queries), k), np.int64), np.zeros((len(queries), k), np.float32)
         scores, numbers = self._index.search(self._encoder.encode([self._query_prefix + query for query in queries]), k)
@@ -49,12 +49,12 @@ class DenseIndex:
 def build(folder: Path, documents: Documents, settings: DenseSettings, report: Report) -> None:
     """Encode all documents, or those that are missing, and build the FAISS index that is asked for.
 
-    Memory: one block of texts and vectors; then the FAISS index itself, which FAISS builds in memory.
+    Memory holds one block of texts and vectors at a time, then the FAISS index, which FAISS builds in memory.
 
     Raises:
         ImportError: FAISS is not installed.
-        DataError: a document that cannot be read or has no text; names file and document.
-        FileNotFoundError: no encoder there.
+        DataError: a document cannot be read or has no text; names file and document.
+        FileNotFoundError: the encoder does not exist.
     """
     import faiss  # noqa: F401  fails before hours of encoding, not after
 
@@ -65,7 +65,7 @@ def build(folder: Path, documents: Documents, settings: DenseSettings, report: R
 
 
 def open_dense(folder: Path, identity: dict[str, Any]) -> DenseIndex:
-    """The index that `build` has left in `folder`; `identity` is that of its settings.
+    """Open the index that `build` has written to `folder`; `identity` is that of its settings.
 
     Raises:
         ImportError: FAISS is not installed.
@@ -83,7 +83,7 @@ def open_dense(folder: Path, identity: dict[str, Any]) -> DenseIndex:
 def _encode(
     folder: Path, documents: Documents, settings: DenseSettings, report: Report
 ) -> NDArray[Any]:  # (documents, d), memory-mapped
-    """Vectors of all documents: written block by block, with a note of how many rows are whole."""
+    """Encode all documents into a file, block by block; a note beside it says how many vectors are complete."""
     from atpo_fast.retrieval.encoder import Encoder
 
     encoder = Encoder(settings.encoder, max_tokens=settings.max_tokens, batch_texts=settings.batch_texts)
@@ -104,7 +104,7 @@ def _encode(
 
 
 def _write_faiss(vectors: NDArray[Any], target: Path, settings: DenseSettings, report: Report) -> None:
-    """Build a FAISS index of (n, d) vectors and write it in one go."""
+    """Build a FAISS index of (n, d) vectors and write it atomically."""
     import faiss
 
     index = _new_faiss(vectors, settings)
@@ -117,7 +117,7 @@ def _write_faiss(vectors: NDArray[Any], target: Path, settings: DenseSettings, r
 
 
 def _new_faiss(vectors: NDArray[Any], settings: DenseSettings) -> Any:
-    """An empty, trained FAISS index."""
+    """Create a FAISS index without vectors, trained on a sample of `vectors` where its kind needs training."""
     import faiss
 
     codes = "SQfp16" if settings.vector_dtype == "float16" else "Flat"

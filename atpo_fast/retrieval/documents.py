@@ -1,4 +1,4 @@
-"""A corpus on disk with random access by number: JSON lines, and where each line begins.
+"""A corpus on disk with random access by number: JSON lines, and the offset of each line.
 
 Plain .jsonl files stay where they are. Others get a copy in the index folder, one document a line: .jsonl.gz
 uncompressed, .json and .parquet, and question files, whose paragraphs become the documents.
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpo_fast.common.errors import DataError
+from atpo_fast.common.files import replacing
 from atpo_fast.data.readers import read_passages
 from atpo_fast.data.records import parse_line
 
@@ -32,13 +33,13 @@ _FLUSH_OFFSETS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class DocumentFile:
-    """JSON lines and where they begin."""
+    """A file of JSON lines and the offsets of its documents."""
 
     path: Path
-    offsets: NDArray[np.int64]  # (documents + 1,) first byte of each document; last: end of the file
+    offsets: NDArray[np.int64]  # (documents + 1,) first byte of each document, then the end of the file
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return len(self.offsets) - 1
 
 
@@ -46,7 +47,7 @@ class Documents:
     """Documents of some files, numbered through in order. Reads from several threads are safe.
 
     Raises:
-        FileNotFoundError: a file is gone.
+        FileNotFoundError: a file no longer exists.
         DataError: a file has another size than when it was indexed.
     """
 
@@ -62,11 +63,11 @@ class Documents:
         self._ends = list(accumulate(len(file) for file in self._files))
 
     def __len__(self) -> int:
-        """Number of documents."""
+        """Return the number of documents."""
         return self._ends[-1] if self._ends else 0
 
     def line(self, number: int) -> bytes:
-        """The stored line of a document.
+        """Return the stored line of a document.
 
         Raises:
             IndexError: no such document.
@@ -79,7 +80,7 @@ class Documents:
         return os.pread(self._handles[place].fileno(), end - start, start).strip()
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """A document as stored.
+        """Return a document as it is stored.
 
         Raises:
             IndexError: no such document.
@@ -88,7 +89,7 @@ class Documents:
         return parse_line(self._where(number), number, self.line(number)).value
 
     def contents(self, number: int) -> str:
-        """The text of a document. Raises as `__getitem__`, and DataError for a document without text."""
+        """Return the text of a document. Raises as `__getitem__`, and DataError for a document without text."""
         try:
             return document_contents(self[number])
         except KeyError:
@@ -97,7 +98,7 @@ class Documents:
             ) from None
 
     def answer(self, number: int) -> bytes:
-        """A document as the server sends it: as stored, and with `contents`, which the published clients read."""
+        """Return a document as the server sends it: as stored, with `contents` added, which published clients read."""
         document = self[number]
         if isinstance(document.get("contents"), str):
             return self.line(number)
@@ -109,10 +110,10 @@ class Documents:
 
 
 def document_contents(document: dict[str, Any]) -> str:
-    """The text of a document: `contents`, or else `title` in quotes, newline, `text`; without a title `text` alone.
+    """Return the text of a document: `contents`, or else `title` in quotes, newline, `text`. A title may be missing.
 
     Raises:
-        KeyError: it has none of them.
+        KeyError: the document has neither `contents` nor `text`.
     """
     contents = document.get("contents")
     if isinstance(contents, str):
@@ -122,7 +123,7 @@ def document_contents(document: dict[str, Any]) -> str:
 
 
 def store_documents(source: Path, folder: Path, number: int, advance: Callable[[int], None]) -> Path:
-    """Find where the documents of a corpus file begin, after copying it if need be; returns the file of JSON lines.
+    """Store the offsets of a corpus file's documents, after copying it where needed; return the file of JSON lines.
 
     Writes `documents_NNN.offsets` into `folder`, and a copy `documents_NNN.jsonl` where `source` is no plain .jsonl
     file of documents. `advance` is told how many bytes of the source were read.
@@ -147,18 +148,22 @@ def store_documents(source: Path, folder: Path, number: int, advance: Callable[[
 
 
 def open_document_file(path: Path, folder: Path, number: int) -> DocumentFile:
-    """What `store_documents` has left."""
+    """Open a file of documents whose offsets `store_documents` has written."""
     return DocumentFile(path, np.memmap(folder / f"documents_{number:03d}.offsets", dtype=np.int64, mode="r"))
 
 
 def _write_offsets(lines: Iterator[bytes], offsets_path: Path, copy: Path | None) -> int:
-    """Write where each line that is not blank begins, and the lines into `copy`; returns their number."""
-    partial = offsets_path.with_suffix(".offsets.partial")
-    partial_copy = copy.with_suffix(".jsonl.partial") if copy else None
+    """Write the offset of each line that is not blank, and the lines to `copy`; return the number of documents."""
+    copying = replacing(copy) if copy else nullcontext(Path(os.devnull))
     offsets, position, count = array("q"), 0, 0
-    with partial.open("wb") as file, (partial_copy or Path(os.devnull)).open("wb") as copied:
+    with (
+        replacing(offsets_path) as partial,  # renamed after the copy, so that offsets never lack their lines
+        copying as partial_copy,
+        partial.open("wb") as file,
+        partial_copy.open("wb") as copied,
+    ):
         for line in lines:
-            if partial_copy:
+            if copy:
                 copied.write(line)
             if line.strip(b" \t\r\n" + _BOM):
                 offsets.append(position + (len(_BOM) if line.startswith(_BOM) else 0))
@@ -169,9 +174,6 @@ def _write_offsets(lines: Iterator[bytes], offsets_path: Path, copy: Path | None
                 del offsets[:]
         offsets.append(position)
         offsets.tofile(file)
-    if partial_copy and copy:
-        partial_copy.replace(copy)
-    partial.replace(offsets_path)
     return count
 
 
@@ -187,7 +189,7 @@ def _read_lines(source: Path, compressed: bool, advance: Callable[[int], None]) 
 
 
 def _holds_documents(source: Path) -> bool:
-    """Whether the first row is a document, not a question with paragraphs."""
+    """Tell whether the first record is a document, not a question with paragraphs."""
     compressed = source.suffix == ".gz"
     for line in _read_lines(source, compressed, lambda done: None):
         if line.strip():

@@ -13,17 +13,17 @@ from transformers import AutoModel, AutoTokenizer
 
 
 class Encoder:
-    """Texts to vectors: mean over the last hidden states of the tokens, divided by its Euclidean length.
+    """An encoder of texts: the mean over the tokens' last hidden states, divided by its Euclidean length.
 
-    On a GPU if there is one, in float16; else in float32.
+    It runs in float16 on a GPU where there is one, else in float32 on the CPU.
 
     Args:
-        path: a Hugging Face encoder: folder, or name on the hub.
-        max_tokens: longer texts are cut.
-        batch_texts: texts of one forward.
+        path: folder of a Hugging Face encoder, or its name on the hub.
+        max_tokens: number of tokens to which a text is cut.
+        batch_texts: number of texts of one forward.
 
     Raises:
-        FileNotFoundError: no encoder there.
+        FileNotFoundError: the encoder does not exist.
     """
 
     def __init__(self, path: str, *, max_tokens: int = 256, batch_texts: int = 64) -> None:
@@ -40,12 +40,12 @@ class Encoder:
 
     @property
     def width(self) -> int:
-        """Length of the vectors (d)."""
+        """Number of entries of a vector (d)."""
         return int(self._model.config.hidden_size)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(len(texts), d) vectors of length 1. Texts of like length share a forward."""
+        """Encode texts to unit vectors, (len(texts), d). Texts of similar length share a forward."""
         vectors = np.empty((len(texts), self.width), dtype=np.float32)
         order = np.argsort([len(text) for text in texts], kind="stable")
         for start in range(0, len(order), self.batch_texts):
@@ -54,7 +54,7 @@ class Encoder:
         return vectors
 
     def _encode_batch(self, texts: list[str]) -> Tensor:
-        """(B, d) float32."""
+        """Encode one batch of texts to unit vectors, (B, d) in float32."""
         tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
         tokens = tokens.to(self.device)
         hidden = self._model(**tokens).last_hidden_state.float()  # (B, L, d)

@@ -1,4 +1,4 @@
-"""What every index offers, and an index with the documents that it is of."""
+"""The interface of an index, and an index together with its documents."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from atpo_fast.retrieval.documents import Documents
 
 Report = Callable[[str, int, int | None], None]
-"""Told how far a build is: the phase, what is done, the total (None: unknown)."""
+"""Function that is told the progress of a build: the phase, what is done, the total (None: unknown)."""
 
 
 def silent(phase: str, done: int, total: int | None) -> None:
-    """A `Report` that says nothing."""
+    """Ignore the progress: a `Report` that prints nothing."""
 
 
 class Index(Protocol):
-    """Searches numbered passages."""
+    """An index that searches numbered passages."""
 
     def search(
         self, queries: Sequence[str], k: int
@@ -28,31 +28,31 @@ class Index(Protocol):
         NDArray[np.int64],  # (len(queries), k) numbers of the best passages, best first; -1 where there are fewer hits
         NDArray[np.float32],  # (len(queries), k) their scores; 0 where there are fewer hits
     ]:
-        """The k best passages of every query."""
+        """Find the k best passages of every query."""
         ...
 
     def __len__(self) -> int:
-        """Number of passages."""
+        """Return the number of passages."""
         ...
 
 
 class Hit(NamedTuple):
-    """One passage found."""
+    """A passage that a search found, with its score."""
 
-    number: int  # of the passage in the corpus
+    number: int  # number of the passage in the corpus
     score: float
 
 
 @dataclass(frozen=True, slots=True)
 class Retriever:
-    """An index and its documents."""
+    """An index together with the documents that it numbers."""
 
     kind: str  # bm25 or dense
     index: Index
     documents: Documents
 
     def hits(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """The at most k hits of every query, best first."""
+        """Return the hits of every query, best first, k at most."""
         numbers, scores = self.index.search(queries, min(k, len(self.index)))
         return [
             [Hit(number, score) for number, score in zip(*row, strict=True) if number >= 0]

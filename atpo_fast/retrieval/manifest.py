@@ -1,4 +1,4 @@
-"""The manifest of an index folder: what it is an index of, and how far its building has come."""
+"""The manifest of an index folder: what is indexed, with which settings, and whether the build is complete."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ _SAMPLE = 1 << 16
 
 @dataclass(slots=True)
 class Manifest:
-    """`manifest.json` of an index folder."""
+    """The contents of `manifest.json` in an index folder."""
 
     kind: str  # bm25 or dense
-    corpus: list[dict[str, Any]]  # name, bytes, digest of both ends
-    settings: dict[str, Any]  # what the numbers in the index depend on
-    documents: list[str] = field(default_factory=list)  # files of JSON lines, once they are there
+    corpus: list[dict[str, Any]]  # name, bytes and digest of both ends of each corpus file
+    settings: dict[str, Any]  # settings that the numbers in the index depend on
+    documents: list[str] = field(default_factory=list)  # files of JSON lines; empty until they are stored
     complete: bool = False
     format: int = FORMAT
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all that makes this index another one than the next."""
+        """Hash of all that distinguishes this index from another."""
         identity = [self.format, self.kind, self.corpus, self.settings]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write it in one go."""
+        """Write the manifest to `folder`, replacing an older one atomically."""
         with replacing(folder / _NAME) as partial:
             partial.write_text(json.dumps(asdict(self) | {"fingerprint": self.fingerprint}, indent=1) + "\n")
 
 
 def make_manifest(kind: str, corpus: Sequence[Path], settings: dict[str, Any]) -> Manifest:
-    """The manifest of an index that is to be built.
+    """Make the manifest of an index that is to be built.
 
     Raises:
         FileNotFoundError: a corpus file is missing.
@@ -53,10 +53,10 @@ def make_manifest(kind: str, corpus: Sequence[Path], settings: dict[str, Any]) -
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of an index folder; None where there is none.
+    """Read the manifest of an index folder; None where there is none.
 
     Raises:
-        IndexMismatchError: it cannot be read, or is of another version of this program.
+        IndexMismatchError: the manifest cannot be read, or another version of this program wrote it.
     """
     path = folder / _NAME
     if not path.is_file():
@@ -73,7 +73,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def differences(found: Manifest, wanted: Manifest) -> str:
-    """What keeps two manifests apart, in words; empty when nothing does."""
+    """Describe in words how two manifests differ; empty when they do not."""
     if found.fingerprint == wanted.fingerprint:
         return ""
     if found.kind != wanted.kind:
@@ -92,7 +92,7 @@ def differences(found: Manifest, wanted: Manifest) -> str:
 
 @contextmanager
 def only_builder(folder: Path) -> Iterator[None]:
-    """Hold the index folder for building.
+    """Lock the index folder while it is built.
 
     Raises:
         IndexMismatchError: another process is building in it.
@@ -106,7 +106,7 @@ def only_builder(folder: Path) -> Iterator[None]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    """Name, size and a hash of both ends: the end of a .gz file tells of all of its contents."""
+    """Describe a file by name, size and a hash of both ends; the end of a .gz file holds a checksum of its contents."""
     if not path.is_file():
         raise FileNotFoundError(f"corpus file {path} does not exist")
     with path.open("rb") as file:

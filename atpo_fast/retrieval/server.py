@@ -18,13 +18,13 @@ Found = tuple[bytes, bytes]  # JSON array of one query's hits: documents with sc
 
 
 class RetrieveRequest(BaseModel):
-    """Body of `POST /retrieve`."""
+    """The body of a `POST /retrieve` request."""
 
     queries: list[str]
     topk: int | None = Field(default=None, ge=0, le=MAX_HITS)
-    """Hits per query; missing, null or 0: the server's default."""
+    """Number of hits per query; missing, null or 0: the server's default."""
     return_scores: bool = False
-    """true: `[{"document": {...}, "score": float}, ...]` for each query. false: `[{...}, ...]`."""
+    """Shape of each query's hits. true: `[{"document": {...}, "score": float}, ...]`. false: `[{...}, ...]`."""
 
 
 def make_app(
@@ -35,13 +35,13 @@ def make_app(
     max_batch: int = 256,
     cache_size: int = 10_000,
 ) -> FastAPI:
-    """The application.
+    """Make the application that answers the requests.
 
-    Documents are sent as they are stored; one without `contents` gets it, because published clients read it.
+    Documents are sent as stored. One without `contents` gets it, because published clients read it.
 
     Args:
-        retriever: what is searched.
-        topk: hits per query where a request does not say.
+        retriever: index and documents that are searched.
+        topk: number of hits per query where a request does not say.
         wait_seconds, max_batch, cache_size: see `Batcher`.
     """
 
@@ -72,10 +72,10 @@ def make_app(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket bound to an address; port 0 is any free one.
+    """Bind a socket to an address; port 0 is any free one.
 
     Raises:
-        OSError: the address is in use or is none of this machine's.
+        OSError: the address is in use or does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
@@ -99,7 +99,7 @@ def serve(app: FastAPI, bound: socket.socket, started: Callable[[], None]) -> No
 
 
 class _Server(uvicorn.Server):
-    """Tells when it is ready."""
+    """A uvicorn server that calls `started` once it answers requests."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
@@ -112,6 +112,6 @@ class _Server(uvicorn.Server):
 
 
 def _encode(hits: Sequence[tuple[bytes, float]]) -> Found:
-    """Both answer shapes of one query; documents are JSON already."""
+    """Encode one query's hits in both shapes of an answer; documents are JSON already."""
     scored = b",".join(b'{"document":%b,"score":%a}' % (document, score) for document, score in hits)
     return b"[" + scored + b"]", b"[" + b",".join(document for document, _ in hits) + b"]"

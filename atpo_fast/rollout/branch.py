@@ -1,4 +1,4 @@
-"""One question's search while it is going on: its tree, and the branches of its current round (docs/design.md#search).
+"""The search of one question in progress: its tree, and the branches of its current round (docs/design.md#search).
 
 Branches of one round may write and wait in any order. Their turns enter the tree together when the round ends, in an
 order that does not depend on it: level by level, and within a level in the order of the branches.
@@ -24,7 +24,7 @@ _RESERVE_TOKENS = 100  # tokens left for the policy after a result that had to b
 
 
 class BranchState(Enum):
-    """Say what a branch waits for: READY, WRITING, perhaps CALLING and ANSWERING, then READY again, until ENDED."""
+    """State of a branch: READY, WRITING, perhaps CALLING and ANSWERING, then READY again, until ENDED."""
 
     READY = auto()  # to be given to the engine
     WRITING = auto()  # in flight at the engine
@@ -34,8 +34,8 @@ class BranchState(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Search:
-    """The state of one question's search."""
+class QuestionSearch:
+    """The state of one question's search: its tree, its limits and its current round."""
 
     tree: TurnTree
     order: int  # index of the question in the call
@@ -43,20 +43,22 @@ class Search:
     token_limit: int  # tokens of the longest path
     reserve: int  # tokens left for the policy after an observation
     rng: np.random.Generator  # random numbers of expansion and pruning
-    round: list[Branch] = field(default_factory=list)  # branches of the round that is going on
+    round: list[Branch] = field(default_factory=list)  # branches of the current round
     rounds: int = 0  # rounds begun so far
     branches: int = 0  # branches begun so far
-    numbers: list[int] = field(default_factory=lambda: [0])  # by turn of the tree: its number at the engine
+    numbers: list[int] = field(default_factory=lambda: [0])  # number at the engine of each turn of the tree
     requests: int = 0  # requests numbered so far
     tokens: int = 0  # tokens of the prompt and of all turns so far, each counted once
-    blocked_since: float | None = None  # when tools began to keep the round waiting (see `blocked`)
+    blocked_since: float | None = None  # time at which tools began to keep the round waiting (see `blocked`)
     blocked_seconds: float = 0.0  # time for which the round was blocked before `blocked_since`
 
     def __post_init__(self) -> None:
         self.tokens = self.prompt_tokens
 
     @classmethod
-    def of(cls, question: Question, repeat: int, prompt: Sequence[int], order: int, seed: int, room: int) -> Search:
+    def of(
+        cls, question: Question, repeat: int, prompt: Sequence[int], order: int, seed: int, room: int
+    ) -> QuestionSearch:
         """Begin the search of a question, whose id came `repeat` times before, with `room` tokens after the prompt."""
         tree = TurnTree(
             prompt, question_id=question.id, meta={"question": question.text, "answers": list(question.answers)}
@@ -72,7 +74,7 @@ class Search:
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens of the prompt."""
+        """Number of tokens of the question's prompt."""
         return len(self.tree.turns[0].observation_ids)
 
     @property
@@ -139,15 +141,15 @@ class WrittenTurn:
 class Branch:
     """A chain being written, the `number`-th of its search; it continues `turn` of the tree."""
 
-    search: Search
+    search: QuestionSearch
     number: int
     turn: int
     path: tuple[PathNode, ...]  # turns with their observations, which the next turn continues
     prompt_ids: TokenIds  # (path[-1].end,) tokens of the path
     turns: list[WrittenTurn] = field(default_factory=list)
     state: BranchState = BranchState.READY
-    call: ToolCall | None = None  # while CALLING
-    answer: Future[ToolResult] | None = None  # while ANSWERING
+    call: ToolCall | None = None  # tool call while CALLING
+    answer: Future[ToolResult] | None = None  # tool result while ANSWERING
 
     @property
     def calls(self) -> int:
@@ -182,5 +184,5 @@ class Branch:
 
 
 def hashed(*parts: int | str) -> int:
-    """Derive a 63-bit seed from everything that it shall depend on; it is the same on every machine."""
+    """Derive a 63-bit seed from the values that it depends on; it is the same on every machine."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1

@@ -14,20 +14,20 @@ ProgressCallback = Callable[[int, int, int], None]
 
 
 class Timer(Protocol):
-    """What the tree search asks of a phase timer."""
+    """The part of a phase timer that the tree search uses."""
 
     def phase(self, name: str) -> AbstractContextManager[object]:
-        """Time a block under a name."""
+        """Time the `with` block under a name."""
         ...
 
 
 @dataclass(slots=True)
 class RolloutCounters:
-    """Count what one tree search has done since it was built: the one definition of each of these numbers.
+    """Counters of a tree search since it was built: the one definition of each of these numbers.
 
     `turns`: turns that the engine has written, each counted once however many leaves share it. `tool_calls`: calls
-    handed to the tools (those over the call limit are not). `failed_tool_calls`: those of them that were answered with
-    what went wrong. `timed_out_turns`: turns that stayed leaves because their round had waited too long for their tools
+    submitted to the tools (those over the call limit are not). `failed_tool_calls`: those of them that were answered
+    with an error. `timed_out_turns`: turns that stayed leaves because their round had waited too long for their tools
     (`rollout.straggler_seconds`). `trees`: finished trees. `failed_trees`: those of them without any leaf that the
     policy ended itself.
     """
@@ -42,7 +42,7 @@ class RolloutCounters:
 
 @dataclass(slots=True)
 class Progress:
-    """Report to the live display when the numbers change, and at least every REPORT_SECONDS."""
+    """Reports to the live display when the numbers change, and at least every REPORT_SECONDS."""
 
     callback: ProgressCallback | None
     total_leaves: int

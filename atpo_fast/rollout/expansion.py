@@ -52,7 +52,7 @@ def keep_leaves(tree: TurnTree, count: int, rng: np.random.Generator) -> TurnTre
 
     Extra leaves are pruned at random, with the ancestors that become childless: the result is then a new tree, its
     turns in the old order. Missing ones raise the multiplicity of the last leaf, in place. A tree without leaves
-    stays as it is.
+    is unchanged.
     """
     leaves = np.array(tree.leaves, dtype=np.int64)
     if leaves.size > count:
@@ -64,7 +64,7 @@ def keep_leaves(tree: TurnTree, count: int, rng: np.random.Generator) -> TurnTre
 
 
 def _prune(tree: TurnTree, leaves: NDArray[np.int64]) -> TurnTree:
-    """Copy the paths to `leaves` only."""
+    """Copy a tree with only the paths from the root to `leaves`."""
     keep = np.zeros(len(tree), dtype=bool)
     keep[leaves] = True
     for index in range(len(tree) - 1, 0, -1):  # parents come before their children

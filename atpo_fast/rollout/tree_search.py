@@ -1,12 +1,11 @@
-"""The tree search: from questions to search trees, as they are finished (docs/design.md#search).
+"""The tree search: from questions to search trees, in the order in which they finish (docs/design.md#search).
 
 One loop over events. A branch is ready, then written by the engine, then answered by a tool, then ready again, until it
-ends (`BranchState`). A search's round ends with its last branch, and the next one begins. The streaming schedule moves
-everything on as soon as it can go on. The synchronous schedule is the same loop with three barriers: no turn is written
-while a tool runs, no tool runs while a turn is written, and no round or search begins while any branch goes on.
+ends (`BranchState`). A search's round ends with its last branch, and the next one begins. The streaming schedule
+never waits. The synchronous one adds three barriers: no turn is written while a tool runs, no tool runs while a turn is
+written, and no round or search begins while any branch is active.
 
-Nothing mutable is shared between siblings: the number of calls made, the room left and the seed of a branch all follow
-from its own path.
+Siblings share nothing mutable: the past calls, the room and the seed of a branch all follow from its own path.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Completion, Engine, TurnKey
 from atpo_fast.environment import ToolBox, ToolResult
-from atpo_fast.rollout.branch import Branch, BranchState, Search
+from atpo_fast.rollout.branch import Branch, BranchState, QuestionSearch
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.rollout.counters import REPORT_SECONDS, Progress, ProgressCallback, RolloutCounters, Timer, timed
 from atpo_fast.rollout.expansion import keep_leaves, select_turns
@@ -40,12 +39,12 @@ _BUSY = (BranchState.WRITING, BranchState.CALLING, BranchState.ANSWERING)
 
 
 class TreeSearch:
-    """Grow search trees.
+    """The tree search over an engine and a tool box.
 
     Args:
-        engine: writes turns.
+        engine: engine that writes the turns.
         tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.
-        toolbox: answers calls.
+        toolbox: tools that answer the calls.
         rollout: shape of the search, sampling, limits and schedule.
         tools: call limit and length of results.
         cache_tokens: room in the engine's cache; it bounds how many questions are searched at once (`CacheBudget`).
@@ -86,8 +85,8 @@ class TreeSearch:
     ) -> Iterator[tuple[int, TurnTree]]:
         """Yield (index of the question, its tree) as each tree is finished; `in_order` gives the trees as a list.
 
-        The search goes on only while the next tree is asked for. Closing the iterator ends it: nothing of it is left in
-        the engine then.
+        The search advances only while the next tree is asked for. Closing the iterator ends it and leaves nothing in
+        the engine.
 
         Args:
             prompts: token ids per question.
@@ -107,7 +106,9 @@ class TreeSearch:
         progress = Progress(on_progress, budget.branches * len(searches))
         return _RollOut(self, deque(searches), greedy, budget, progress, timer).run()
 
-    def _searches(self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], seed: int) -> list[Search]:
+    def _searches(
+        self, questions: Sequence[Question], prompts: Sequence[Sequence[int]], seed: int
+    ) -> list[QuestionSearch]:
         if len(questions) != len(prompts):
             raise ValueError(f"{len(questions)} questions but {len(prompts)} prompts")
         seen: Counter[str] = Counter()
@@ -121,12 +122,12 @@ class TreeSearch:
                     f"question {question.id!r}: a prompt of {len(prompt)} tokens cannot be answered "
                     f"(the model holds {self.max_positions} positions)"
                 )
-            searches.append(Search.of(question, seen[question.id], prompt, order, seed, room))
+            searches.append(QuestionSearch.of(question, seen[question.id], prompt, order, seed, room))
             seen[question.id] += 1
         return searches
 
     def _branches_per_tree(self, greedy: bool) -> int:
-        """Number of leaves of a full tree before any is pruned."""
+        """Return the number of leaves of a full tree before any is pruned."""
         if greedy:
             return 1
         rounds = 0 if self.rollout.strategy == "chain" else self.rollout.expansion_rounds
@@ -143,13 +144,15 @@ class _RollOut:
     """One call of `TreeSearch.roll_out`: its searches and what their branches wait for."""
 
     owner: TreeSearch
-    waiting: deque[Search]  # searches that begin in this order, as soon as `budget` has room
-    greedy: bool  # one chain each, without expansion
+    waiting: deque[QuestionSearch]  # searches that begin in this order, as soon as `budget` has room
+    greedy: bool  # whether each search is one chain, without expansion
     budget: CacheBudget
     progress: Progress
     timer: Timer | None
 
-    searching: list[Search] = field(default_factory=list)  # begun and not finished, in the order of their questions
+    searching: list[QuestionSearch] = field(
+        default_factory=list
+    )  # searches in progress, in the order of their questions
     states: Counter[BranchState] = field(default_factory=Counter)  # number of branches of `searching` in each state
     writing: dict[TurnKey, Branch] = field(default_factory=dict)  # branches that the engine's completions belong to
     answered: SimpleQueue[Branch] = field(default_factory=SimpleQueue)  # branches whose tool calls are done
@@ -209,7 +212,7 @@ class _RollOut:
     # Searches and rounds
 
     def _admit(self) -> None:
-        """Begin searches; without any going on, at least one."""
+        """Begin searches that have room; at least one where none is in progress."""
         if self._synchronous and self.searching:
             return
         while self.waiting and (not self.searching or self.budget.has_room(self.searching, self.waiting[0])):
@@ -217,7 +220,7 @@ class _RollOut:
             self.searching.append(search)
             self._begin_round(search, [0] * (1 if self.greedy else self._rollout.initial_chains))
 
-    def _begin_round(self, search: Search, turns: Sequence[int]) -> None:
+    def _begin_round(self, search: QuestionSearch, turns: Sequence[int]) -> None:
         search.begin_round(turns)
         self.states[BranchState.READY] += len(turns)
 
@@ -237,7 +240,7 @@ class _RollOut:
             self._admit()
         return finished
 
-    def _expanded(self, search: Search) -> list[int]:
+    def _expanded(self, search: QuestionSearch) -> list[int]:
         """Choose the turns that a search's next round continues: parents of those re-sampled; none after the last."""
         if self.greedy or self._rollout.strategy == "chain":
             return []
@@ -254,7 +257,7 @@ class _RollOut:
             search.rounds += 1
         return []
 
-    def _finish(self, search: Search) -> TurnTree:
+    def _finish(self, search: QuestionSearch) -> TurnTree:
         """Take a search out of the engine, count it and return its tree with the leaves that are kept."""
         self.searching.remove(search)
         self.owner.engine.release(search.key)
@@ -308,9 +311,9 @@ class _RollOut:
         elif self.owner.writer.may_call(branch):
             self._move(branch, BranchState.CALLING)
         else:
-            self._go_on(branch, self.owner.writer.notice)
+            self._continue(branch, self.owner.writer.notice)
 
-    def _go_on(self, branch: Branch, observation: TokenIds) -> None:
+    def _continue(self, branch: Branch, observation: TokenIds) -> None:
         """Continue a branch after an observation, if there is room for it; else its turn stays a leaf."""
         if 0 < len(observation) <= branch.room:
             branch.observe(observation)
@@ -325,7 +328,7 @@ class _RollOut:
     # Tools
 
     def _submit_calls(self) -> None:
-        """Hand the calls that branches have written to the tools."""
+        """Submit the calls that branches have written to the tools."""
         if self._synchronous and self.states[BranchState.WRITING]:
             return
         for branch in self._branches(BranchState.CALLING):
@@ -345,7 +348,7 @@ class _RollOut:
         answered: list[Branch] = []
         if wait:
             with timed(self.timer, "rollout/tools"), suppress(Empty):
-                answered.append(self.answered.get(timeout=min(REPORT_SECONDS, self._straggler_seconds)))
+                answered.append(self.answered.get(timeout=min(REPORT_SECONDS, self._late_seconds)))
         while not self.answered.empty():
             answered.append(self.answered.get())
         answered = [branch for branch in answered if branch.state is BranchState.ANSWERING]  # others came too late
@@ -353,10 +356,10 @@ class _RollOut:
         self.owner.counters.failed_tool_calls += sum(not result.ok for result in results)
         observations = self.owner.writer.observations([result.text for result in results])
         for branch, observation in zip(answered, observations, strict=True):
-            self._go_on(branch, self.owner.writer.cut(observation, branch.room))
+            self._continue(branch, self.owner.writer.cut(observation, branch.room))
 
     @property
-    def _straggler_seconds(self) -> float:
+    def _late_seconds(self) -> float:
         return self._rollout.straggler_seconds or float("inf")
 
     def _end_late_branches(self) -> None:
@@ -368,18 +371,18 @@ class _RollOut:
             if search.blocked_since is not None:
                 search.blocked_seconds += now - search.blocked_since
             search.blocked_since = now if search.blocked else None
-            if search.blocked and search.blocked_seconds >= self._straggler_seconds:
+            if search.blocked and search.blocked_seconds >= self._late_seconds:
                 self._time_out(search)
 
-    def _time_out(self, search: Search) -> None:
-        """Turn the turns whose tools have not answered into leaves."""
+    def _time_out(self, search: QuestionSearch) -> None:
+        """End the branches whose tools have not answered; their turns become leaves."""
         late = [branch for branch in search.round if branch.state is BranchState.ANSWERING]
         _LOG.warning(
             "question %r: %d of %d branches end without a tool's answer, after %g seconds (rollout.straggler_seconds)",
             search.tree.question_id,
             len(late),
             len(search.round),
-            self._straggler_seconds,
+            self._late_seconds,
         )
         self.owner.counters.timed_out_turns += len(late)
         for branch in late:

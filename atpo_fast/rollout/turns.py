@@ -1,4 +1,4 @@
-"""Write turns: what a branch asks of the engine, the call in what comes back, and the observation after it."""
+"""Write turns: the request of a branch to the engine, the call in its completion, and the observation after it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from atpo_fast.environment.tags import (
     parse_call,
     result_closing,
     result_opening,
+    special_tokens,
 )
 from atpo_fast.rollout.branch import Branch
 from atpo_fast.tree.turn_tree import TokenIds
 
 
 class TurnWriter:
-    """Turn branches into requests, completions into turns and calls, and results into token ids.
+    """The translation of branches into requests, completions into turns and calls, and results into token ids.
 
     Args:
         tokenizer: reads calls from turns and encodes observations; sampled tokens are never encoded again.
@@ -40,8 +41,7 @@ class TurnWriter:
         self._stop = tuple(close_tag(name) for name in names)
         self._opening_tokens = len(self._encode(result_opening()))
         self._closing = self._encode(result_closing())
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self._special = tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+        self._special = special_tokens(tokenizer)
 
     def request(self, branch: Branch, greedy: bool) -> Request:
         """Build the request for a branch's next turn."""
@@ -76,7 +76,7 @@ class TurnWriter:
         return call
 
     def may_call(self, branch: Branch) -> bool:
-        """Whether the branch has calls left."""
+        """Tell whether the branch may call a tool once more."""
         return branch.calls < self.tools.call_limit
 
     def observations(self, texts: Sequence[str]) -> list[TokenIds]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.data.questions import Question
-from atpo_fast.data.records import Row, read_rows
+from atpo_fast.data.records import Record, read_records
 from atpo_fast.environment.tags import format_result
 from atpo_fast.tree.turn_tree import TurnTree
 
@@ -24,20 +24,20 @@ def read_demonstrations(
     An action is what the policy should write, an observation is inserted after it as it stands (with its result tags);
     the last turn has none and is closed with the end-of-sequence token.
 
-    Raises FileNotFoundError for a missing file and DataError naming file, row and field for anything else.
+    Raises FileNotFoundError for a missing file and DataError naming file, record and field for anything else.
     """
-    return [_chain(row, tokenizer, encode_prompt) for row in read_rows(path)]
+    return [_chain(record, tokenizer, encode_prompt) for record in read_records(path)]
 
 
 def evidence_demonstrations(
     questions: Sequence[Question],
-    search: Callable[[str], str],
+    search_tool: Callable[[str], str],
     tokenizer: PreTrainedTokenizerBase,
     encode_prompt: Callable[[Question], list[int]],
 ) -> list[TurnTree]:
     """Make chains that search each title of the gold evidence and then answer, where the evidence is known.
 
-    They teach the format and when to search, not how to find titles. Observations are what `search` really finds.
+    They teach the format and when to search, not how to find titles. Observations are what `search_tool` really finds.
     """
 
     def encode(text: str) -> list[int]:
@@ -49,7 +49,7 @@ def evidence_demonstrations(
         tree, turn = TurnTree(encode_prompt(question), question_id=question.id), 0
         for title in titles:
             action = f"<think> I look for {title}. </think> <search> {title} </search>"
-            turn = tree.add_turn(turn, encode(action), observation_ids=encode(format_result(search(title))))
+            turn = tree.add_turn(turn, encode(action), observation_ids=encode(format_result(search_tool(title))))
         answer = f"<think> I know it. </think> <answer> \\boxed{{{question.answers[0]}}} </answer>"
         tree.add_turn(turn, [*encode(answer), tokenizer.eos_token_id], finish_reason="eos")
         if titles:
@@ -57,30 +57,32 @@ def evidence_demonstrations(
     return chains
 
 
-def _chain(row: Row, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question], list[int]]) -> TurnTree:
-    text, turns = row.value.get("question"), row.value.get("turns")
+def _chain(
+    record: Record, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question], list[int]]
+) -> TurnTree:
+    text, turns = record.value.get("question"), record.value.get("turns")
     if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{row.where}: field question must be a non-empty text")
+        raise DataError(f"{record.where}: field question must be a non-empty text")
     if not isinstance(turns, list) or not turns:
-        raise DataError(f"{row.where}: field turns must be a non-empty list")
-    tree = TurnTree(encode_prompt(Question(id=row.where, text=text, answers=())), question_id=row.where)
+        raise DataError(f"{record.where}: field turns must be a non-empty list")
+    tree = TurnTree(encode_prompt(Question(id=record.where, text=text, answers=())), question_id=record.where)
     parent = 0
     for number, turn in enumerate(turns):
         last = number == len(turns) - 1
-        action, observation = _texts(row, number, turn)
+        action, observation = _texts(record, number, turn)
         if bool(observation) == last:
-            raise DataError(f"{row.where}: turns[{number}] must {'not ' if last else ''}have an observation")
+            raise DataError(f"{record.where}: turns[{number}] must {'not ' if last else ''}have an observation")
         ids = tokenizer.encode(action, add_special_tokens=False) + ([tokenizer.eos_token_id] if last else [])
         seen = tokenizer.encode(observation, add_special_tokens=False) if observation else None
         parent = tree.add_turn(parent, ids, observation_ids=seen, finish_reason="eos" if last else "stop")
     return tree
 
 
-def _texts(row: Row, number: int, turn: object) -> tuple[str, str]:
+def _texts(record: Record, number: int, turn: object) -> tuple[str, str]:
     """Return (action, observation or an empty text) of a turn."""
     if not isinstance(turn, dict):
-        raise DataError(f"{row.where}: turns[{number}] must be an object with action and observation")
+        raise DataError(f"{record.where}: turns[{number}] must be an object with action and observation")
     action, observation = turn.get("action"), turn.get("observation") or ""
     if not isinstance(action, str) or not action or not isinstance(observation, str):
-        raise DataError(f"{row.where}: turns[{number}] needs a non-empty text action, and observation as text")
+        raise DataError(f"{record.where}: turns[{number}] needs a non-empty text action, and observation as text")
     return action, observation

@@ -36,7 +36,7 @@ Notes = dict[str, float | str]
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """What a run works on.
+    """The questions, passages, tokenizer and prompts of a run.
 
     `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
     `encode_prompt` gives the token ids of a question's prompt. `tools` are the configured functions and MCP tools,
@@ -59,7 +59,7 @@ def load_task(config: Config) -> Task:
 
     Raises:
         FileNotFoundError: a data file, the model folder or its tokenizer is missing.
-        DataError: a data file cannot be used; the message names file, row and field.
+        DataError: a data file cannot be used; the message names file, record and field.
         ValueError: a prompt longer than `data.max_prompt_tokens`, an impossible world, or a function or an MCP tool
             that cannot be used.
         ConnectionError: an MCP server cannot be started or reached.
@@ -99,14 +99,14 @@ def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     else:
         tokenizer = make_tokenizer(world, texts=[_in_words(config, schemas)])
     encode = _prompt_encoder(config, tokenizer, schemas)
-    search = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
+    search_tool = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
     return Task(
         train=world.train[: config.data.max_train_questions],
         eval=world.eval[: config.data.max_eval_questions],
         passages=world.passages,
         tokenizer=tokenizer,
         encode_prompt=encode,
-        demonstrations=make_demonstrations(world, config.world, tokenizer, search, encode),
+        demonstrations=make_demonstrations(world, config.world, tokenizer, search_tool, encode),
         notes=world.notes,
     )
 
@@ -140,8 +140,8 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     encode = _prompt_encoder(config, tokenizer, schemas)
     demonstrations: list[TurnTree] = []
     if config.cold_start.from_evidence:
-        search = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
-        demonstrations = evidence_demonstrations(train, search, tokenizer, encode)
+        search_tool = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
+        demonstrations = evidence_demonstrations(train, search_tool, tokenizer, encode)
         if not demonstrations:
             raise DataError(
                 "cold_start.from_evidence: no training question names its evidence (supporting_facts, paragraphs)"

@@ -1,4 +1,4 @@
-"""What a run tells about itself while it runs: metrics, phase times, progress."""
+"""Telemetry of a run: metrics, phase times, progress."""
 
 from atpo_fast.telemetry.phases import PhaseTimer
 from atpo_fast.telemetry.progress import Progress

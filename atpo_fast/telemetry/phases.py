@@ -23,7 +23,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._open: list[tuple[str, str]] = []  # name given and name recorded, outermost first
+        self._open: list[tuple[str, str]] = []  # given and recorded name of each open phase, outermost first
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a display that redraws on a terminal, plain lines elsewhere."""
+"""The progress of a run for a person: a display that redraws on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Progress:
         self._redraw(force=True)
 
     def message(self, text: str) -> None:
-        """Write a line that stays."""
+        """Write a line above the display, where it stays."""
         if self.mode != "off":
             self._line(text)
 
@@ -160,13 +160,13 @@ class _Display(Bars):
         self.refresh()
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """Yield the two lines."""
+        """Yield the two lines of the display: status and progress bar."""
         yield Text(self._status)
         yield self.make_tasks_table(self.tasks)
 
 
 class _Console(Console):
-    """A console whose broken pipe (`| head`) is not the end of the process, as it is in rich."""
+    """A console that survives a broken pipe (`| head`), which ends the process in rich."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -186,7 +186,7 @@ def _rate_text(name: str, value: float, seconds: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    """Format as m:ss, or h:mm:ss."""
+    """Format a duration as m:ss, or h:mm:ss from one hour on."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

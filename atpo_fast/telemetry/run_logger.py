@@ -20,7 +20,7 @@ _NON_FINITE = {"nan", "inf", "-inf"}
 
 
 class _Sink(Protocol):
-    """One place that records go to."""
+    """A destination of metric records: a file or a tracker."""
 
     def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None: ...
 
@@ -28,19 +28,19 @@ class _Sink(Protocol):
 
 
 class RunLogger:
-    """Writes the records of a run; every method does nothing on ranks that are not `is_main`.
+    """The metric records of a run; every method does nothing on ranks that are not `is_main`.
 
     A record is `{"phase": "cold_start" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the
     logger exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.
 
     Args:
-        run_dir: the run's folder, made if need be.
+        run_dir: the run's folder, created if it does not exist.
         config: `config.logging` chooses the trackers.
         is_main: whether this process is the one that writes.
 
     Raises:
         ModuleNotFoundError: a tracker was asked for but is not installed.
-        OSError: the run folder cannot be made.
+        OSError: the run folder cannot be created.
     """
 
     def __init__(self, run_dir: Path | str, config: Config, *, is_main: bool = True):
@@ -94,7 +94,7 @@ class RunLogger:
 
 
 class _JsonLines:
-    """Records as lines of metrics.jsonl."""
+    """The sink that appends records to metrics.jsonl, one a line."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -162,7 +162,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    """Return a float where `plain` wrote a non-finite one as text; anything else as it is."""
+    """Convert text that `plain` wrote for a non-finite float back to a float; return anything else unchanged."""
     return float(value) if isinstance(value, str) and value in _NON_FINITE else value
 
 

@@ -1,4 +1,4 @@
-"""One process of a run, started by DeepSpeed's launcher:
+"""Run one process of a run, as DeepSpeed's launcher starts it.
 
 deepspeed --module atpo_fast.train --config configs/quickstart.yaml
 """

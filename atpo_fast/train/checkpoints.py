@@ -28,18 +28,18 @@ from atpo_fast.train.weights import export_model
 
 @dataclass(slots=True)
 class TrainState:
-    """What a checkpoint remembers beside weights and optimizer."""
+    """The state of training that a checkpoint holds beside weights and optimizer."""
 
-    step: int = 0  # steps done
+    step: int = 0  # number of steps done
     optimizer_steps: int = 0
     seconds: float = 0.0  # time spent so far, cold start included
     cold_start_em: float | None = None
     eval_em: float | None = None
-    eval_step: int = -1  # step that `eval_em` is of
+    eval_step: int = -1  # step of the evaluation behind `eval_em`
     totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
 
     def summary(self, seconds: float) -> dict[str, Any]:
-        """Return what `summary.json` tells of a training that took `seconds`."""
+        """Return the contents of `summary.json` for a training that took `seconds`."""
         totals = self.totals
         return {
             "cold_start_em": self.cold_start_em,

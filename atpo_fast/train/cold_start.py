@@ -79,7 +79,7 @@ def cold_start(run: Run) -> Path:
 
 
 def check_vocabulary(run: Run, folder: Path | str) -> None:
-    """Raise ValueError when the model in `folder` was made for another tokenizer than the task's."""
+    """Raise ValueError when the model in `folder` was trained with another tokenizer than the task's."""
     if not (Path(folder) / "tokenizer.json").is_file():
         return
     other = AutoTokenizer.from_pretrained(folder).get_vocab()
@@ -146,7 +146,7 @@ def _step(
 
 
 def _draw(demonstrations: list[TurnTree], count: int, seed: int, step: int) -> list[TurnTree]:
-    """Draw the demonstrations of a step."""
+    """Draw the demonstrations of a step without replacement, the same on every rank."""
     rng, size = np.random.default_rng([seed, step]), min(count, len(demonstrations))
     return [demonstrations[i] for i in rng.choice(len(demonstrations), size=size, replace=False)]
 

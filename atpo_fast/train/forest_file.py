@@ -1,4 +1,4 @@
-"""Write search trees of many questions to a file, without training: in batches, so that an interrupted job goes on."""
+"""Write search trees of many questions to a file, without training: in batches, so that a killed job can continue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
 
     Questions that the file holds already are passed over: a tree depends on the configuration and on its own question
     only, so the file becomes the same as without an interruption. After every `train.questions_per_step` questions the
-    ranks hand their trees to rank 0, which writes them; so they do when the run is stopped or an engine fails.
+    ranks send their trees to rank 0, which writes them, also when the run is stopped or an engine fails.
 
     Raises:
         ForestError: the engine's servers failed, or the file cannot be written.
@@ -64,7 +64,7 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
 
 
 def _take(held: dict[str, int], name: str) -> bool:
-    """Whether the file holds another tree of this id."""
+    """Tell whether the file holds another tree of this id, and count it as used."""
     held[name] = held.get(name, 0) - 1
     return held[name] >= 0
 

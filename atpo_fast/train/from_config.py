@@ -1,4 +1,4 @@
-"""From the configuration to what a run is made of: the objective, the model behind the policy, the rows' budget.
+"""Build the parts of a run from its configuration: the objective, the model behind the policy, the rows' budget.
 
 Credit, packing, objective and policy take plain arguments and know nothing of the configuration; this module does.
 """

@@ -39,7 +39,7 @@ from atpo_fast.tree.storage import append_trees
 
 
 class Trainer:
-    """Own the policy, its optimizer, the sampler and the progress of a run."""
+    """The RL loop of a run, with its policy, optimizer, sampler and progress."""
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config

@@ -12,9 +12,9 @@ from atpo_fast.tree.packed_rows import PackedTrees
 
 
 class MiniBatch(NamedTuple):
-    """What one rank computes of a mini-batch."""
+    """The part of a mini-batch that one rank computes."""
 
-    rows: list[PackedTrees]  # none where no token has a gradient, on any rank
+    rows: list[PackedTrees]  # rows; none where no token has a gradient, on any rank
     passes: list[Pass]
     pruned: int  # tokens of the mini-batch's trees, on all ranks, that packing left out
 

@@ -46,7 +46,7 @@ class StopSignal:
 
 @dataclass(slots=True)
 class Run:
-    """One process of a run."""
+    """The state of a run in one of its processes."""
 
     config: Config
     task: Task
@@ -60,12 +60,12 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files."""
+        """Whether this process is rank 0, which writes the files."""
         return self.rank == 0
 
     @property
     def device(self) -> torch.device:
-        """Device of this rank."""
+        """Device on which this rank computes."""
         cuda = self.config.device != "cpu" and torch.cuda.is_available()
         return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
@@ -92,7 +92,7 @@ class Run:
             raise StopRequested
 
     def barrier(self) -> None:
-        """Wait for the other ranks."""
+        """Wait until all ranks have come here."""
         if self.world > 1:
             dist.barrier()
 

@@ -30,7 +30,7 @@ from atpo_fast.tree import TurnTree
 
 
 class Sampler:
-    """Roll out this rank's questions.
+    """The sampler of this rank's questions.
 
     The engine holds its own copy of the model at `folder`, because ZeRO-3 shards the trainer's; `sync` brings it up
     to date, a bucket of parameters at a time.
@@ -39,7 +39,7 @@ class Sampler:
     def __init__(self, run: Run, folder: Path | str, device: torch.device):
         config = run.config
         self._run = run
-        self._policy: Policy | None = None  # whose weights the engine has; None: those of its folder
+        self._policy: Policy | None = None  # policy whose weights the engine has; None: it has those of its folder
         positions: int = AutoConfig.from_pretrained(folder).max_position_embeddings
         self.engine = make_engine(
             config,
@@ -49,7 +49,7 @@ class Sampler:
             max_positions=positions,
             current_weights=self._current_weights,
         )
-        self.search = TreeSearch(
+        self.tree_search = TreeSearch(
             self.engine,
             run.task.tokenizer,
             make_toolbox(config.tools, run.task.passages, run.task.tools),
@@ -64,7 +64,7 @@ class Sampler:
         tokens = {
             f"tokens/{name.removesuffix('_tokens')}": float(n) for name, n in asdict(self.engine.counters).items()
         }
-        return tokens | {f"count/{name}": float(n) for name, n in asdict(self.search.counters).items()}
+        return tokens | {f"count/{name}": float(n) for name, n in asdict(self.tree_search.counters).items()}
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights; a collective under ZeRO-3."""
@@ -93,12 +93,12 @@ class Sampler:
         report = self._report if timer is None else self._check_stop
         timer = timer or run.timer
 
-        def search(asked: Sequence[Question]) -> Iterator[tuple[int, TurnTree]]:
+        def roll_out(asked: Sequence[Question]) -> Iterator[tuple[int, TurnTree]]:
             prompts = [run.task.encode_prompt(question) for question in asked]
-            return self.search.roll_out(asked, prompts, seed=seed, greedy=greedy, on_progress=report, timer=timer)
+            return self.tree_search.roll_out(asked, prompts, seed=seed, greedy=greedy, on_progress=report, timer=timer)
 
         self.engine.wake()
-        trees = self.engine.for_all(questions, search)
+        trees = self.engine.for_all(questions, roll_out)
         while True:
             with timer.phase("rollout"):
                 try:
@@ -126,9 +126,9 @@ class Batch:
     weights_step: int  # number of steps that the policy had learned when it sampled the trees
     questions: Sequence[Question]
     trees: list[TurnTree] = field(default_factory=list)
-    counts: dict[str, float] = field(default_factory=dict)  # what `Sampler.counts` has counted for this batch
+    counts: dict[str, float] = field(default_factory=dict)  # counts of `Sampler.counts` for this batch
     seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, where it was rolled out ahead
+    phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, where the batch was rolled out ahead
     error: BaseException | None = None
 
     @property
@@ -138,12 +138,12 @@ class Batch:
 
 
 class BatchSampler:
-    """Roll out batches, one at a time: when one is wanted, or a step ahead while the policy learns.
+    """A source of batches, rolled out one at a time: when one is wanted, or a step ahead while the policy learns.
 
     Args:
-        sampler: rolls out.
-        questions: gives this rank's questions of a step.
-        seed: gives the seed of a step.
+        sampler: sampler that rolls out.
+        questions: function that gives this rank's questions of a step.
+        seed: function that gives the seed of a step.
     """
 
     def __init__(self, sampler: Sampler, questions: Callable[[int], Sequence[Question]], seed: Callable[[int], int]):
@@ -151,7 +151,7 @@ class BatchSampler:
         self._ahead: tuple[Batch, Thread] | None = None
 
     def begin(self, step: int, weights_step: int) -> None:
-        """Roll out a later step's batch while the caller goes on; `join` before the engine is used otherwise."""
+        """Roll out a later step's batch in the background; call `join` before the engine is used otherwise."""
         batch = Batch(step, weights_step, self._questions(step))
         thread = Thread(target=self._roll_out, args=(batch, PhaseTimer()), name=f"rollout-{step}", daemon=True)
         self._ahead = batch, thread

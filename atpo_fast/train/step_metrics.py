@@ -1,4 +1,4 @@
-"""Metrics of one step's rollouts."""
+"""Compute the metrics of one step's rollouts."""
 
 from __future__ import annotations
 

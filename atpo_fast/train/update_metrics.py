@@ -71,7 +71,7 @@ class Mismatch:
         self.gap = 0.0  # mean absolute difference of the log-probs, nats a token
 
     def add(self, row: PackedTrees, logprob: Tensor) -> None:
-        """Add one row's log-probs, (A,)."""
+        """Add the (A,) log-probs of a row to the sums."""
         difference = (logprob - row.rollout_logprob).double()
         fresh = row.trajectory_count > 0  # repeated and padding tokens have no log-prob of the engine's
         k3 = torch.where(fresh, torch.expm1(difference) - difference, 0.0)

@@ -31,8 +31,8 @@ def load_policy(config: Config, folder: Path | str) -> Policy:
 def whole_parameters(policy: Policy, bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) one at a time; under ZeRO-3 a collective on every rank.
 
-    Parameters are gathered in buckets of at most `bucket_bytes` (a larger one alone), so no rank ever holds more than a
-    bucket beside its shards. A tensor is valid until the next one is asked for. Tied parameters come once.
+    Parameters are gathered in buckets of at most `bucket_bytes` (a larger one by itself), so no rank ever holds more
+    than a bucket beside its shards. A tensor is valid until the next one is asked for. Tied parameters come once.
     """
     for bucket in in_buckets(policy.model.named_parameters(), _nbytes, bucket_bytes):
         parts = [parameter for _, parameter in bucket if hasattr(parameter, "ds_id")]

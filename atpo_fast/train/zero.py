@@ -4,7 +4,7 @@ DeepSpeed's engine is called `zero` throughout, so that `engine` is the inferenc
 
 DeepSpeed discards a step with non-finite gradients only under fp16 loss scaling. Here every precision and stage does:
 hooks on the parameters note a non-finite gradient on the device, the ranks agree once per step, and the optimizer
-then changes neither weights nor moments while DeepSpeed's own bookkeeping goes on as usual.
+then changes neither weights nor moments while DeepSpeed's own bookkeeping continues as usual.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def set_learning_rate(zero: deepspeed.DeepSpeedEngine, lr: float) -> None:
 
 
 def gradient_norm(zero: deepspeed.DeepSpeedEngine) -> float | None:
-    """Return the norm of the last step's gradient before clipping; None where DeepSpeed does not tell it.
+    """Return the norm of the last step's gradient before clipping; None where DeepSpeed does not know it.
 
     It does not at stage 0 in float32.
     """
@@ -142,7 +142,7 @@ def make_optimizer(module: nn.Module, settings: OptimConfig, *, offload: bool) -
 
 
 class GradientWatch:
-    """Notes whether any gradient of any micro-batch was non-finite."""
+    """A watch that notes whether any gradient of any micro-batch was non-finite."""
 
     def __init__(self, module: nn.Module, optimizer: Guard):
         parameters = [p for p in module.parameters() if p.requires_grad]

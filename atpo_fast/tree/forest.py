@@ -32,9 +32,9 @@ class Forest:
     actions: list[Ints]  # N arrays of action token ids
     observations: list[Ints]  # N arrays of observation token ids
     rollout_logprobs: list[Floats]  # N arrays, one entry per action token
-    old_logprobs: list[Floats]  # likewise
-    leaves: Ints  # (S,) the turn at which each trajectory ends, ascending
-    multiplicity: Floats  # (S,) how often each trajectory counts
+    old_logprobs: list[Floats]  # N arrays, one entry per action token
+    leaves: Ints  # (S,) turn at which each trajectory ends, ascending
+    multiplicity: Floats  # (S,) number of times that each trajectory counts
 
     action_length: Ints = field(init=False)  # (N,)
     observation_length: Ints = field(init=False)  # (N,)
@@ -100,18 +100,18 @@ class Forest:
 
     @property
     def tree_offsets(self) -> Ints:
-        """(trees+1,) first turn of each tree, which is its root."""
+        """First turn of each tree, which is its root, (trees+1,)."""
         return offsets(np.bincount(self.tree, minlength=len(self.names)))
 
     @property
     def nll(self) -> Floats:
-        """(N,) mean negative log-prob of each turn's action, the entropy estimate H(n); 0 for an empty action."""
+        """Mean negative log-prob of each turn's action, (N,): the entropy estimate H(n); 0 for an empty action."""
         means = (-float(logprobs.mean()) if logprobs.size else 0.0 for logprobs in self.rollout_logprobs)
         return np.fromiter(means, dtype=np.float64, count=len(self.parent))
 
     @property
     def path_leaf(self) -> Ints:
-        """(P,) trajectory of each entry of the path table."""
+        """Trajectory of each entry of the path table, (P,)."""
         return np.repeat(np.arange(len(self.leaves)), np.diff(self.path_offsets))
 
     def _pre_order(self) -> Ints:
@@ -150,7 +150,7 @@ _TURN_FIELDS = (
 
 
 def as_forest(trees: Sequence[TurnTree] | Forest) -> Forest:
-    """Read trees into a table; a table that is there already is returned as it is."""
+    """Read trees into a table; return a table unchanged."""
     return trees if isinstance(trees, Forest) else forest_of_trees(trees)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(slots=True, kw_only=True)
 class PackedTrees:
-    """One row. Trees lie one after another, each in depth-first pre-order with one copy of every token.
+    """A packed row. Its trees follow one another, each in depth-first pre-order with one copy of every token.
 
     The whole attention mask is `subtree_end`: query q sees key k iff `k <= q < subtree_end[k]`. A row of a tree over
     the budget may continue rows before it in the list: then its tokens also see a prefix, all tokens of the rows above.
@@ -29,7 +29,7 @@ class PackedTrees:
     predictor: Tensor  # (A,) int64, index of the hidden state that predicts the action token; -1: the prefix's last
     targets: Tensor  # (A,) int64, the action tokens
     old_logprob: Tensor | None  # (A,) log-prob when sampled (the engine's until replaced); None: the current one
-    rollout_logprob: Tensor  # (A,) the engine's log-prob
+    rollout_logprob: Tensor  # (A,) log-prob of the engine
     ref_logprob: Tensor  # (A,) log-prob under the reference policy (zeros until filled)
     turn_offsets: Tensor  # (N+1,) int32, CSR over the A axis; stays on the CPU
     weight_pos: Tensor  # (A,) W+: sum of w * max(A, 0) over the trajectories through the token
@@ -41,37 +41,37 @@ class PackedTrees:
     path_turns: Tensor  # (P,) int32, indices into the N turns of this row, root side first
     path_weight_pos: Tensor  # (P,) per-token weight w * max(A, 0) of one trajectory in one turn (level `sequence`)
     path_weight_neg: Tensor  # (P,) likewise w * max(-A, 0)
-    leaf_multiplicity: Tensor  # (S,) float, how often the trajectory counts
+    leaf_multiplicity: Tensor  # (S,) float, number of times that the trajectory counts
 
-    turn_tree: Tensor  # (N,) int32, which tree (index into the list given to `pack_trees`) the turn is of
-    turn_index: Tensor  # (N,) int32, its index in that tree
+    turn_tree: Tensor  # (N,) int32, tree of the turn, as an index into the list given to `pack_trees`
+    turn_index: Tensor  # (N,) int32, index of the turn in that tree
     leaf_turn: Tensor  # (S,) int32, index in the tree of the trajectory's leaf
-    leaf_tree: Tensor  # (S,) int32, which tree
+    leaf_tree: Tensor  # (S,) int32, tree of the trajectory
 
     unique_tokens: int  # tokens of this row that are not repeats: summed over rows, the tokens kept of the forest
     flat_tokens: int  # tokens of the row's trajectories written out, with multiplicity
 
-    depth: int = 0  # rows above; the nearest earlier row of depth - 1 is the one right above
+    depth: int = 0  # number of rows above; the nearest earlier row of depth - 1 is the one right above
     prefix_tokens: int = 0  # tokens of the rows above, root first: every token of this row sees all of them
 
     @property
     def num_tokens(self) -> int:
-        """T, tokens of the row."""
+        """Number T of tokens of the row."""
         return self.input_ids.numel()
 
     @property
     def num_actions(self) -> int:
-        """A, action tokens of the row."""
+        """Number A of action tokens of the row."""
         return self.targets.numel()
 
     @property
     def num_turns(self) -> int:
-        """N, turns with at least one action token."""
+        """Number N of turns with at least one action token."""
         return self.turn_offsets.numel() - 1
 
     @property
     def num_trajectories(self) -> int:
-        """S, distinct trajectories."""
+        """Number S of distinct trajectories of the row."""
         return self.path_offsets.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedTrees:

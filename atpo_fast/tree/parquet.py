@@ -1,7 +1,7 @@
 """Search trees in a folder of Parquet files, which pandas, DuckDB, PyArrow and Hugging Face read as one table.
 
-A Parquet file cannot be continued, so every call of `append` adds one, under its own name only when it is whole.
-A row is a tree; `meta` is JSON, so that it comes back exactly.
+A Parquet file cannot be appended to, so every call of `append` adds one, which gets its name when it is complete.
+Each record is a tree. Its `meta` is JSON text, so that it is restored exactly.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from atpo_fast.common.files import replacing
 from atpo_fast.common.jsonl import plain
 from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree, stored_fields
 
@@ -41,7 +42,7 @@ _SCHEMA = pa.schema(
         "leaf_advantages": pa.list_(pa.float64()),
     }
 )
-_BATCH = 16  # rows read at once
+_BATCH = 16  # number of records read at once
 
 
 def append(folder: Path | str, trees: Sequence[TurnTree], texts: Sequence[Sequence[tuple[str, str]] | None]) -> None:
@@ -51,15 +52,11 @@ def append(folder: Path | str, trees: Sequence[TurnTree], texts: Sequence[Sequen
         OSError: the file cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     number = max((int(path.stem.removeprefix("part-")) for path in _files(folder)), default=-1) + 1
     rows = [_row(tree, text) for tree, text in zip(trees, texts, strict=True)]
-    draft = folder / ".part.tmp"  # readers pass over names with a dot
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), draft, compression="zstd")
-        draft.rename(folder / f"part-{number:06d}.parquet")
-    finally:
-        draft.unlink(missing_ok=True)
+    table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+    with replacing(folder / f"part-{number:06d}.parquet") as partial:  # readers skip names with a dot
+        pq.write_table(table, partial, compression="zstd")
 
 
 def iterate(folder: Path | str) -> Iterator[dict[str, Any]]:
@@ -89,7 +86,7 @@ def _rows(folder: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
                 for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
                     yield from batch.select(columns).to_pylist()
         except (pa.ArrowException, KeyError) as error:
-            raise ValueError(f"{path}: not a Parquet file of search trees ({error}); delete it to go on") from error
+            raise ValueError(f"{path}: not a Parquet file of search trees ({error}); delete it to continue") from error
 
 
 def _files(folder: Path) -> list[Path]:

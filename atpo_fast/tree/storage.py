@@ -24,7 +24,9 @@ OBSERVATION_CHARS = 2000
 class Decoder(Protocol):
     """The part of a tokenizer that writing trees needs."""
 
-    def decode(self, token_ids: list[int]) -> str: ...
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of token ids."""
+        ...
 
 
 def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokenizer: Decoder) -> None:
@@ -37,7 +39,7 @@ def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokeniz
         append_records(path, records)
     except OSError as error:
         warnings.warn(
-            f"search trees cannot be written to {path} ({error}); training goes on", RuntimeWarning, stacklevel=2
+            f"search trees cannot be written to {path} ({error}); training continues", RuntimeWarning, stacklevel=2
         )
 
 
@@ -138,7 +140,7 @@ def read_forest_texts(path: Path | str, count: int) -> list[dict[str, Any]]:
 
 
 def is_parquet(path: Path | str) -> bool:
-    """Whether a forest of this name is a folder of Parquet files."""
+    """Tell whether a forest of this name is a folder of Parquet files."""
     return Path(path).suffix == ".parquet"
 
 

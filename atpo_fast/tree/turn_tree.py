@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(slots=True)
 class Turn:
-    """What the policy wrote between two observations, and the observation that it caused.
+    """An action of the policy between two observations, and the observation that it caused.
 
     `action_ids` (a,) int64 sampled tokens; `logprobs` (a,) float64 the engine's log-prob of each; `observation_ids`
     (o,) int64 tokens the environment inserted after the action (never trained on).
@@ -30,11 +30,11 @@ class Turn:
     action_ids: TokenIds
     logprobs: Floats
     observation_ids: TokenIds
-    finish_reason: str = "stop"  # stop (a tool's closing tag), eos, length, error
-    tool: str | None = None  # name of the tool the action called
+    finish_reason: str = "stop"  # end of the action: stop (a tool's closing tag), eos, length or error
+    tool: str | None = None  # name of the tool that the action called
     children: list[int] = field(default_factory=list)
-    reward: float | None = None  # leaves only
-    multiplicity: int = 1  # leaves only: how often the leaf counts
+    reward: float | None = None  # reward of a leaf
+    multiplicity: int = 1  # number of times that a leaf counts
 
     @property
     def nll(self) -> float:
@@ -169,7 +169,7 @@ class TurnTree:
 
     @property
     def num_trajectories(self) -> int:
-        """Leaves counted with multiplicity."""
+        """Number of trajectories: leaves counted with multiplicity."""
         return sum(self.turns[i].multiplicity for i in self.leaves)
 
     def _require_leaf(self, turn: int) -> None:

@@ -1,4 +1,4 @@
-"""The embedded world: facts, questions over them, a tokenizer and scripted demonstrations, all made from a seed."""
+"""The embedded world: facts, questions over them, a tokenizer and scripted demonstrations, generated from a seed."""
 
 from atpo_fast.world.demonstrations import make_demonstrations
 from atpo_fast.world.facts import World, make_world

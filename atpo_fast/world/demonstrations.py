@@ -70,7 +70,7 @@ def _draw_strategy(hops: int, good_fraction: float, rng: np.random.Generator) ->
 
 
 class _Script:
-    """Plays a strategy on a question, turn by turn, with the real search tool."""
+    """A strategy played on a question, turn by turn, with the real search tool."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, search: Callable[[str], str]):
         self.tokenizer = tokenizer

@@ -40,7 +40,7 @@ _RELATIONS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """A world made by `make_world`."""
+    """A world of facts with its passages and questions; `make_world` generates one from a seed."""
 
     entities: tuple[str, ...]
     relations: tuple[str, ...]
@@ -56,16 +56,16 @@ class Composition:
     """The look-ups that a question asks for: `relations` in their order, `entities` from the start to the answer."""
 
     relations: tuple[str, ...]
-    entities: tuple[str, ...]  # one more than relations
+    entities: tuple[str, ...]  # entities on the way, one more than relations
 
     @property
     def hops(self) -> int:
-        """Return the number of look-ups."""
+        """Number of look-ups that the question needs."""
         return len(self.relations)
 
     @property
     def text(self) -> str:
-        """Return the question in words, the last relation first."""
+        """The question in words, the last relation first."""
         asked = " of ".join(f"the {relation}" for relation in reversed(self.relations))
         return f"What is {asked} of {self.entities[0]}?"
 
@@ -99,7 +99,7 @@ def make_world(config: WorldConfig) -> World:
 
 
 def composition(question: Question) -> Composition:
-    """Return the composition that a question of this world was made from."""
+    """Return the composition that a question of this world was generated from."""
     return Composition(tuple(question.meta["relations"]), tuple(question.meta["entities"]))
 
 

@@ -1,6 +1,6 @@
 """A word-level tokenizer for the embedded world.
 
-A token is a word together with the space before it, so that any text made of known words comes back exactly, and so
+A token is a word together with the space before it, so that any text of known words is restored exactly, and so
 that a piece of text has the same tokens whatever stands before and after it. A word written with and without a space
 before it is two tokens.
 """

@@ -1,0 +1,1 @@
+"""Bench of attention over a row that holds a tree."""

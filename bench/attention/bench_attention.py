@@ -14,10 +14,11 @@ SHORTEST = CPU_ROW if DEVICE == "cpu" else ROWS[0]
 
 
 def shortest(case: AttentionCase) -> tuple[str, ...]:
-    """All implementations of forward and backward there."""
+    """Choose all implementations of forward and backward there."""
     return case.implementations if (case.mode, case.row_tokens) == ("gradient", SHORTEST) else ()
 
 
 @pytest.mark.parametrize(("case", "name"), parameters(("tree_attention",), shortest))
 def test_attention(benchmark: Any, case: Case, name: str) -> None:
+    """Time an implementation's attention, forward and backward."""
     run(benchmark, case, name, rounds=3)

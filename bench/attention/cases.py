@@ -1,4 +1,4 @@
-"""Cases of attention alone, over one row that holds one tree of 22 leaves."""
+"""Cases of the attention of one layer, over a row that holds one tree of 22 leaves."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class AttentionCase(Case):
 
     @property
     def bench(self) -> str:
-        """Kind of record: the operator."""
+        """Kind of the case's records: the name of the operator."""
         return "tree_attention"
 
     @property
     def name(self) -> str:
-        """Mode, tokens, heads and dtype."""
+        """Name of the case: mode, tokens, heads and dtype."""
         return f"tree_attention-{self.mode}-{self.row_tokens}-{'x'.join(map(str, self.heads))}-{self.dtype}"
 
 

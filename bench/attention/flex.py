@@ -1,6 +1,6 @@
-"""Attention over a row of trees by PyTorch's FlexAttention, its BlockMask made from block lists.
+"""Attention over a row of trees by PyTorch's FlexAttention, with a BlockMask built from block lists.
 
-No (T, T) mask is made. Compiled on CUDA; on the CPU eager, and without gradients.
+No (T, T) mask exists. It is compiled on CUDA; on the CPU it runs eagerly and without gradients.
 """
 
 from __future__ import annotations

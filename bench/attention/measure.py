@@ -1,4 +1,4 @@
-"""What is measured of attention alone."""
+"""Measure the attention of one layer, without the rest of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.packing.forests import tree_of_tokens
 from bench.packing.rows import tree_rows, visible_pairs
 
 _CHECKED = 64  # queries whose results are compared with float64
-_PREPARATIONS, _SLOW_MS = 3, 5000  # times that what a row needs is made, unless that takes long
+_PREPARATIONS, _SLOW_MS = 3, 5000  # number of timed preparations of a row, unless one takes this long
 VOCAB = 1000
 
 
@@ -88,7 +88,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One implementation on a problem, its lists and masks made."""
+    """An implementation on a problem, with its lists and masks prepared."""
 
     problem: Problem
     attention: Attention

@@ -1,6 +1,6 @@
-"""Attention over a row by our operator and by its peers: one adapter each, for attention alone and for whole models.
+"""Attention over a row by our operator and by its peers: one adapter each, for single layers and for whole models.
 
-What a row needs before its first layer (lists, masks) is made by `prepare`, apart from the attention itself, because
+What a row needs before its first layer (lists, masks) is built by `prepare`, apart from the attention itself, because
 all layers share it. Imports are inside the adapters; a peer that is not installed is skipped by name.
 """
 
@@ -43,7 +43,7 @@ Prepare = Callable[[Tensor, Heads, torch.device], Any]  # subtree_end (T,) on th
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One way to attend."""
+    """An implementation of attention: its preparation of a row, and the attention itself."""
 
     prepare: Prepare
     attend: Attend
@@ -51,7 +51,7 @@ class Attention:
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """How an implementation is made, and how its work differs from ours."""
+    """The constructor of an implementation, and a note on how its work differs from ours."""
 
     make: Callable[[], Attention]
     flat: bool = False
@@ -95,7 +95,7 @@ def _compiled_flex(dynamic: bool) -> Callable[..., Tensor]:
 
 
 def _flex(dynamic: bool) -> Attention:
-    """Attend with a BlockMask made from our block lists."""
+    """Attend with a BlockMask built from our block lists."""
     flex = _compiled_flex(dynamic)
     return Attention(
         lambda subtree_end, _, device: make_flex_mask(subtree_end.to(device)),

@@ -1,4 +1,4 @@
-"""How records of attention alone are shown."""
+"""Show the records of attention in the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.core.verdicts import Record
 
 
 def title(record: Record) -> str:
-    """Describe a case in words."""
+    """Describe the case of a record in words."""
     tokens = record["tokens"]
     counted = f"{tokens['unique']:,} unique of {tokens['flat']:,} flat tokens"
     heads, key_heads, width = record["heads"]

@@ -1,0 +1,1 @@
+"""Measure the cases: timing and memory, records, tables and verdicts."""

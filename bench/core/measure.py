@@ -85,7 +85,7 @@ def collect(device: str) -> None:
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU."""
+    """Wait until the GPU has finished; on a CPU do nothing."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -156,7 +156,7 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
 
 
 def device_ms(call: Callable[[], Any]) -> float:
-    """Time one call on the device alone, in milliseconds: replays of a CUDA graph, without launch latency.
+    """Time one call on the device, in milliseconds: replays of a CUDA graph, without launch latency.
 
     Raises RuntimeError where the call cannot be captured (it waits for the device).
     """

@@ -57,7 +57,7 @@ def slug(device: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """Return the versions beside torch's."""
+    """Return the versions of Python, Triton and CUDA."""
     try:
         triton = version("triton")
     except PackageNotFoundError:

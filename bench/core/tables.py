@@ -18,7 +18,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """How the records of one kind of bench are shown."""
+    """The presentation of the records of one kind of bench."""
 
     bench: str
     title: Callable[[Record], str]
@@ -29,7 +29,7 @@ class Section:
     """Lines before the cases."""
 
     def lines(self, records: list[Record]) -> list[str]:
-        """Write the section; nothing without records."""
+        """Write the section of these records; without records it has no lines."""
         if not records:
             return []
         records = sorted(records, key=self.order)
@@ -56,13 +56,13 @@ class Section:
 
 
 def _notes(records: list[Record]) -> list[str]:
-    """Write what peers do otherwise."""
+    """List the notes on how the work of peers differs from ours."""
     found = {name: e["note"] for record in records for name, e in record["implementations"].items() if e["note"]}
     return [f"* `{name}`: {note}." for name, note in found.items()]
 
 
 def _missing(entry: Entry) -> str:
-    """Say why nothing was timed."""
+    """Say why an implementation was not timed."""
     return "not installed" if "skipped" in entry else f"error: {entry.get('error')}".replace("|", "/")
 
 

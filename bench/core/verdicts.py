@@ -1,4 +1,4 @@
-"""Judging goals from records."""
+"""Judge from records which goals are reached."""
 
 from __future__ import annotations
 

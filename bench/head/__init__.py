@@ -1,0 +1,1 @@
+"""Bench of the head's operators: log-prob, entropy and turn loss."""

@@ -12,7 +12,7 @@ from bench.head.cases import CPU_RECORD, HeadCase
 
 
 def affordable(case: HeadCase) -> tuple[str, ...]:
-    """All implementations; of the large CPU shape ours and plain PyTorch, in one case for each operator."""
+    """Choose all implementations; of the large CPU shape ours and plain PyTorch, in one case for each operator."""
     if case.shape != CPU_RECORD:
         return case.implementations
     return case.implementations[:2] if case.quick else ()
@@ -23,4 +23,5 @@ CASES = parameters(("linear_logprob", "linear_turn_policy_loss", "turn_policy_lo
 
 @pytest.mark.parametrize(("case", "name"), CASES)
 def test_head(benchmark: Any, case: Case, name: str) -> None:
+    """Time an implementation of an operator of the head."""
     run(benchmark, case, name, rounds=2 if case.fields()["shape"] == CPU_RECORD else 10)

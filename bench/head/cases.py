@@ -1,4 +1,4 @@
-"""Cases of the head operators."""
+"""Cases of the head's operators: log-probs, the turn loss, and both fused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class HeadCase(Case):
 
     @property
     def bench(self) -> str:
-        """Kind of record: the operator."""
+        """Kind of the case's records: the name of the operator."""
         return self.operator
 
     @property

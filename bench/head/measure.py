@@ -83,7 +83,7 @@ def _gemms(problem: Problem, rows: int, mode: str) -> Calls:
 
 
 def _run_turn_loss(case: HeadCase, device: str, seconds: float) -> dict[str, Any]:
-    """Measure the loss on given log-probs: time from the host, and on a GPU also of the device alone."""
+    """Measure the loss on given log-probs: wall time, and on a GPU also the time of the device without the host."""
     batch = turn_losses.make_log_probs(case, device)
 
     def first(_: str, call: Callable[[], turn_losses.Result]) -> dict[str, Any]:

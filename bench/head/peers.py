@@ -31,7 +31,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """How to call one implementation, and how its work differs from ours."""
+    """The call of an implementation, and a note on how its work differs from ours."""
 
     package: str | None = None
     """Distribution that gives its version."""

@@ -42,8 +42,8 @@ class Turns:
     """Turns of equal length over N tokens; whole turns carry loss or do not."""
 
     length: int
-    acting: Tensor  # (K,) bool: the turn carries loss
-    rows: Tensor  # (A,) int64: the tokens that do
+    acting: Tensor  # (K,) bool: whether the turn carries loss
+    rows: Tensor  # (A,) int64: tokens of the turns that carry loss
     offsets: Tensor  # (number of turns that carry loss + 1,) int32 over the A rows
     advantages: Tensor  # (K,) float32
     old_logprob: Tensor  # (N,) float32
@@ -54,7 +54,7 @@ class Turns:
 
 @dataclass(slots=True)
 class Problem:
-    """Everything that a timed call reads."""
+    """The inputs that a timed call reads."""
 
     head: Head
     upstream: Tensor  # (2, N) float32 gradients by log-prob and by entropy
@@ -87,7 +87,7 @@ def make_head(shape: tuple[int, int, int], dtype: str, peaked: bool, device: str
 
 
 def make_problem(case: HeadCase, device: str) -> Problem:
-    """Draw the inputs of a case."""
+    """Draw the inputs of a case on a device."""
     head = make_head(case.shape, case.dtype, case.peaked, device)  # type: ignore[arg-type]
     rng = torch.Generator(device).manual_seed(1)
     upstream = torch.randn(2, case.shape[0], generator=rng, device=device)
@@ -153,8 +153,8 @@ def _upstream(case: HeadCase, problem: Problem) -> tuple[Tensor, Tensor]:  # (N,
     none = torch.zeros_like(problem.head.logprob)
     if case.operator == "linear_turn_policy_loss":
         return turn_coefficients(problem.turns, problem.head.logprob), none
-    by_logprob, by_entropy = problem.upstream.double()
-    return by_logprob, by_entropy if case.mode == "entropy_gradient" else none
+    grad_logprob, grad_entropy = problem.upstream.double()
+    return grad_logprob, grad_entropy if case.mode == "entropy_gradient" else none
 
 
 def turn_coefficients(turns: Turns, logprob: Tensor) -> Tensor:  # (N,) -> (N,)
@@ -162,8 +162,8 @@ def turn_coefficients(turns: Turns, logprob: Tensor) -> Tensor:  # (N,) -> (N,)
     ratio = (logprob - turns.old_logprob).view(-1, turns.length).mean(1).exp()
     advantages = turns.advantages.to(logprob.dtype)
     clipped = torch.where(advantages > 0, ratio > 1 + CLIP_HIGH, ratio < 1 - CLIP_LOW)
-    coef = torch.where(clipped | ~turns.acting, 0, -advantages * ratio / max(turns.rows.numel(), 1))
-    return coef.repeat_interleave(turns.length)
+    gradient = torch.where(clipped | ~turns.acting, 0, -advantages * ratio / max(turns.rows.numel(), 1))
+    return gradient.repeat_interleave(turns.length)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from bench.core.verdicts import Record
 
 
 def title(record: Record) -> str:
-    """Describe a case in words."""
+    """Describe the case of a record in words."""
     parts = [MODES[record["mode"]], " × ".join(map(str, record["shape"])), record["dtype"]]
     if record["bench"] == "turn_policy_loss":
         parts.append("packed" if len(record["shape"]) == 1 else "padded")

@@ -25,7 +25,7 @@ class LogProbs:
     """A batch of log-probs: packed (A,), or (B, T) with turns of equal length between gaps of the same length."""
 
     logprob: Tensor  # (A,) or (B, T), leaf
-    old_logprob: Tensor  # likewise
+    old_logprob: Tensor  # (A,) or (B, T)
     advantages: Tensor  # (turns,) packed; (B, T)
     mask: Tensor | None  # (B, T) float
     offsets: Tensor | None  # (turns + 1,) int32
@@ -102,7 +102,7 @@ def _published(batch: LogProbs) -> Tensor:
 
 
 def published_loop(logprob: Tensor, old_logprob: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:  # (B, T) each
-    """Compute AT2PO's published turn-level loss as it is described: a Python loop over rows and over their turns.
+    """Compute AT2PO's published turn-level loss literally: a Python loop over rows and over their turns.
 
     Turns are the contiguous runs of ones of the mask, found token by token on the host; the ratio of a turn is
     exp(sg[mean log-ratio] + logprob - sg[logprob]) with the exponent capped at 10; every turn's mean is read back for

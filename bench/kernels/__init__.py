@@ -1,0 +1,1 @@
+"""Bench of the compiled Triton kernels: registers, shared memory, time to compile."""

@@ -19,6 +19,7 @@ JOBS = [job for job in covering(all_jobs(), read_rows(TABLE.read_text())) if job
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.text)
 def test_compilation(benchmark: Any, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time the compilation of a kernel variant."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = benchmark.pedantic(compile_variant, args=(variant_at(job.address), ARCH, job.source), rounds=1)
     benchmark.extra_info |= {"registers": found.registers, "shared": found.shared}

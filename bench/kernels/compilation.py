@@ -41,14 +41,14 @@ class Resources:
     registers: int
     spills: tuple[int, ...]
     """Bytes stored and loaded; on AMD the number of spilled vector registers."""
-    shared: int  # bytes
-    tensor_memory: int  # columns, on sm_100
+    shared: int  # bytes of shared memory
+    tensor_memory: int  # columns of tensor memory, on sm_100
     source: str
     """Digest of the kernel's source and configuration: see `digest`."""
 
     @property
     def name(self) -> tuple[str, str, str]:
-        """Architecture, kernel and label."""
+        """Name of the variant: architecture, kernel and label."""
         return self.arch, self.kernel, self.label
 
 

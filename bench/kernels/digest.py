@@ -22,7 +22,7 @@ LENGTH = 12  # hexadecimal digits
 
 
 def digest(variant: Variant) -> str:
-    """Hash a variant's sources and configuration."""
+    """Hash the sources and the configuration of a variant."""
     parts = [
         *sorted(sources(variant.kernel)),
         repr(sorted(variant.types.items())),

@@ -45,7 +45,7 @@ TENSOR_MEMORY = 512  # columns, on sm_100
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Compile the kernels, and write RESOURCES.md or compare with it."""
     parser = argparse.ArgumentParser(
         prog="python -m bench resources", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -13,7 +13,7 @@ TABLE = Path(__file__).with_name("RESOURCES.md")
 
 
 def render(compiled: Iterable[Resources]) -> str:
-    """Write the table's text."""
+    """Render RESOURCES.md as text."""
     lines = [
         "# Registers and shared memory of the kernels",
         "",
@@ -34,7 +34,7 @@ def render(compiled: Iterable[Resources]) -> str:
 
 
 def render_row(found: Resources) -> str:
-    """Write one line of the table."""
+    """Render a kernel's resources as one line of the table."""
     numbers = (found.warps, found.stages, found.registers, render_spills(found), kib(found.shared))
     return f"| `{found.kernel}` | {found.label} | {' | '.join(map(str, numbers))} | {found.source} |"
 
@@ -45,7 +45,7 @@ def render_spills(found: Resources) -> str:
 
 
 def kib(size: int) -> str:
-    """Write bytes in KiB."""
+    """Format a number of bytes in KiB, with one decimal."""
     return f"{size / 1024:.1f}"
 
 
@@ -66,22 +66,22 @@ def read_rows(text: str) -> Rows:
 
 
 def cells(row: str) -> list[str]:
-    """Split a row into its cells."""
+    """Split a line of the table into its cells."""
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
 def row_registers(row: str) -> int:
-    """Read the registers of a row."""
+    """Return the number of registers in a line of the table."""
     return int(cells(row)[4])
 
 
 def row_source(row: str) -> str:
-    """Read the digest of a row."""
+    """Return the digest of the sources in a line of the table."""
     return cells(row)[-1]
 
 
 def is_of_this_triton(text: str) -> bool:
-    """Say whether the installed Triton made the table: another one's numbers are others."""
+    """Tell whether the installed version of Triton wrote the table; numbers of another version differ."""
     return f"Made by Triton {triton.__version__} " in text
 
 

@@ -15,7 +15,7 @@ from bench.kernels.table import Rows, row_registers, row_source
 
 @dataclass(frozen=True)
 class Address:
-    """The place of a variant in its operator's list. (Kernels themselves cannot go between processes.)"""
+    """The place of a variant in its operator's list, because kernels cannot be pickled."""
 
     arch: str
     operator: str
@@ -24,7 +24,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Job:
-    """A variant to compile."""
+    """A variant to compile, in a process of its own."""
 
     address: Address
     name: tuple[str, str, str]  # architecture, kernel, label
@@ -32,18 +32,18 @@ class Job:
 
     @property
     def text(self) -> str:
-        """The name as one line."""
+        """Name of the variant on one line."""
         return "{} {}, {}".format(*self.name)
 
 
 @cache
 def variants(operator: str, arch: str) -> list[Variant]:
-    """List an operator's kernels on an architecture, made once."""
+    """List the variants of an operator's kernels on an architecture; the list is cached."""
     return tables.variants(operator, arch)
 
 
 def variant_at(address: Address) -> Variant:
-    """Look up a variant."""
+    """Look up the variant at an address."""
     return variants(address.operator, address.arch)[address.index]
 
 
@@ -57,7 +57,7 @@ def all_jobs() -> Iterator[Job]:
 
 
 def covering(jobs: Iterable[Job], rows: Rows) -> list[Job]:
-    """Choose one variant of each kernel on each architecture, and every variant that changed since the table was made.
+    """Choose one variant of each kernel on each architecture, and every variant that changed since the table.
 
     The one is a bfloat16 variant, the dtype of training, where the kernel has one; of those it is the one that takes
     the fewest registers according to the table, because such code is short and compiles fast.

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.benchmark(timer=time.process_time)
 
 @pytest.fixture(scope="module")
 def trees() -> Iterator[list[TurnTree]]:
-    """Draw the forest, with credit."""
+    """Draw the forest and assign its credit, once for the module."""
     with one_thread():
         yield random_forest(TREES, SEARCH_3000, VOCAB)
 
@@ -49,5 +49,5 @@ def test_pack_trees(benchmark: Any, trees: list[TurnTree], max_tokens: int) -> N
 
 
 def test_assign_credit(benchmark: Any, trees: list[TurnTree]) -> None:
-    """Credit of the same forest."""
+    """Time the credit assignment of the same forest."""
     benchmark(assign_credit, trees)

@@ -19,12 +19,12 @@ class HostCase(Case):
 
     @property
     def bench(self) -> str:
-        """Kind of record: there is this case alone."""
+        """Kind of the case's records, of which this is the only case."""
         return "host_preparation"
 
     @property
     def name(self) -> str:
-        """Trees, leaves, tokens of a trajectory."""
+        """Name of the case: trees, leaves, tokens of a trajectory."""
         return f"host_preparation-{TREES}x22x3000"
 
 

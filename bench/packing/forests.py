@@ -15,15 +15,15 @@ Range = tuple[int, int]  # least and most, drawn uniformly
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Numbers of tokens and turns of which a tree is made."""
+    """The ranges of the numbers of tokens and turns of a random tree."""
 
     prompt: Range
-    turns: Range  # of a trajectory, its answer included
+    turns: Range  # number of turns of a trajectory, its answer included
     action: Range
     observation: Range
 
     def scaled(self, by: float) -> Lengths:
-        """Divide all numbers of tokens."""
+        """Divide all numbers of tokens by the same factor."""
         prompt, turns, *others = astuple(self)
         prompt, action, observation = ((round(lo / by), round(hi / by)) for lo, hi in (prompt, *others))
         return Lengths(prompt, turns, action, observation)
@@ -62,7 +62,7 @@ def random_tree(seed: int, lengths: Lengths, vocab: int) -> TurnTree:
 
 
 def random_forest(trees: int, lengths: Lengths, vocab: int, seed: int = 0) -> list[TurnTree]:
-    """Draw several trees, with credit."""
+    """Draw several random trees and assign their credit."""
     forest = [random_tree(seed + i, lengths, vocab) for i in range(trees)]
     assign_credit(forest)
     return forest

@@ -26,21 +26,21 @@ class Preparation:
 
     forest: list[TurnTree]
     rows: list[PackedTrees]
-    sizes: Any  # of the attention's blocks
+    sizes: Any  # sizes of the attention's blocks
 
     @classmethod
     def make(cls) -> Preparation:
-        """Draw the forest and pack it."""
+        """Draw the forest of the published setting and pack it."""
         forest = random_forest(TREES, SEARCH_3000, VOCAB)
         sizes = block_sizes(tiles_for(TARGET, torch.bfloat16, WIDTH), GROUP)
         return cls(forest, tree_rows(forest, MAX_TOKENS), sizes)
 
     def pack(self) -> list[PackedTrees]:
-        """Pack the forest."""
+        """Pack the forest into rows."""
         return tree_rows(self.forest, MAX_TOKENS)
 
     def list_blocks(self, rows: list[PackedTrees]) -> None:
-        """Make the block lists of rows."""
+        """Build the block lists of rows."""
         for row in rows:
             make_tree_block_lists(row.subtree_end, self.sizes, key_heads=KEY_HEADS)
 
@@ -67,7 +67,7 @@ def _makers(preparation: Preparation) -> Makers:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one core."""
+    """Run the `with` block on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,7 +14,7 @@ from atpo_fast.packing import PackedTrees
 from bench.packing.forests import written_out
 
 OBJECTIVE = Objective.preset("at2po")
-_PIECE = 64  # tokens of a turn made up of positions without loss
+_PIECE = 64  # tokens of an artificial turn of positions without loss
 _FAR = 0.05  # mean log-ratio of a clipped turn, more than ten times the clip range
 _NO_WEIGHT = 1e-30  # of positions without loss: not 0, or the head would leave their gradients out
 
@@ -40,7 +40,7 @@ def flat_rows(forest: list[TurnTree], max_tokens: int) -> list[PackedTrees]:
 
 
 def sequence_ends(subtree_end: Tensor) -> list[int]:  # (T,) of a flat row
-    """List where each sequence ends."""
+    """List the index after the last token of each sequence."""
     return subtree_end.unique().tolist()
 
 
@@ -52,7 +52,7 @@ def visible_pairs(subtree_end: Tensor) -> int:  # (T,)
 def every_position(row: PackedTrees) -> PackedTrees:
     """Make a flat row whose head runs on all positions that have a next token, as in a trainer that masks the loss.
 
-    The same loss: positions without action weigh next to nothing, in made-up turns of at most 64 tokens.
+    The same loss: positions without action weigh next to nothing, in artificial turns of at most 64 tokens.
     """
     length = row.num_tokens
     scored = np.ones(length, bool)

@@ -1,0 +1,1 @@
+"""Bench of whole systems: the quickstart, schedules of rollouts, retrieval."""

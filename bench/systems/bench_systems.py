@@ -1,6 +1,6 @@
 """Rollouts under both schedules, and BM25 search on the real passages in $ATPO_DATA.
 
-Runs of the quickstart take minutes each and are measured by `python -m bench quickstart-seeds` alone.
+Runs of the quickstart take minutes each and are measured by `python -m bench quickstart-seeds` only.
 """
 
 from __future__ import annotations

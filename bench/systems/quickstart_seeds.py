@@ -58,7 +58,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the quickstart for each seed and write the record."""
     parser = argparse.ArgumentParser(
         prog="python -m bench quickstart-seeds",
         description=__doc__,

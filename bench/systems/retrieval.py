@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from atpo_fast.data.records import read_rows
+from atpo_fast.data.records import read_records
 from atpo_fast.environment import HTTPSearch
 from atpo_fast.retrieval import open_index
 from bench.core.records import RESULTS, device_name, environment, package_version, write_record
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.data is None:
         parser.error("set ATPO_DATA, or give --data, to the folder with the real data sets")
-    cached = [row.value for row in read_rows(options.data / CACHE)]
+    cached = [record.value for record in read_records(options.data / CACHE)]
     queries = list(dict.fromkeys(row["query"] for row in cached))
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder, "index")

@@ -32,7 +32,7 @@ from bench.core.records import device_name, write_record
 TARGET = 1.5
 QUESTIONS, CHAINS, ROUNDS, EXPANSIONS = 16, 10, 2, 6
 TURN_TOKENS = (20, 150)
-CALL_SHARE, CALL_LIMIT = 0.75, 6  # so many of the turns call, and so many on a path
+CALL_SHARE, CALL_LIMIT = 0.75, 6  # share of turns that call a tool, and calls on a path at most
 TOOL_SECONDS = (0.01, 0.5)
 WORDS = "one two three four five six seven eight nine ten"
 TOKENIZER = word_level_tokenizer(split_words(f"{WORDS} \n Page one is about"))
@@ -50,7 +50,7 @@ class StepTime:
     token: float
 
     def of(self, rows: int, prefilled: int) -> float:
-        """Return the seconds of one step."""
+        """Return the seconds that a decode step of so many rows and prefilled tokens takes."""
         return self.base + self.row * rows + self.token * prefilled
 
 
@@ -67,7 +67,7 @@ class SimulatedEngine(Engine):
         self.counters = EngineCounters()
         self.step = step
         self.steps = self.rows = 0
-        self._left: dict[TurnKey, int] = {}  # tokens to decode of each request in flight
+        self._left: dict[TurnKey, int] = {}  # number of tokens left to decode by request in flight
         self._written: dict[TurnKey, Completion] = {}
         self._prefill = 0
         self._due = 0.0  # when the next step ends
@@ -135,7 +135,7 @@ class SlowSearch:
         self.rng = np.random.default_rng(0)
 
     def __call__(self, argument: str) -> str:
-        """Answer after 10 to 500 ms."""
+        """Answer after a random time of 10 to 500 ms."""
         time.sleep(self.rng.uniform(*TOOL_SECONDS))
         return "Page one is about " + argument
 

@@ -50,7 +50,7 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def tokens_per_second(setting: dict[str, str], steps: int, preload: str | None) -> float:
-    """Median over the logged steps, the first left out, of the cold start alone."""
+    """Return the median tokens/s of the cold start over its logged steps, without the first."""
     environment = {name: value for name, value in os.environ.items() if name not in CLEARED} | setting
     if preload is not None:
         environment["LD_PRELOAD"] = preload
@@ -64,7 +64,7 @@ def tokens_per_second(setting: dict[str, str], steps: int, preload: str | None) 
 
 
 def measure(runtime: str, repeats: int, steps: int, load: int, preload: str | None) -> Speeds:
-    """Tokens/s by load and setting, one entry a repeat."""
+    """Measure tokens/s by load and setting, one entry a repeat."""
     speeds: Speeds = {name: {setting: [] for setting in SETTINGS[runtime]} for name in ("quiet", "loaded")}
     for _ in range(repeats):
         for name, busy in (("quiet", 0), ("loaded", load)):

@@ -12,10 +12,11 @@ from bench.update.cases import ModelCase
 
 
 def most_shared(case: ModelCase) -> tuple[str, ...]:
-    """Ours, and flat rows with our operators."""
+    """Choose ours, and flat rows with our operators."""
     return ("ours", "flat") if case.overlap == 0.8 else ()
 
 
 @pytest.mark.parametrize(("case", "name"), parameters(("decoder_layer", "policy_update"), most_shared))
 def test_update(benchmark: Any, case: Case, name: str) -> None:
+    """Time a decoder layer or a whole update in one layout."""
     run(benchmark, case, name, rounds=2)

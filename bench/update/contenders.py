@@ -80,7 +80,7 @@ class Model:
         layers: how many.
         dtype: of weights, gradients and optimizer states.
         device: where.
-        checkpointing: "layer" keeps each layer's input alone, for the peers in Hugging Face's way; "mlp": ours only.
+        checkpointing: "layer" keeps only each layer's input, for the peers in Hugging Face's way; "mlp": ours only.
     """
 
     def __init__(self, shape: Shape, layers: int, dtype: torch.dtype, device: str, checkpointing: Checkpointing):
@@ -205,7 +205,7 @@ def _padded_backward(model: Model, batches: Sequence[tuple[PackedTrees, Padded]]
 
 
 def make_layer(name: str, model: Model, rows: Rows) -> Callable[[], None]:
-    """Make the call of the first layer's forward and backward over a contender's rows, its lists and masks made."""
+    """Return a call of the first layer's forward and backward over a contender's rows; lists and masks are built."""
     attention = ATTENTION[CONTENDERS[name].attention].make()
     layer = model.model.model.layers[0]
     problems = []

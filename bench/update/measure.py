@@ -50,7 +50,7 @@ class Layouts:
         self.trees, self.unclipped = clipped, unclipped
 
     def rows(self, name: str) -> Rows:
-        """Return the rows of a contender."""
+        """Return the rows that a contender processes."""
         contender = CONTENDERS[name]
         if contender.padded:
             return self.padded
@@ -63,7 +63,7 @@ class Layouts:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A case's model and rows."""
+    """The model of a case and its rows in every layout."""
 
     case: ModelCase
     layouts: Layouts
@@ -110,7 +110,7 @@ def measure(case: ModelCase, device: str, seconds: float) -> dict[str, Any]:
     if not is_layer:
         bounds["full_head"] = _full_head_bound(layouts, flops, shape)
     if case.clipped:
-        bounds |= _clipped_bounds(entries["ours"].get("dropped_tokens", 0) / _tokens(layouts.trees))
+        bounds |= _clipped_bounds(entries["ours"].get("skipped_tokens", 0) / _tokens(layouts.trees))
     return {
         "parameters": sum(p.numel() for p in model.policy.parameters()),
         "layers": layers,
@@ -133,7 +133,7 @@ def _first_update(model: Model, device: str) -> Callable[[str, Callable[[], Tens
     def first(_: str, call: Callable[[], Tensor]) -> dict[str, Any]:
         """Read memory, and loss and gradient, by which layouts can be seen to do the same."""
         model.optimizer.zero_grad()
-        dropped = model.policy.skipped_tokens
+        before = model.policy.skipped_tokens
         loss, peak = peak_bytes(call, device)
         gradients = [p.grad for p in model.policy.parameters() if p.grad is not None]
         found = {
@@ -141,7 +141,7 @@ def _first_update(model: Model, device: str) -> Callable[[str, Callable[[], Tens
             "gradient_norm": float(torch.stack([g.double().norm() for g in gradients]).norm()),
             "peak_bytes": peak,
             "gradient_bytes": sum(g.numel() * g.element_size() for g in gradients),
-            "dropped_tokens": model.policy.skipped_tokens - dropped,
+            "skipped_tokens": model.policy.skipped_tokens - before,
         }
         model.optimizer.zero_grad()
         return found
@@ -187,12 +187,12 @@ def _full_head_bound(layouts: Layouts, flops: dict[str, dict[str, float]], shape
     return sum(flat.values()) / sum(flops["unique"].values())
 
 
-def _clipped_bounds(dropped: float) -> dict[str, float]:
+def _clipped_bounds(skipped: float) -> dict[str, float]:
     """Return the share of the tokens that stay in the backward, and how many times faster layers can be for it.
 
     With checkpointing a forward costs 1, its repetition on those tokens 1 and their backward 2.
     """
-    kept = 1 - dropped
+    kept = 1 - skipped
     return {"kept": kept, "clipped": 4 / (1 + 3 * kept)}
 
 

@@ -21,13 +21,13 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Entries of one layer's matrices."""
+        """Number of entries of one layer's matrices."""
         width = self.head_dim * (2 * self.heads + 2 * self.key_heads)
         return self.hidden * (width + 3 * self.intermediate)
 
     @property
     def parameters(self) -> int:
-        """Entries of all matrices."""
+        """Number of entries of all matrices."""
         return self.layers * self.layer_weights + self.vocab * self.hidden
 
 
@@ -47,7 +47,7 @@ class Work:
     """Numbers of tokens, pairs and head rows that a layout of a forest gives a model to compute."""
 
     tokens: int
-    pairs: int  # of a query and a key that it sees
+    pairs: int  # number of pairs of a query and a key that it sees
     head_rows: int
 
     def flops(self, shape: Shape, layers: int, head: bool) -> dict[str, float]:

@@ -11,7 +11,7 @@ from bench.update.goals import best_flat, best_full_head
 
 
 def title(record: Record) -> str:
-    """Describe a case in words."""
+    """Describe the case of a record in words."""
     tokens = record["tokens"]
     forest = "published settings" if record["overlap"] is None else "synthetic"
     parts = [f"{record['model']}, {forest}, overlap {record['overlap_found']:.2f}"]

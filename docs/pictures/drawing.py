@@ -119,7 +119,7 @@ class Drawing:
         )
 
     def svg(self) -> str:
-        """The picture as text."""
+        """Return the picture as SVG text."""
         return "\n".join([*self._parts, "</svg>", ""])
 
 
@@ -134,5 +134,5 @@ def _arrow_head(name: str, colour: str) -> str:
 
 
 def _n(value: float) -> str:
-    """A number without needless digits."""
+    """Format a number without trailing zeros."""
     return f"{value:.1f}".rstrip("0").rstrip(".")

@@ -34,7 +34,7 @@ STATIONS = [
     (
         "6  Forward and loss",
         BLUE,
-        ["tree attention, then head", "and loss in one operator,", "on action tokens alone"],
+        ["tree attention, then head", "and loss in one operator,", "on action tokens only"],
         "policy/  kernels/",
         "gradients",
     ),
@@ -56,7 +56,7 @@ STATIONS = [
 
 
 def draw() -> Drawing:
-    """The picture."""
+    """Draw the life of a tree, station by station."""
     picture = Drawing(1046, 468, "Life of a tree: the eight stations of a training step")
     picture.text(LEFT, 40, "One training step", size=15.5, bold=True, anchor="start")
     words = "questions enter at 1; the next step begins with the weights of 8"
@@ -81,7 +81,7 @@ def _corner(number: int) -> tuple[float, float]:
 
 
 def _hand_on(picture: Drawing, number: int, words: str) -> None:
-    """The arrow from a station to the next, and what passes."""
+    """Draw the arrow from a station to the next, and what passes."""
     (x, y), (to_x, to_y) = _corner(number), _corner((number + 1) % len(STATIONS))
     if y == to_y:
         start, end = (x + WIDTH + 4, to_x - 4) if to_x > x else (x - 4, to_x + WIDTH + 4)

@@ -14,7 +14,7 @@ NAMES = ("method", "life_of_a_tree", "packing", "memory_and_time")
 
 
 def pictures() -> dict[str, str]:
-    """The text of every picture by its file name."""
+    """Draw every picture; return the SVG text by file name."""
     if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))
     return {f"{name}.svg": importlib.import_module(name).draw().svg() for name in NAMES}

@@ -19,7 +19,7 @@ PARTS = [("layers", "linear layers", BLUE), ("attention", "attention", VIOLET), 
 
 
 def read_record() -> dict[str, Any]:
-    """The record that was taken on a CPU."""
+    """Read the record that was taken on a CPU."""
     results = Path(__file__).resolve().parents[2] / "bench" / "results"
     records = [json.loads(path.read_text(encoding="utf-8")) for path in results.rglob(RECORD)]
     (record,) = (record for record in records if record["device"].startswith("CPU"))
@@ -27,7 +27,7 @@ def read_record() -> dict[str, Any]:
 
 
 def draw() -> Drawing:
-    """The picture."""
+    """Draw memory and time of the recorded update."""
     record = read_record()
     picture = Drawing(1046, 372, "Where memory and time of an update go: trees against flat rows")
     picture.text(24, 38, "What has to be computed", size=15.5, bold=True, anchor="start")

@@ -55,7 +55,7 @@ def values() -> dict[str, float]:
 
 
 def draw() -> Drawing:
-    """The picture."""
+    """Draw the method in three panels."""
     picture = Drawing(
         3 * PANEL + 4 * 14, TOP + HEIGHT + 16, "The method: expand the tree, assign credit, update by turn"
     )
@@ -193,7 +193,7 @@ def _update(picture: Drawing, left: float) -> None:
 
 
 def _band(picture: Drawing, left: float) -> None:
-    """The clipped surrogate of a positive advantage."""
+    """Draw the clipped surrogate of a positive advantage."""
     x0, y0, width, height = left + 46, 206, 250, 92
     low, high = x0 + 0.36 * width, x0 + 0.68 * width
     picture.box(low, y0, high - low, height, fill="#eef4fe", stroke="none", radius=0)

@@ -50,7 +50,7 @@ def flat_tokens() -> int:
 
 
 def draw() -> Drawing:
-    """The picture."""
+    """Draw a tree, its row and the attention between their tokens."""
     picture = Drawing(1046, 452, "Packing: a tree, its row of tokens, and the mask that follows from subtree_end")
     _tree(picture)
     _row(picture)
@@ -108,7 +108,7 @@ def _row(picture: Drawing) -> None:
         296,
         [
             "This one int32 per token is the whole mask:",
-            "no N × N mask is ever made, and lists of blocks",
+            "no N × N mask ever exists, and lists of blocks",
             "for the kernels come from turns, not tokens.",
         ],
         size=12.5,

@@ -22,7 +22,7 @@ class Structure(NamedTuple):
 
 
 class Averaging(NamedTuple):
-    """Averaging of the tokens' losses."""
+    """The reduction of token losses, and its denominators."""
 
     reduction: Reduction
     max_length: int | None = None
@@ -47,7 +47,7 @@ class LossInputs:
 
 @dataclass(slots=True, frozen=True)
 class LossArguments:
-    """Arguments of one call of `turn_policy_loss`."""
+    """The checked arguments of one call of `turn_policy_loss`."""
 
     inputs: LossInputs
     advantages: Tensor | None  # packed: (N,) or (A,); padded: (B,) or (B, T)

@@ -37,7 +37,7 @@ class LossMetrics(tuple[Tensor, ...]):
 
     `metrics[0]` is the KL where there is one and `metrics[-1]` the clip ratio, as in Liger, which however leaves out
     tokens that `delta` caps and, for "cispo", tokens of A < 0. The names follow from the
-    length alone, so that frameworks that rebuild a module's outputs (DeepSpeed, accelerate) keep them.
+    length only, so that frameworks that rebuild a module's outputs (DeepSpeed, accelerate) keep them.
     """
 
     NAMES = (
@@ -52,7 +52,7 @@ class LossMetrics(tuple[Tensor, ...]):
 
     @classmethod
     def ordered(cls, values: dict[str, Tensor]) -> LossMetrics:
-        """Order the metrics of the operator."""
+        """Put the operator's metrics in the order of `NAMES`, with `clip_ratio` added."""
         values = values | {"clip_ratio": values["clipped_low"] + values["clipped_high"]}
         return cls(values[name] for name in cls.NAMES if name in values)
 
@@ -63,9 +63,9 @@ class _ActionTokens:
 
     valid: Tensor  # (B, T) bool
     turn: Tensor  # (B, T) int64
-    order: Tensor | None  # (A,) int64 index into the B*T tokens; None: all of them as they lie
+    order: Tensor | None  # (A,) int64 index into the B*T tokens; None: all of them in order
     ratio_offsets: Tensor  # (N+1,) int32 CSR over the A axis of what shares a ratio: turns, or at level sequence rows
-    turns: Tensor  # () how many turns there are
+    turns: Tensor  # () number of turns
 
     def pick(self, values: Tensor) -> Tensor:  # (B, T, ...) -> (A, ...)
         """Select their rows of `values`; all others get a gradient of exactly 0."""

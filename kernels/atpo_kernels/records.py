@@ -56,7 +56,7 @@ class LossConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads reference log-probs."""
+        """Whether the loss reads the log-probs of a reference policy."""
         return self.kl != "none" and self.kl_coef != 0
 
     @property

@@ -139,14 +139,14 @@ def turn_of_token(turn_offsets: Tensor, tokens: int) -> Tensor:  # (N+1,) -> (A,
 
 
 def turns_from_mask(valid: Tensor) -> Tensor:  # (B, T) bool -> (B, T) int64
-    """Number the maximal runs of ones of each row over the batch; any number stands where the mask is 0."""
+    """Return the turn of each token: maximal runs of ones, numbered over the batch. Other tokens have any number."""
     before = torch.nn.functional.pad(valid[:, :-1], (1, 0))
     starts = (valid & ~before).reshape(-1)
     return (starts.cumsum(0) - 1).clamp_min_(0).view(valid.shape)
 
 
 def turns_from_ids(turn_ids: Tensor, valid: Tensor) -> Tensor:  # (B, T), (B, T) bool -> (B, T) int64
-    """Number the turns over the batch: tokens of one row with one id, which lies in [0, T) where the mask is 1."""
+    """Return the turn of each token over the batch: tokens of a row with one id, in [0, T) where the mask is 1."""
     batch, length = valid.shape
     ids = torch.where(valid, turn_ids.long(), 0)
     if ids.device.type == "cpu" and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= length):

@@ -80,7 +80,7 @@ def test_clipped_turns_leave_the_backward() -> None:
     kept = record["bounds"]["kept"]
     assert kept == pytest.approx(float(needed.float().mean())) and 0 < kept < 1
     assert record["bounds"]["clipped"] == pytest.approx(4 / (1 + 3 * kept))
-    assert record["implementations"]["none_clipped"]["dropped_tokens"] == 0
+    assert record["implementations"]["none_clipped"]["skipped_tokens"] == 0
 
 
 def test_layer_records() -> None:

@@ -126,14 +126,14 @@ def _bad(rows: Any) -> Any:
     ("name", "content", "message"),
     [
         ("q.jsonl", "", r"q\.jsonl: the file is empty"),
-        ("q.json", "[]", r"q\.json: the file holds no rows"),
+        ("q.json", "[]", r"q\.json: the file holds no records"),
         ("q.jsonl", '{"question": "a?", "answer": "b"}\n{"question": ', r"q\.jsonl, line 2: malformed JSON"),
         ("q.jsonl", "\n\n[1]", r"q\.jsonl, line 3: expected a JSON object, found an array"),  # blank lines count
         ("q.json", '{"question": "a?"}', r"q\.json: expected a JSON array of objects, found an object"),
         ("q.csv", "question", r"q\.csv: expected a \.json, \.jsonl or \.parquet"),
         ("q.jsonl", _bad({"answer": "a"}), r"line 2: no question; expected .* field question"),
         ("q.jsonl", _bad({"question": "  ", "answer": "a"}), r"line 2: no question"),
-        ("q.json", _bad({"question": "q?"}), r"row 2: no answer; expected one of the fields golden_answers"),
+        ("q.json", _bad({"question": "q?"}), r"record 2: no answer; expected one of the fields golden_answers"),
         ("q.jsonl", _bad({"question": "q?", "answer": []}), r"line 2: the field answer holds no answer"),
         ("q.jsonl", _bad({"question": "q?", "golden_answers": [" "]}), r"the field golden_answers holds no answer"),
         ("q.jsonl", _bad({"question": "q?", "answer": {"a": 1}}), r"the field answer is dict; expected text or a list"),
@@ -141,7 +141,7 @@ def _bad(rows: Any) -> Any:
         (
             "q.parquet",
             [{**ARPO, "reward_model": {"ground_truth": ""}}],
-            r"row 1: .*reward_model\.ground_truth holds no answer",
+            r"record 1: .*reward_model\.ground_truth holds no answer",
         ),
     ],
 )

@@ -68,7 +68,7 @@ def make_engine(
 
 
 def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[float], list[float]]:
-    """Tokens, log-probs of the distribution drawn from, and log-probs of the policy; everything is forwarded anew."""
+    """Tokens, log-probs of the distribution drawn from, and log-probs of the policy; everything is forwarded again."""
     params, tokens = ask.sampling, list(ask.prompt_ids)
     drawn, policy = [], []
     for index in range(params.max_new_tokens):

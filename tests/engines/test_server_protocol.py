@@ -61,7 +61,7 @@ def test_older_servers_give_ids_in_place_of_words() -> None:
         (answer([ONE], prompt_token_ids=PROMPTS[0][:-1]), ServerError, f"at token {len(PROMPTS[0]) - 1}"),
         (answer([ONE], "stop", 7), ServerError, "--generation-config vllm"),
         (answer([ONE], "stop", "</search>"), ServerError, "another tokenizer"),
-        (answer([ONE], "abort"), TransientError, "gave up"),
+        (answer([ONE], "abort"), TransientError, "aborted turn"),
         (answer([]), TransientError, "0 token ids"),
         ({"choices": []}, TransientError, "not one completion"),
         (["?"], TransientError, "not one completion"),

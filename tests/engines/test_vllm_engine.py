@@ -99,8 +99,8 @@ def test_greedy_decoding_is_that_of_the_paged_engine(engine: VLLMEngine) -> None
         np.testing.assert_allclose(ours.policy_logprobs, theirs.policy_logprobs, atol=1e-4)
 
 
-# Both log-probs of a truncated sample against their definitions: fails if the kept mass of another token or request is
-# added, or truncation comes before temperature. Untruncated and greedy requests in the same batch keep theirs.
+# Both log-probs of a truncated sample against their definitions: fails if another token's or request's kept probability
+# is added, or truncation comes before temperature. Untruncated and greedy requests in the same batch keep theirs.
 def test_truncated_sampling_reports_both_logprobs(engine: VLLMEngine) -> None:
     model, tree = make_model(), roots(1)[0]
     kinds = [

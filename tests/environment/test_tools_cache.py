@@ -126,7 +126,7 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
     connection.close()
 
 
-def test_a_forked_process_opens_the_file_anew(tmp_path: Path) -> None:
+def test_a_forked_process_opens_the_file_again(tmp_path: Path) -> None:
     """Fails if a connection is used in two processes, which SQLite forbids."""
     cache = ResultCache(tmp_path / "c")
     cache.put(b"1", "t", "a", "before")

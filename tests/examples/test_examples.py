@@ -29,7 +29,7 @@ def test_custom_tool() -> None:
     """Fails if the tool is not described, a good call is not answered, or a bad one is not told what is wrong."""
     text = output("custom_tool.py")
     form = '<convert> {"value": number, "unit": "km" or "mi", "digits": integer (optional)} </convert>'
-    assert f"{form}: Converts a length from kilometres to miles, or from miles to kilometres. JSON schema: " in text
+    assert f"{form}: Convert a length from kilometres to miles, or from miles to kilometres. JSON schema: " in text
     assert "Unit that the value is given in." in text and "\nuser\nHow many miles are 42 km?" in text
     assert '{"value": 42, "unit": "km"} </convert> <result>\n26.1 mi\n</result>' in text
     assert "Tool(convert) was not called: unit: Input should be 'km' or 'mi'." in text

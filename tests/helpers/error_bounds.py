@@ -161,7 +161,7 @@ class HeadErrors:
     ) -> list[Tensor]:
         """Errors of the gradients of hidden, weight and bias before they are rounded."""
         rule, p = self.rule, self.log_p.exp()
-        up_logprob, up_entropy = (x[:, None] for x in up)
+        grad_logprob, grad_entropy = (x[:, None] for x in up)
         by_logprob_up, by_entropy_up = (x[:, None] for x in by_up or (torch.zeros_like(up[0]),) * 2)
         hit = torch.nn.functional.one_hot(targets, p.shape[1])
         deviation = self.log_p + self.entropy[:, None]
@@ -169,11 +169,11 @@ class HeadErrors:
         kept = rule.share(p, exponentials) * (1 - hit) + UNDERFLOW  # the target's is taken from its log-prob
         by_p = rule.add(p * self.by_log_p_again, kept)
         # 2. gradient by the logits
-        gradient = (up_logprob * (hit - p) - up_entropy * p * deviation) / self.temperature
-        parts = (up_logprob.abs() * (hit + p) + up_entropy.abs() * p * deviation.abs()) / self.temperature
+        gradient = (grad_logprob * (hit - p) - grad_entropy * p * deviation) / self.temperature
+        parts = (grad_logprob.abs() * (hit + p) + grad_entropy.abs() * p * deviation.abs()) / self.temperature
         by_gradient = rule.add(
-            (up_logprob.abs() * by_p + up_entropy.abs() * by_p * (1 + deviation.abs())) / self.temperature,
-            (up_entropy.abs() * p * self.by_entropy[:, None]) / self.temperature,
+            (grad_logprob.abs() * by_p + grad_entropy.abs() * by_p * (1 + deviation.abs())) / self.temperature,
+            (grad_entropy.abs() * p * self.by_entropy[:, None]) / self.temperature,
             (by_logprob_up * (hit - p).abs() + by_entropy_up * p * deviation.abs()) / self.temperature,
             rule.gamma(8) * parts,
         )

@@ -58,7 +58,7 @@ def test_equal_to_the_full_backward(name: str, alive: str, choice: GradientCheck
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_every_backward_is_cut_anew(choice: GradientCheckpointing) -> None:
+def test_every_backward_is_cut_by_its_own_gradients(choice: GradientCheckpointing) -> None:
     """Fails if what one backward left out is still left out in the next."""
     row, policy = one_row(), Policy(make("qwen3"), gradient_checkpointing=choice).train()
     full = Policy(make("qwen3")).train()

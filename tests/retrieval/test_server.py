@@ -152,7 +152,7 @@ def test_a_failed_search_is_500_and_the_server_goes_on(retriever: Retriever) -> 
 
 
 class Calls:
-    """A search that notes its calls; the first one waits to be let go."""
+    """A search that notes its calls; the first one waits until it is released."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], int]] = []

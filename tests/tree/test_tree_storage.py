@@ -102,5 +102,5 @@ def test_long_text_is_cut_in_the_middle(tmp_path: Path) -> None:
 
 def test_disk_failure_is_a_warning(tmp_path: Path) -> None:
     # fails if trees for the report can kill a run
-    with pytest.warns(RuntimeWarning, match="training goes on"):
+    with pytest.warns(RuntimeWarning, match="training continues"):
         append_trees(tmp_path, [make_tree()], 1, Letters())  # a folder cannot be appended to

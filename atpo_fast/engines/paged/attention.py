@@ -20,7 +20,7 @@ ATTENTION = "atpo_paged"
 
 
 class Padding(NamedTuple):
-    """Map a group's t packed tokens to b x S padded queries, and back."""
+    """The map from a group's t packed tokens to b x S padded queries, and back."""
 
     pad: Tensor  # (b * S,) int64 token for each padded query
     unpad: Tensor  # (t,) int64 padded query of each token
@@ -28,7 +28,7 @@ class Padding(NamedTuple):
 
 @dataclass(slots=True)
 class AttentionGroup:
-    """Describe `b` requests that are attended to together, padded to `S` queries and `L` keys.
+    """A group of `b` requests in one attention call, padded to `S` queries and `L` keys.
 
     `padding` is None when each request has exactly one query (decoding).
     """
@@ -42,7 +42,7 @@ class AttentionGroup:
 
 @dataclass(slots=True)
 class PagedBatch:
-    """Tell the layers what one forward pass needs beside the tokens; they get it as the model argument `paged`."""
+    """The inputs of a forward pass beside the tokens; layers get it as the model argument `paged`."""
 
     pool: SlotPool
     write_slots: Tensor  # (T,) int64 slots of the tokens' keys and values

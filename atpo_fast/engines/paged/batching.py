@@ -27,14 +27,14 @@ _KEYS_PER_GROUP = {"cpu": 1 << 13, "cuda": 1 << 18}
 
 
 class ContinuousBatch:
-    """Decode the requests in flight of one engine: waiting ones are in a queue, the others in the rows of the batch.
+    """The requests in flight of an engine: waiting ones are in a queue, the others in the rows of the batch.
 
-    It lives while anything is in flight. What a request samples depends on its seed and on the index of the token in
+    It exists while requests are in flight. What a request samples depends on its seed and on the index of the token in
     the completion, never on its row or on what is decoded beside it.
 
     Args:
         eos_ids: tokens that end a completion.
-        batch_size: most requests decoded at once.
+        batch_size: number of requests decoded at once, at most.
     """
 
     def __init__(self, model: PagedModel, cache: PrefixCache, eos_ids: Sequence[int], batch_size: int):
@@ -50,7 +50,7 @@ class ContinuousBatch:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is left."""
+        """Whether no request waits or is being decoded."""
         return not self.waiting and self.rows is None
 
     def add(self, request: Request, prompt: Ints, stops: StopTable) -> None:
@@ -106,7 +106,7 @@ class ContinuousBatch:
             raise self._too_large(self.waiting[0], len(self.waiting[0].prompt) + 1)
 
     def _reserve(self, entry: InFlight, spare: int, new: dict[CacheNode, None]) -> bool:
-        """Pin the request's path and give every token a slot if `spare` slots are left then; tell whether they are."""
+        """Pin the request's path and give every token a slot if that leaves `spare` slots; return whether it does."""
         prompt, spans = entry.prompt, _spans(entry.request)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)

@@ -17,7 +17,7 @@ from atpo_fast.engines.weight_stream import parameter_shapes
 
 
 class PagedEngine(CheckedEngine):
-    """Run a Hugging Face model in this process, on one device; see `Engine` for the methods.
+    """The engine that runs a Hugging Face model in this process, on one device; see `Engine` for the methods.
 
     A turn's tokens are forwarded once, whatever number of chains, siblings and expansion rounds continue it. The
     last token of a turn is forwarded together with its observation, when the turn is continued. When the cache is
@@ -29,7 +29,7 @@ class PagedEngine(CheckedEngine):
         model: the causal LM; from now on it belongs to the engine (its attention is replaced).
         tokenizer: its tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
         cache_tokens: budget of the cache in tree tokens.
-        batch_size: most requests decoded at once.
+        batch_size: number of requests decoded at once, at most.
         device: where to run; default: where the model is.
         dtype: dtype of the weights and the cache; default: the model's.
 
@@ -53,7 +53,7 @@ class PagedEngine(CheckedEngine):
         self.model = PagedModel(model, torch.device(device or model.device), dtype)
         super().__init__(tokenizer, self.model.vocab_size, parameter_shapes(model))
         self.cache = PrefixCache(SlotPool(cache_tokens), self.counters)
-        self._batch: ContinuousBatch | None = None  # while anything is in flight
+        self._batch: ContinuousBatch | None = None  # batch while requests are in flight
 
     def _begin(self, request: Request, forwarded: int) -> None:
         if self._batch is None:

@@ -25,7 +25,7 @@ _EVICTION_SHARE = 64  # evict at least this share (1/n) of the budget at once, s
 
 
 class SlotPool:
-    """Hold one tensor (capacity, 2 * Hkv * d) of keys and values for each layer, allocated at the layer's first write.
+    """A tensor (capacity, 2 * Hkv * d) of keys and values for each layer, allocated at the layer's first write.
 
     The capacity doubles as needed, up to `limit`; layers follow at their next write.
     """
@@ -107,7 +107,7 @@ class CacheNode:
 
 
 class PrefixCache:
-    """Keep nodes by key within a budget of slots, and evict the least recently used."""
+    """A cache of nodes by key within a budget of slots, which evicts the least recently used."""
 
     def __init__(self, pool: SlotPool, counters: EngineCounters):
         self.pool = pool
@@ -119,11 +119,11 @@ class PrefixCache:
 
     @property
     def available(self) -> int:
-        """Number of slots that can be allocated, by eviction if need be."""
+        """Number of slots that can be allocated, by eviction where needed."""
         return self.pool.available + self._evictable
 
     def allocate(self, count: int) -> Slots:
-        """Allocate (count,) slots, at most `available`, and evict unpinned nodes for them if need be."""
+        """Allocate (count,) slots, at most `available`, and evict unpinned nodes for them where needed."""
         if self.pool.available < count:
             self._evict(max(count - self.pool.available, self.pool.limit // _EVICTION_SHARE))
         return self.pool.allocate(count)
@@ -151,7 +151,7 @@ class PrefixCache:
             node.pins += 1
 
     def unpin(self, nodes: Iterable[CacheNode]) -> None:
-        """Undo one `pin` of each node."""
+        """Remove one pin of each node; a node without pins may be evicted."""
         for node in nodes:
             node.pins -= 1
             if not node.pins:

@@ -14,7 +14,7 @@ from atpo_fast.engines.paged.attention import ATTENTION, PagedBatch
 
 
 class PagedModel:
-    """Run the backbone and the head of `model`, which from now on belongs to the engine.
+    """The backbone and the head of `model`, which from now on belongs to the engine.
 
     Raises:
         ValueError: the architecture does not take attention functions, or limits attention to a window.

@@ -23,14 +23,14 @@ class InFlight:
     """One request in flight, waiting or being decoded."""
 
     request: Request
-    prompt: Ints  # (p,) its prompt's token ids
+    prompt: Ints  # (p,) token ids of the prompt
     number: int  # place in the order of submission
     state: int  # state of the stop automaton before the first token
     parent: CacheNode | None = None  # last node of its path, pinned while it is decoded
 
 
 class RequestTable:
-    """Hold arrays by request of the requests being decoded: parameters, and what has been sampled so far.
+    """A table of the requests being decoded: arrays by request of parameters and of the samples so far.
 
     A request has an index from `add` to `remove`; then the next one takes it over, so that the table holds as many
     rows (N) as were ever decoded at once, and as many columns (C) as the longest completion has tokens, each at most
@@ -41,15 +41,15 @@ class RequestTable:
         rows, shape = _FIRST_ROWS, (_FIRST_ROWS, _FIRST_COLUMNS)
         self.requests: list[InFlight | None] = []
         self._free: list[int] = []
-        self.numbers: Ints = np.zeros(rows, dtype=np.int64)  # these (N,)
+        self.numbers: Ints = np.zeros(rows, dtype=np.int64)  # numbers of the requests, as all arrays here (N,)
         self.seeds = np.zeros(rows, dtype=np.uint64)
         self.temperature = np.zeros(rows)
         self.top_k: Ints = np.zeros(rows, dtype=np.int64)
         self.top_p = np.zeros(rows)
         self.max_new: Ints = np.zeros(rows, dtype=np.int64)
-        self.counts: Ints = np.zeros(rows, dtype=np.int64)  # tokens sampled
-        self.tokens: Ints = np.zeros(shape, dtype=np.int64)  # these (N, C)
-        self.slots: Ints = np.zeros(shape, dtype=np.int64)  # of all but the last token
+        self.counts: Ints = np.zeros(rows, dtype=np.int64)  # number of sampled tokens
+        self.tokens: Ints = np.zeros(shape, dtype=np.int64)  # sampled tokens, (N, C)
+        self.slots: Ints = np.zeros(shape, dtype=np.int64)  # slots of all tokens but the last, (N, C)
         self.logprobs = np.zeros(shape)
         self.policy_logprobs = np.zeros(shape)
 
@@ -74,7 +74,7 @@ class RequestTable:
         return index
 
     def remove(self, index: int) -> None:
-        """Free the index of a request."""
+        """Remove a request and free its index for the next one."""
         self.requests[index] = None
         self._free.append(index)
 
@@ -106,9 +106,9 @@ class RequestTable:
 
 @dataclass(slots=True)
 class Rows:
-    """Hold the requests being decoded, one row each, in ascending order of path length."""
+    """The requests being decoded, one row each, in ascending order of path length."""
 
-    requests: Ints  # (R,) their indices in the table
+    requests: Ints  # (R,) indices of the requests in the table
     lengths: Ints  # (R,) tokens on the path that have slots
     states: NDArray[np.int32]  # (R,) states of the stop automaton
     positions: Tensor  # (R,) `lengths` on the model's device

@@ -32,15 +32,15 @@ _CLOSE_SECONDS = 10.0
 
 
 class ServerEngine(CheckedEngine):
-    """Ask running servers for completions; see `Engine` for the methods.
+    """The engine that asks running servers for completions; see `Engine` for the methods.
 
     Several ranks may share the servers: rank 0 writes new weights as a folder into `config.weights_dir`, a bucket at a
     time, and each server loads it; one that is down loads it when it comes back. `update_weights` is then a collective
     of the ranks, and raises ServerError where a server cannot load the weights or none is up, OSError where the folder
-    cannot be written, and RuntimeError on the other ranks when rank 0 failed. With `config.sleep` the servers give back
-    their GPUs' memory while this engine sleeps. The servers' counts of
-    cached tokens (vLLM: `--enable-prompt-tokens-details`) fill `counters.cache_hit_tokens`; without them every prompt
-    token counts as prefilled.
+    cannot be written, and RuntimeError on the other ranks when rank 0 failed. With `config.sleep` the servers free
+    their GPUs' memory while this engine sleeps. The servers' counts of cached tokens (vLLM:
+    `--enable-prompt-tokens-details`) fill `counters.cache_hit_tokens`; without them every prompt token counts as
+    prefilled.
 
     Args:
         folder: Hugging Face folder of the served model. With `config.weights_dir` the servers are given its weights;
@@ -69,7 +69,7 @@ class ServerEngine(CheckedEngine):
         vocab_size = self._model_config.get_text_config().vocab_size
         super().__init__(tokenizer, vocab_size, parameter_shapes(self._model_config))
         self.config, self.bucket_bytes = config, config.bucket_mb << 20
-        self._futures: dict[TurnKey, Future[Answer]] = {}  # of the requests in flight
+        self._futures: dict[TurnKey, Future[Answer]] = {}  # answers of the requests in flight
         self._finished: SimpleQueue[tuple[TurnKey, Future[Answer]]] = SimpleQueue()
         self._weights_awake = True
         self._updates = 0  # times that the servers were given weights
@@ -129,7 +129,7 @@ class ServerEngine(CheckedEngine):
             done.append((key, answer.completion))
 
     def _cancel(self, keys: Sequence[TurnKey]) -> None:
-        """Give up requests; the servers see their connections closed."""
+        """Cancel requests; the servers see their connections closed."""
         for key in keys:
             if (future := self._futures.pop(key, None)) is not None:
                 future.cancel()
@@ -188,7 +188,7 @@ class ServerEngine(CheckedEngine):
         self._thread.loop.call_soon_threadsafe(self._pool.router.forget, tree)
 
     def _forget_cache(self) -> None:
-        """Let the servers forget their caches, where they can be told to."""
+        """Ask the servers to reset their caches, where they have an endpoint for it."""
         self._run(self._pool.ask_all("/reset_prefix_cache"))
 
     def _sleep(self) -> None:

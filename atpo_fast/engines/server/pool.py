@@ -33,7 +33,7 @@ _DEV_MODE = "start vLLM with VLLM_SERVER_DEV_MODE=1, in a network where nobody e
 
 
 class ReplicaPool:
-    """Send requests to the replicas of `config.urls`.
+    """The replicas of `config.urls`: requests with retries, and health checks.
 
     Args:
         config: addresses and limits.
@@ -51,11 +51,11 @@ class ReplicaPool:
         self._client: httpx.AsyncClient | None = None
         self._watches: list[asyncio.Task[None]] = []
         self._opening = True
-        self._refused: ServerError | None = None  # what a replica lacks that cannot come by waiting
+        self._refused: ServerError | None = None  # error of a replica that waiting cannot cure
 
     @property
     def replicas(self) -> list[Replica]:
-        """All replicas, up or not."""
+        """All replicas, whether they are up or down."""
         return self.router.replicas
 
     async def open(self) -> None:

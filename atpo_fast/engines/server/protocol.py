@@ -24,7 +24,7 @@ _HOW_TO_START = (
 
 
 class ServerError(EngineError):
-    """The servers cannot do what a rollout needs; the message says which, why, and what to do."""
+    """The servers cannot serve a rollout; the message says which, why, and what to do."""
 
 
 class TransientError(Exception):
@@ -37,7 +37,7 @@ class TransientError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold a completion, and how many tokens of its prompt the server had in its cache (0 where it does not say)."""
+    """A completion, and the number of its prompt tokens in the server's cache (0 where the server does not say)."""
 
     completion: Completion
     cached_tokens: int
@@ -76,7 +76,7 @@ def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
         "ignore_eos": True,  # they are the served model's, which may be others
         "skip_special_tokens": False,  # a stop string may be a special token
         "spaces_between_special_tokens": False,
-        "logprobs": 0,  # of the sampled token alone
+        "logprobs": 0,  # log-prob of the sampled token only
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
@@ -87,7 +87,7 @@ def read_answer(answer: Any, request: Request, stops: StopTable, eos_ids: Sequen
 
     Raises:
         ServerError: the server does not speak token ids, or ends turns by other rules than those asked for.
-        TransientError: not an answer of the protocol, or the server gave up on the request.
+        TransientError: the JSON is no answer of the protocol, or the server aborted the request.
     """
     choice = _choice(answer)
     token_ids, logprobs = _tokens(choice)
@@ -169,7 +169,7 @@ def _require_length(choice: dict[str, Any], request: Request, stops: StopTable) 
     if finish == "length":
         return
     if finish != "stop":
-        raise TransientError(f"the server gave up on turn {request.turn_key} ({finish})")
+        raise TransientError(f"the server aborted turn {request.turn_key} ({finish})")
     if isinstance(cause, str) and cause in stops.stops:
         hint = f"it found {cause!r}, which these tokens do not contain: it serves another tokenizer than this run's"
     else:

@@ -22,12 +22,12 @@ class Replica:
 
     url: str
     up: bool = False
-    running: int = 0  # number of requests that it works on
+    running: int = 0  # number of requests in progress
     queue: deque[PendingRequest] = field(default_factory=deque)
     model: str = ""  # name of the model to ask for
     asked: bool = False  # whether its health has been checked
-    problem: str = ""  # the reason why it is down
-    look: asyncio.Event = field(default_factory=asyncio.Event)  # set to have its health checked now
+    problem: str = ""  # reason why it is down
+    look: asyncio.Event = field(default_factory=asyncio.Event)  # event that triggers a health check at once
 
     @property
     def load(self) -> int:
@@ -44,17 +44,17 @@ class PendingRequest:
 
 
 class Router:
-    """Give requests to replicas.
+    """The choice of a replica for every request.
 
     Args:
         replicas: the servers.
-        max_requests: requests that a replica works on at once.
-        slack: a tree moves to the least busy replica when its own has over so many requests more.
+        max_requests: number of requests that a replica works on at once.
+        slack: number of requests that a tree's replica may have more than the least busy one before the tree moves.
     """
 
     def __init__(self, replicas: Sequence[Replica], max_requests: int, slack: int):
         self.replicas, self.max_requests, self.slack = list(replicas), max_requests, slack
-        self.parked: deque[PendingRequest] = deque()  # while no replica is up
+        self.parked: deque[PendingRequest] = deque()  # requests that came while no replica is up
         self.down_since: float | None = time.monotonic()
         self._homes: dict[Hashable, Replica] = {}
 
@@ -77,12 +77,12 @@ class Router:
             raise
 
     def leave(self, replica: Replica) -> None:
-        """Note that a request is over."""
+        """Count a request of the replica as ended, which may admit one that waits."""
         replica.running -= 1
         self._grant()
 
     def forget(self, tree: Hashable) -> None:
-        """Forget a finished tree."""
+        """Forget which replica holds the prefix of a finished tree."""
         self._homes.pop(tree, None)
 
     def set_up(self, replica: Replica) -> None:

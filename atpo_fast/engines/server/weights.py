@@ -7,7 +7,6 @@ the trainer and the server in one NCCL group or on one device.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from atpo_fast.common.files import replacing
 from atpo_fast.engines.weight_stream import in_buckets
 
 _INDEX = "model.safetensors.index.json"
@@ -25,29 +25,26 @@ _INDEX = "model.safetensors.index.json"
 def write_weights(
     named_parameters: Iterable[tuple[str, Tensor]], config: PretrainedConfig, folder: Path, bucket_bytes: int
 ) -> None:
-    """Write a Hugging Face folder, one file for each bucket; never hold more than a bucket.
+    """Write a Hugging Face folder, one file for each bucket. Memory holds one bucket at a time.
 
     The folder appears when it is complete, and replaces one of the same name.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    places: dict[str, str] = {}
-    total = 0
     copies = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in named_parameters)
-    for number, bucket in enumerate(in_buckets(copies, lambda item: item[1].nbytes, bucket_bytes), start=1):
-        file = f"model-{number:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in bucket}, partial / file, metadata={"format": "pt"})
-        places |= dict.fromkeys((name for name, _ in bucket), file)
-        total += sum(tensor.nbytes for _, tensor in bucket)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (partial / _INDEX).write_text(json.dumps(index, indent=1))
-    config.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing(folder) as partial:
+        partial.mkdir()
+        places: dict[str, str] = {}
+        total = 0
+        for number, bucket in enumerate(in_buckets(copies, lambda item: item[1].nbytes, bucket_bytes), start=1):
+            file = f"model-{number:05d}.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in bucket}, partial / file, metadata={"format": "pt"})
+            places |= dict.fromkeys((name for name, _ in bucket), file)
+            total += sum(tensor.nbytes for _, tensor in bucket)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (partial / _INDEX).write_text(json.dumps(index, indent=1))
+        config.save_pretrained(partial)
 
 
 def folder_weights(folder: Path | str) -> Iterator[tuple[str, Tensor]]:

@@ -30,9 +30,9 @@ Weights = Iterable[tuple[str, Tensor]]
 
 
 class VLLMEngine(CheckedEngine):
-    """Run vLLM in this process or on GPUs of its own; see `Engine` for the methods.
+    """The engine that runs vLLM in this process or on GPUs of its own; see `Engine` for the methods.
 
-    Asleep, a colocated engine on a GPU gives back the cache, and the weights as `config.sleep` says; on a CPU nothing.
+    Asleep, a colocated engine on a GPU frees the cache, and the weights as `config.sleep` says; on a CPU nothing.
     Weights that come while it sleeps get their memory back first, and the cache gets its with `wake`.
 
     Args:
@@ -104,7 +104,7 @@ class VLLMEngine(CheckedEngine):
         self._llm.llm_engine.add_request(name, prompt, self._sampling(name, request))
 
     def _advance(self) -> list[tuple[TurnKey, Completion]]:
-        """Take one step of vLLM's scheduler. Raise RuntimeError when vLLM gave up on a request."""
+        """Take one step of vLLM's scheduler. Raise RuntimeError when vLLM aborted a request."""
         finished = self._step()
         for writing in finished:
             self._count(writing)
@@ -148,7 +148,7 @@ class VLLMEngine(CheckedEngine):
             temperature=wanted.temperature,
             max_tokens=wanted.max_new_tokens,
             seed=request.seed & (2**63 - 1),
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # log-prob of the sampled token only
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # they are the model configuration's, which may be others
             detokenize=False,
@@ -222,16 +222,18 @@ class VLLMEngine(CheckedEngine):
 
 @dataclass(slots=True)
 class _Writing:
-    """One completion that is being written."""
+    """A completion in progress: the request, its stop state and the tokens so far."""
 
     request: Request
-    forwarded: int  # tokens of the prompt that had been forwarded before it was submitted
+    forwarded: int  # number of prompt tokens that had been forwarded before the request was submitted
     stops: StopTable
     state: int = 0  # state of the stop automaton
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    log_kept_probability: list[float] | None = None  # set where the distribution is truncated
-    cached: int = -1  # prompt tokens found in the cache; -1 until vLLM has said it
+    log_kept_probability: list[float] | None = (
+        None  # log of the kept probability by token, where the distribution is truncated
+    )
+    cached: int = -1  # number of prompt tokens found in the cache; -1 until vLLM reports it
     finish_reason: FinishReason | None = None
     stop: str | None = None
 
@@ -253,11 +255,11 @@ class _Writing:
                 return
         if output.finished:
             if news.finish_reason != "length":
-                raise RuntimeError(f"vLLM gave up on turn {self.request.turn_key}: {news.finish_reason}")
+                raise RuntimeError(f"vLLM aborted turn {self.request.turn_key}: {news.finish_reason}")
             self.finish_reason = "length"
 
     def completion(self) -> Completion:
-        """Return the finished turn."""
+        """Return the completion of the finished turn."""
         assert self.finish_reason is not None
         policy = self.logprobs
         if self.log_kept_probability is not None:

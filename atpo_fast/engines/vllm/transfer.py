@@ -26,7 +26,7 @@ Named = tuple[str, Tensor]
 
 
 class NCCLTransfer:
-    """Send weights to the workers of one engine.
+    """The NCCL connection that sends weights to the workers of one engine.
 
     Args:
         llm: the `vllm.LLM`, built with `weight_transfer_config={"backend": "nccl"}`.

@@ -20,7 +20,7 @@ from atpo_fast.engines.sampling import SamplingTable, truncate
 
 @dataclass(slots=True)
 class _Row:
-    """One truncated request of the batch."""
+    """A request of the batch whose sampling is truncated by top-k or top-p."""
 
     name: str
     top_k: int
@@ -35,13 +35,13 @@ class _Row:
 
 
 class Truncation(LogitsProcessor):  # type: ignore[misc]
-    """Cut the logits of requests that carry `extra_args["truncation"]`, after temperature."""
+    """A logits processor that truncates requests with `extra_args["truncation"]`, after temperature."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
         self._rows: dict[int, _Row] = {}
         # Per step: (request, index of its token) of each row, and the log of the probability that was kept.
         self._steps: list[tuple[list[tuple[str, int]], Tensor]] = []
-        self._log_kept: dict[str, dict[int, float]] = {}  # the same by request and index
+        self._log_kept: dict[str, dict[int, float]] = {}  # log of the kept probability by request and index
 
     def is_argmax_invariant(self) -> bool:
         """Return True, so that vLLM applies it after temperature, and not to greedy batches."""
@@ -94,7 +94,7 @@ class Truncation(LogitsProcessor):  # type: ignore[misc]
 
 
 class WorkerExtension:
-    """Add methods to vLLM's worker."""
+    """Methods added to vLLM's worker, called by `collective_rpc`."""
 
     def take_log_kept_probability(self, names: Sequence[str]) -> list[list[float]]:
         """Return what `Truncation.take` returns for some requests."""

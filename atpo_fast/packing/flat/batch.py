@@ -21,16 +21,16 @@ class Trajectories:
 
     input_ids: Values  # prompt and response tokens
     loss_mask: Values  # 1 on action tokens, one entry per token
-    advantages: Values  # per trajectory one number, or one per turn (maximal run of the mask), action token or token
+    advantages: Values  # one number per trajectory, turn (maximal run of the mask), action token or token
     old_logprobs: Values  # one entry per token (read on action tokens) or per action token
-    rollout_logprobs: Values | None = None  # the engine's, likewise; the old ones if not given
+    rollout_logprobs: Values | None = None  # log-probs of the engine, in the same form; the old ones if not given
     attention_mask: Values | None = None  # 1 on real tokens of padded tensors
     group_ids: Values | None = None  # trajectories with equal ids share a tree; all do if not given
 
 
 @dataclass(slots=True, kw_only=True)
 class FlatBatch:
-    """B trajectories one after another, X tokens in all."""
+    """A batch of B trajectories one after another, X tokens in all."""
 
     offsets: Ints  # (B+1,) CSR over X
     ids: Ints  # (X,)
@@ -44,7 +44,7 @@ class FlatBatch:
 
     @property
     def owner(self) -> Ints:
-        """(X,) trajectory of each token."""
+        """Index of the trajectory of each token, (X,)."""
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def count(self, flags: Bools) -> Floats:
@@ -143,7 +143,7 @@ def _on_tokens(name: str, i: int, values: NDArray, mask: Bools) -> Floats:
 
 
 def _real(values: Any, real: Bools | None) -> NDArray:
-    """Remove the padding from values per token; other values stay as they are."""
+    """Remove the padding from values per token; other values stay unchanged."""
     array = _array(values)
     return array[real] if real is not None and array.shape == real.shape else array
 

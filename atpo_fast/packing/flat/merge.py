@@ -1,4 +1,4 @@
-"""Merging the common prefixes of flat trajectories into a forest.
+"""Merge the common prefixes of flat trajectories into a forest.
 
 Trajectories are sorted by their tokens, so that common prefixes lie next to each other. A trajectory then owns the
 tokens after its common prefix with the one before it: those are the unique tokens (U).
@@ -49,7 +49,7 @@ def merge_prefixes(batch: FlatBatch, *, whole_turns: bool, constant_turns: bool)
 def _merge_group(
     batch: FlatBatch, members: Ints, used: int, whole_turns: bool, token: Ints
 ) -> tuple[Ints, Ints, Bools]:
-    """Number the unique tokens of one group from `used` on, and write them to `token`.
+    """Write the numbers of one group's unique tokens, from `used` on, to `token`.
 
     Returns (U,) representative in the batch, (U,) unique token before, (U,) whether a turn of the forest must start.
     """
@@ -72,7 +72,7 @@ def _merge_group(
     first = own_start[:-1][owning] - used
     before[first] = np.where(common[owning] > 0, token[start[owning] + np.maximum(common[owning], 1) - 1], -1)
     opens[first] = True
-    split = 1 + np.flatnonzero(common[1:] < length[:-1])  # the trajectory before goes on where this one leaves it
+    split = 1 + np.flatnonzero(common[1:] < length[:-1])  # the trajectory before continues where this one leaves it
     opens[token[start[split - 1] + common[split]] - used] = True
     return source, before, opens
 
@@ -104,7 +104,7 @@ def _common_prefixes(keys: NDArray, length: Ints) -> Ints:
 def _down_to_turn_starts(batch: FlatBatch, common: Ints, start: Ints, length: Ints) -> Ints:
     """Shorten common prefixes that end inside a turn's action.
 
-    Actions sort last: where either of two neighbours goes on with an action token, the later one does.
+    Actions sort last: where either of two neighbours continues with an action token, the later one does.
     """
     last = start + np.maximum(common, 1) - 1
     following = np.minimum(start + common, len(batch.action) - 1)

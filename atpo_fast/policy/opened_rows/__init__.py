@@ -1,1 +1,1 @@
-"""Trees over the row budget: the order of passes over rows, and what an opened row leaves for those below it."""
+"""Trees over the row budget: the order of passes over rows, and the tensors that opened rows keep for those below."""

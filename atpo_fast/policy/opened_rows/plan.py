@@ -23,7 +23,7 @@ class Pass:
 
 
 def plan_passes(spread: Sequence[Sequence[PackedTrees]]) -> list[list[Pass]]:
-    """Plan the passes of every rank over its rows, as `spread_rows` dealt them: of one kind at a time on all ranks.
+    """Plan the passes of every rank over its rows, as `spread_rows` gave them: of one kind at a time on all ranks.
 
     Collectives of sharded weights then happen in the same order everywhere. Where ranks differ, the first of open,
     whole and close comes first: a rank that is to close waits for the others, so that each has a row open by then, if

@@ -1,4 +1,4 @@
-"""What an opened row leaves for the rows below it, and what they send back (docs/design.md#opened-rows).
+"""The tensors of opened rows that rows below read, and the gradients they return (docs/design.md#opened-rows).
 
 A tree over the row budget is computed depth-first (`plan.py`). An opened row is forwarded without gradient and leaves
 the keys and values of every layer and its last final hidden state. The rows below read them, and their backward adds
@@ -21,13 +21,13 @@ from atpo_fast.tree.packed_rows import PackedTrees, empty_row
 
 @dataclass(slots=True)
 class Kept:
-    """A tensor that an opened row left, and the sum of the gradients that came back."""
+    """A tensor of an opened row, and the sum of its gradients from the rows below."""
 
     value: Tensor  # (n, ...)
     gradient: Tensor | None = None  # (n, ...) float32, or float64 for a float64 value
 
     def add(self, gradient: Tensor) -> None:
-        """Add one row's gradient."""
+        """Add the gradient from one row, in float32 or wider."""
         if self.gradient is None:
             self.gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
         else:
@@ -36,20 +36,20 @@ class Kept:
 
 @dataclass(slots=True)
 class OpenedRow:
-    """The tensors that one row left."""
+    """The tensors of an opened row that the rows below it read."""
 
-    keys: list[Kept] = field(default_factory=list)  # a layer each: (T, Hkv, d)
-    values: list[Kept] = field(default_factory=list)  # a layer each: (T, Hkv, d)
-    last_hidden: Kept | None = None  # (1, D) what predicts the first action token of the turns below
-    layer_outputs: list[Tensor] = field(default_factory=list)  # (1, T, D) each, with checkpointed layers
+    keys: list[Kept] = field(default_factory=list)  # keys of each layer: (T, Hkv, d)
+    values: list[Kept] = field(default_factory=list)  # values of each layer: (T, Hkv, d)
+    last_hidden: Kept | None = None  # (1, D) hidden state that predicts the first action token of the turns below
+    layer_outputs: list[Tensor] = field(default_factory=list)  # outputs of checkpointed layers: (1, T, D)
 
 
 @dataclass(frozen=True, slots=True)
 class RowPrefix:
-    """The opened rows that a pass over a row has to do with."""
+    """The opened rows that a pass over a row reads or fills."""
 
-    above: tuple[OpenedRow, ...] = ()  # root first: their tokens are the row's prefix
-    own: OpenedRow | None = None  # what the row itself leaves; filled when it is opened, read when it is closed
+    above: tuple[OpenedRow, ...] = ()  # opened rows above, root first: their tokens are the row's prefix
+    own: OpenedRow | None = None  # tensors of the row itself; filled when it is opened, read when it is closed
     closing: bool = False
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # (T, Hkv, d) -> (P+T, Hkv, d)
@@ -79,7 +79,7 @@ NO_PREFIX = RowPrefix()
 
 
 class _Continue(torch.autograd.Function):
-    """Puts a row's tensor behind those that were kept, to which their gradients go."""
+    """Concatenation of kept tensors and the row's own, which collects the gradients of the kept ones."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, *kept: Kept) -> Tensor:  # type: ignore[override]
@@ -96,7 +96,7 @@ class _Continue(torch.autograd.Function):
 
 
 class _Close(torch.autograd.Function):
-    """Identity that adds to the gradient of its last rows, those that were kept, what came back."""
+    """Identity that adds the collected gradients of the kept rows, its last ones, in the backward."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, kept: Kept) -> Tensor:  # type: ignore[override]
@@ -118,7 +118,7 @@ def walk(rows: Sequence[PackedTrees], passes: Sequence[Pass]) -> Iterator[tuple[
     Nothing here refers to what a row left once it is closed, so its memory is free when the caller forgets it too.
     """
     opened: list[OpenedRow] = []
-    empty: list[OpenedRow] = []  # opened because another rank opened a row
+    empty: list[OpenedRow] = []  # rows opened because another rank opened one
     for step in passes:
         row = empty_row(rows[0].weight_pos.dtype) if step.row is None else rows[step.row]
         stack = empty if step.row is None else opened

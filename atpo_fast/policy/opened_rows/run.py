@@ -51,7 +51,7 @@ def run_passes(
 def score_rows(model: nn.Module, rows: Sequence[PackedTrees], device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Compute the (A,) log-probs and (A,) entropies of each row under the model's present weights, on the rows' device.
 
-    Every row is forwarded once: opened ones are scored as they are opened, and their closing is left out.
+    Every row is forwarded once. An opened row is scored when it is opened, and its closing is left out.
     """
     training = model.training
     model.eval()

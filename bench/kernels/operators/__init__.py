@@ -20,7 +20,7 @@ class Variant:
 
     kernel: Any  # triton.JITFunction
     label: str
-    """Words that tell this variant from the kernel's others, as in "bfloat16, stored"."""
+    """Words that distinguish this variant from the kernel's others, as in "bfloat16, stored"."""
     types: dict[str, str]
     """Triton type of every argument that is not a constant, as in {"hidden": "*bf16", "rows": "i32"}."""
     constants: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from bench.kernels.operators import DTYPE_NAMES, Variant
 
 
 def variants(target: str) -> list[Variant]:
-    """List the kernels of this operator alone on a target ("sm_90", ...); it launches those of others as well."""
+    """List the kernels that only this operator has, on a target ("sm_90", ...); it launches those of others as well."""
     integers = dict.fromkeys(("start", "rows"), "i32")
     kept = {"grad_logprob": "*fp32", "kept": "*i32", "count": "*i32"}
     found = [

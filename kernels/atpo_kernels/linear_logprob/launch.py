@@ -187,7 +187,7 @@ class Gradients:
             self.bias = torch.empty(vocab, dtype=torch.float32, device=device)
 
     def add(self, dlogits: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:  # (C, V), (C, D), C of the A rows
-        """Add the gradients of a chunk."""
+        """Add the gradients of a chunk, by hidden, weight and bias."""
         if self.hidden is not None:
             by_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
             matmul_float32(dlogits, self._head.weight, by_hidden)
@@ -242,7 +242,7 @@ def _forward(
     targets: Tensor,  # (A,)
     temperature: float,
 ) -> Statistics:  # (A,) each
-    """Compute the statistics of all rows."""
+    """Compute the softmax statistics of all rows."""
     head = TritonHead.prepare(hidden, weight, bias, targets, temperature)
     known = head.empty_statistics()
     head.statistics(known, 0, len(targets))

@@ -129,5 +129,5 @@ def elementwise_blocks(chunk: Tensor) -> list[slice]:  # (C, V)
 
 
 def _kind(device: torch.device) -> str:
-    """Tell the CPU from all GPUs."""
+    """Name the kind of device: "cpu", or "cuda" for all GPUs."""
     return "cpu" if device.type == "cpu" else "cuda"

@@ -152,7 +152,7 @@ def chunk_statistics(
     logits: Tensor,  # (C, V), overwritten by exp((logits - peak) / temperature)
     targets: Tensor,  # (C,)
 ) -> Statistics:
-    """Compute the statistics of a chunk."""
+    """Compute the softmax statistics of a chunk of rows from its logits."""
     peak, total, target, weighted = logits.new_empty(4, len(logits)).unbind()
     for rows in elementwise_blocks(logits):
         block = logits[rows]
@@ -224,7 +224,7 @@ def _forward(
     targets: Tensor,  # (A,)
     temperature: float,
 ) -> Statistics:  # (A,) each
-    """Compute the statistics of all rows."""
+    """Compute the softmax statistics of all rows."""
     return statistics(hidden, Head.prepare(weight, bias, temperature), targets)
 
 

@@ -6,7 +6,7 @@ per row and tile of columns. Once the loss kernels of `turn_policy_loss` have th
     softmax p = 2^x 2^((reference - peak) c - log_total)
 
 and the gradient formula of `linear_logprob` turn them into d loss / d logits, in the same memory. Rows whose upstream
-gradient is 0 are skipped: the others move to the front, so that the products for hidden and weight are over them alone.
+gradient is 0 are skipped: the others move to the front, so that the products for hidden and weight are over them only.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs

@@ -56,8 +56,8 @@ def tree_attention(
     than q, the ancestors of a row that continues others: every query sees all of them, and key P + j is the row's token
     j. Query heads are grouped over key heads as usual: query head h reads key head h // (Hq / Hkv). `scale`, positive,
     defaults to 1/sqrt(d). Output in the dtype of q; scores and softmax of half-precision inputs are float32 ("torch",
-    "triton"). Differentiable in q, k and v; T = 0 is allowed. `blocks` are made once per row and prefix by
-    `make_attention_blocks` and serve all its layers and steps; without them they are made in every call, which reads
+    "triton"). Differentiable in q, k and v; T = 0 is allowed. `blocks`, built once per row and prefix by
+    `make_attention_blocks`, serve all its layers and steps. Without them every call builds them, which reads
     subtree_end on the host and so waits for the device.
 
     `impl`:
@@ -90,11 +90,11 @@ def make_attention_blocks(
     impl: str = "auto",
     prefix: int = 0,
 ) -> AttentionBlocks:
-    """Make what `tree_attention` takes as `blocks` of a row for tensors of this shape, dtype and device.
+    """Build the `blocks` of a row that `tree_attention` takes, for tensors of this shape, dtype and device.
 
-    `prefix` is how many more tokens k and v have than q. Made on the host from subtree_end, so give it there: then
-    nothing waits for the device (default: that of subtree_end). None for implementations that use no blocks. Raises
-    ValueError if subtree_end is not that of depth-first pre-order, or prefix is negative.
+    `prefix` is how many more tokens k and v have than q. `device` defaults to that of subtree_end. The blocks are built
+    on the host, so give subtree_end on the CPU, and nothing waits for the device. None for implementations that use no
+    blocks. Raises ValueError if subtree_end is not that of depth-first pre-order, or prefix is negative.
     """
     if prefix < 0:
         raise ValueError(f"make_attention_blocks: prefix must be the number of tokens before the row, got {prefix}")
@@ -133,9 +133,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Attenti
     if len({x.device for x in (q, k, v, subtree_end)}) != 1:
         raise ValueError("tree_attention: q, k, v and subtree_end must be on one device")
     if isinstance(blocks, (TreeBlocks, TreeBlockLists)):
-        made, here = (blocks.tokens, blocks.prefix), (tokens, k.shape[0] - tokens)
-        if made != here:
+        built, here = (blocks.tokens, blocks.prefix), (tokens, k.shape[0] - tokens)
+        if built != here:
             raise ValueError(
-                "tree_attention: blocks are of a row of {} tokens behind a prefix of {}, ".format(*made)
+                "tree_attention: blocks are of a row of {} tokens behind a prefix of {}, ".format(*built)
                 + "but q has {} tokens and k and v have {} more".format(*here)
             )

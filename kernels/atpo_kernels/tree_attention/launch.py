@@ -44,8 +44,8 @@ class Attention:
     """Operands of one call, as the kernels take them."""
 
     q: Tensor  # (T, Hq, d) last dimension contiguous
-    k: Tensor  # (P + T, Hkv, d) likewise
-    v: Tensor  # (P + T, Hkv, d) likewise
+    k: Tensor  # (P + T, Hkv, d) last dimension contiguous
+    v: Tensor  # (P + T, Hkv, d) last dimension contiguous
     key_ends: Tensor  # (P + T,) int32: subtree_end of every key, T for those of a prefix
     scale: float
     blocks: TreeBlockLists
@@ -57,7 +57,7 @@ class Attention:
     ) -> Attention:
         """Make the lists if there are none, and copy operands that the kernels cannot read in place.
 
-        Raises ValueError for a head that is too wide, too many query heads a key head, or blocks made for others.
+        Raises ValueError for a head that is too wide, too many query heads a key head, or blocks of other shapes.
         """
         tiles = tiles_for(target_of(q.device), q.dtype, q.shape[2])
         sizes = block_sizes(tiles, q.shape[1] // k.shape[1])

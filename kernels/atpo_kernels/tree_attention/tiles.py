@@ -43,7 +43,7 @@ class BlockSizes:
 
 
 class Tile(NamedTuple):
-    """One configuration of a kernel."""
+    """The block sizes and launch options of a kernel."""
 
     rows: int
     """Pairs of a query and a query head of one group; for gradients of keys, queries of one head."""
@@ -176,7 +176,7 @@ class TreeBlockLists:
     """(B + 1,) CSR: query block i sees all of the key blocks full[full_offsets[i] : full_offsets[i + 1]]."""
     full: Tensor
     partial_offsets: Tensor
-    """(B + 1,) likewise, of the key blocks of which it sees a part."""
+    """(B + 1,) CSR offsets of the key blocks of which each query block sees a part."""
     partial: Tensor
     key_parts: Tensor
     """(W, 6) pieces of work for gradients of keys, longest first: key block; bounds lo <= full_lo <= full_hi <= hi of

@@ -119,7 +119,7 @@ def _ranges(indices: np.ndarray) -> list[tuple[int, int]]:
 
 @dataclass(slots=True)
 class _Block:
-    """Block of queries with its keys."""
+    """A block of queries with the ranges of the keys that some of them see."""
 
     start: int
     stop: int

@@ -306,7 +306,7 @@ class PackedLoss:
         return self.outputs.evaluation()
 
     def launches(self, first: int, count: int, logprob: Tensor | None, entropy: Tensor | None) -> list[Launch]:
-        """Make the launches of `turns`."""
+        """List the kernel launches that evaluate turns [first, first + count)."""
         given = self.arguments | {"logprob": logprob, "entropy": entropy, "first_turn": first}
         before: list[Launch] = []
         if self.paths is not None:
@@ -318,7 +318,7 @@ class PackedLoss:
         return [*before, last]
 
     def last_launch(self) -> Launch:
-        """Make the launch of `finish`."""
+        """Return the kernel launch that reduces the partial sums at the end."""
         return self.outputs.last_launch(self.per_unit, self.arguments["turn_offsets"])
 
 

@@ -52,7 +52,7 @@ def clipped_loss(ratio: Tensor, logprob: Tensor, pos: Tensor, neg: Tensor, confi
 
 
 def reference_kl(logprob: Tensor, ref_logprob: Tensor, config: LossConfig) -> Tensor:
-    """Estimate the KL of every token."""
+    """Estimate the KL to the reference policy at every token."""
     gap = ref_logprob - logprob
     if config.kl == "k1":
         return -gap

@@ -172,7 +172,7 @@ def approximate_kl(delta: Tensor, config: LossConfig) -> Tensor:
 
 
 def _k3(gap: Tensor) -> Tensor:
-    """Compute exp(-gap) - 1 + gap."""
+    """Compute exp(-gap) - 1 + gap, exact for small gaps."""
     return torch.expm1(-gap) + gap
 
 
@@ -235,7 +235,7 @@ def _clipped(ratio: Tensor, positive: Tensor, negative: Tensor, config: LossConf
 
 
 def _ratio(log_ratio: Tensor, config: LossConfig) -> Tensor:
-    """Exponentiate an averaged log-ratio, capped."""
+    """Exponentiate an averaged log-ratio, capped at `max_log_ratio`."""
     return log_ratio.clamp_max(config.max_log_ratio).exp()
 
 

@@ -57,7 +57,7 @@ def hand_back(last, values, carry):
 
 @triton.jit
 def element(values, index, BLOCK: tl.constexpr):
-    """Take one element of a block."""
+    """Return the element of a block at `index`."""
     return tl.sum(tl.where(tl.arange(0, BLOCK) == index, values, 0), 0)
 
 

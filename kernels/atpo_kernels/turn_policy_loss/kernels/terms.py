@@ -144,11 +144,11 @@ def gate(ratio, tau):
 
 @triton.jit
 def clamp_max(x, bound):
-    """Bound x from above; NaN stays."""
+    """Bound x from above; NaN stays NaN."""
     return tl.where(x > bound, bound, x)
 
 
 @triton.jit
 def clamp_min(x, bound):
-    """Bound x from below; NaN stays."""
+    """Bound x from below; NaN stays NaN."""
     return tl.where(x < bound, bound, x)
