@@ -78,12 +78,20 @@ def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)]
 
 
+def mean_square(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Of the errors of all numbers, as shares of the largest number of their tensor."""
+    shares = [((f - e) / e.abs().max()).flatten() for f, e in zip(found, expected, strict=True)]
+    return float(torch.cat(shares).square().mean())
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_same_as_hugging_face(name: str, row: PackedTrees, calls: dict[str, int]) -> None:
     """Fails if a norm gets another epsilon or offset, RoPE another layout, or an in-place write meets a kept tensor."""
     exact = results(exact_norms(make(name)), row)
-    found, plain = errors(results(liger(name), row), exact), errors(results(make(name).float(), row), exact)
-    assert max(found) < 2 * max(plain) < 1e-4, (found, plain)
+    found, plain = results(liger(name), row), results(make(name).float(), row)
+    # one largest error is the luck of a few roundings; over thousands of numbers the order of sums averages out
+    assert mean_square(found, exact) < 2**2 * mean_square(plain, exact)
+    assert max(errors(found, exact)) < 1e-5
     norms = 9 if name == "qwen3" else 5  # of 2 layers; Qwen3 has two for the heads
     assert calls == dict(zip(KERNELS, (norms, 2, 2), strict=True))
 
