@@ -40,7 +40,7 @@ class PackedTrees:
     path_offsets: Tensor  # (S+1,) int32, CSR: the turns of each trajectory in `path_turns`
     path_turns: Tensor  # (P,) int32, indices into the N turns of this row, root side first
     path_weight_pos: Tensor  # (P,) per-token weight w * max(A, 0) of one trajectory in one turn (level `sequence`)
-    path_weight_neg: Tensor  # (P,) likewise w * max(-A, 0)
+    path_weight_neg: Tensor  # (P,) per-token weight w * max(-A, 0) of one trajectory in one turn
     leaf_multiplicity: Tensor  # (S,) float, number of times that the trajectory counts
 
     turn_tree: Tensor  # (N,) int32, tree of the turn, as an index into the list given to `pack_trees`

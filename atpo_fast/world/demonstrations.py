@@ -39,12 +39,12 @@ def make_demonstrations(
     world: World,
     config: WorldConfig,
     tokenizer: PreTrainedTokenizerBase,
-    search: Callable[[str], str],
+    search_tool: Callable[[str], str],
     encode_prompt: Callable[[Question], list[int]],
 ) -> list[TurnTree]:
     """Make `config.demonstrations` chains over training questions, every number of hops equally often.
 
-    `search` is the tool of the rollout; its real results are the observations. A share `config.good_fraction`
+    `search_tool` is that of the rollout; its real results are the observations. A share `config.good_fraction`
     follows the right strategy. `meta` of each tree names the strategy and the question.
     """
     rng = np.random.default_rng([config.seed, 1])
@@ -52,7 +52,7 @@ def make_demonstrations(
     for question in world.train:
         by_hops.setdefault(question.meta["hops"], []).append(question)
     kinds = [by_hops[h] for h in sorted(by_hops)]
-    script = _Script(tokenizer, search)
+    script = _Script(tokenizer, search_tool)
     demonstrations = []
     for i in range(config.demonstrations):
         kind = kinds[i % len(kinds)]
@@ -72,9 +72,9 @@ def _draw_strategy(hops: int, good_fraction: float, rng: np.random.Generator) ->
 class _Script:
     """A strategy played on a question, turn by turn, with the real search tool."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, search: Callable[[str], str]):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, search_tool: Callable[[str], str]):
         self.tokenizer = tokenizer
-        self.search = search
+        self.search_tool = search_tool
 
     def play(self, question: Question, strategy: str, prompt_ids: Sequence[int]) -> TurnTree:
         """Play one demonstration: a chain of search turns and an answer."""
@@ -88,7 +88,7 @@ class _Script:
         for done in range(searches):
             query = plan[done] if strategy == "sloppy" else f"{plan[done]} of {entity}"
             thought = " then ".join([known, *plan[done:]])
-            result = self.search(query)
+            result = self.search_tool(query)
             turn = tree.add_turn(
                 turn,
                 self._encode(f"<think> {thought}</think><search> {query}</search>"),

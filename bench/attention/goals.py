@@ -1,4 +1,4 @@
-"""What attention over trees has to show."""
+"""Goals of attention over trees."""
 
 from __future__ import annotations
 

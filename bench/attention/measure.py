@@ -24,12 +24,12 @@ VOCAB = 1000
 
 
 class Problem:
-    """One row, its operands and the gradient that comes from above.
+    """A row, its operands and the upstream gradient.
 
     Args:
-        case: what is measured.
-        tokens: of the row.
-        device: where.
+        case: case to measure.
+        tokens: number of tokens of the row.
+        device: device of the tensors.
     """
 
     def __init__(self, case: AttentionCase, tokens: int, device: str):
@@ -101,7 +101,7 @@ class Call:
 
 
 def makers(case: AttentionCase, device: str) -> Makers:
-    """Return what makes the call of each implementation."""
+    """Return for each implementation a function that makes the call to be timed."""
     return _makers(case, Problem(case, case.row_tokens, device))
 
 
@@ -143,7 +143,7 @@ def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
 
 
 def _prepared(attention: Attention, problem: Problem) -> tuple[Any, float]:
-    """Make what the row needs before its first layer; return it and the median milliseconds that it takes."""
+    """Prepare a row before its first layer; return the result and the median milliseconds that it takes."""
     taken: list[float] = []
     while len(taken) < _PREPARATIONS and sum(taken) < _SLOW_MS:
         begun = time.perf_counter()

@@ -57,14 +57,14 @@ def side_by_side(
     """Time implementations in the same rounds and return their entries, the calls that were timed, and all samples.
 
     Args:
-        makers: what makes the call of each implementation.
-        first: what the entry keeps of a call's first results; gets its name and the call.
-        about: what else the entry says of an implementation.
+        makers: function that makes the call of each implementation.
+        first: function from a call's name and the call to what its entry keeps of the first results.
+        about: function from a name to further fields of the entry.
         device: "cuda" or "cpu".
-        seconds: of samples for each call.
-        beside: makes other calls that are timed in the same rounds and get no entry.
-        least: samples that every call gets at least.
-        warm: rounds that are not kept.
+        seconds: time of the samples of each call.
+        beside: function that makes other calls, timed in the same rounds without an entry.
+        least: number of samples of every call, at least.
+        warm: number of rounds that are not kept.
     """
     entries, calls = first_calls(makers, first, device)
     samples, failed = interleaved(beside() | calls, device, seconds, least=least, warm=warm)
@@ -78,7 +78,7 @@ def side_by_side(
 
 
 def collect(device: str) -> None:
-    """Free what nothing refers to any more."""
+    """Collect garbage and release the allocator's cached memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What the plots of RESULTS.md have in common: a dot for each implementation, a case a line."""
+"""Shared parts of the plots of RESULTS.md: a dot for each implementation, a case a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the head operators have to show."""
+"""Goals of the head's operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a head operator: time, memory and errors, and the matrix products of its size beside."""
+"""Measure a head operator: time, memory and errors, and the matrix products of its size beside it."""
 
 from __future__ import annotations
 

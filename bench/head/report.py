@@ -1,4 +1,4 @@
-"""How records of the head operators are shown."""
+"""Show the records of the head's operators in the report."""
 
 from __future__ import annotations
 

@@ -31,14 +31,14 @@ def trees() -> Iterator[list[TurnTree]]:
 
 @pytest.mark.parametrize("step", ["ours", "packing", "block lists"])
 def test_host_preparation(benchmark: Any, step: str) -> None:
-    """Packing and the attention's block lists, together and each by itself; the target is 150 ms together."""
+    """Time packing and the attention's block lists, together and each by itself; the target is 150 ms together."""
     with one_thread():
         benchmark(HOST.makers("cpu")[step]())
 
 
 @pytest.mark.parametrize("max_tokens", [16384, 65536], ids=["16k", "64k"])  # cut trees; whole trees
 def test_pack_trees(benchmark: Any, trees: list[TurnTree], max_tokens: int) -> None:
-    """`pack_trees` on 64 x 22 trajectories; the target is 100 ms."""
+    """Time `pack_trees` on 64 x 22 trajectories; the target is 100 ms."""
     rows = benchmark(pack_trees, trees, Objective.preset("at2po"), max_tokens)
     benchmark.extra_info |= {
         "rows": len(rows),

@@ -1,4 +1,4 @@
-"""What is measured of the host's preparation; the GPU of a machine that has one is not used."""
+"""Measure the host's preparation; the GPU of a machine that has one is not used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host's preparation has to show, and how its record is shown."""
+"""Goals of the host's preparation, and its record in the report."""
 
 from __future__ import annotations
 

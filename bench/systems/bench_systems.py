@@ -20,7 +20,7 @@ PASSAGES, SHARD_PASSAGES = 50_000, 250_000
 @pytest.mark.parametrize("schedule", ["synchronous", "streaming"])
 @pytest.mark.parametrize("speed", SPEEDS)
 def test_streaming(benchmark: Any, speed: str, schedule: str) -> None:
-    """16 questions with tools that take 10 to 500 ms; the target of streaming is 1.5 times fewer seconds."""
+    """Roll out 16 questions with tools that take 10 to 500 ms; the target of streaming is 1.5 times fewer seconds."""
     benchmark.group = f"streaming-{speed}"
     _, found = benchmark.pedantic(roll_out, args=(schedule, SPEEDS[speed]), rounds=1)
     benchmark.extra_info |= found

@@ -42,7 +42,7 @@ PACKAGES = ("bm25s", "numpy", "fastapi", "uvicorn", "uvloop", "httptools")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: measure everything, write the record."""
+    """Measure everything and write the record."""
     parser = argparse.ArgumentParser(
         prog="python -m bench retrieval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

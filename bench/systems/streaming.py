@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m bench streaming
 
-An engine that samples from the requests' seeds alone sleeps as long as a decode step of a batch takes: a constant, so
-much per row and so much per token that has to be prefilled. The trees of both schedules are compared turn by turn,
+A simulated engine samples from the requests' seeds and sleeps as long as a decode step of a batch takes: a constant, a
+time per row and a time per token that has to be prefilled. The trees of both schedules are compared turn by turn,
 token ids and log-probs included. Writes bench/results/cpu/streaming.json; the target is 1.5 times fewer wall seconds.
 """
 

@@ -76,10 +76,10 @@ class Model:
     """A policy of random weights that runs in any layout, and its optimizer, whose learning rate is 0.
 
     Args:
-        shape: sizes.
-        layers: how many.
-        dtype: of weights, gradients and optimizer states.
-        device: where.
+        shape: sizes of the model.
+        layers: number of layers.
+        dtype: dtype of weights, gradients and optimizer states.
+        device: device of the model.
         checkpointing: "layer" keeps only each layer's input, for the peers in Hugging Face's way; "mlp": ours only.
     """
 

@@ -1,4 +1,4 @@
-"""What the whole update has to show."""
+"""Goals of the whole update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of a layer and of the whole update."""
+"""Measure a layer and the whole update in every layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How records of a layer and of the whole update are shown."""
+"""Show the records of a layer and of the whole update in the report."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class LeafPaths:
     offsets: Tensor  # (S+1,) int32 CSR of the S trajectories over the P entries
     turns: Tensor  # (P,) int32 turn of an entry, as an index into turn_offsets
     weight_pos: Tensor  # (P,) w * max(A, 0) of the trajectory for each token of the turn
-    weight_neg: Tensor  # (P,) w * max(-A, 0) likewise
+    weight_neg: Tensor  # (P,) w * max(-A, 0) of the trajectory for each token of the turn
 
 
 class HeadInputs(NamedTuple):

@@ -52,7 +52,7 @@ class TritonHead:
     """LM head of one call, its operands as the kernels take them."""
 
     hidden: Tensor  # (A, D) rows contiguous and aligned
-    weight: Tensor  # (V, D) likewise
+    weight: Tensor  # (V, D) rows contiguous and aligned
     bias: Tensor | None  # (V,)
     targets: Tensor  # (A,)
     temperature: float

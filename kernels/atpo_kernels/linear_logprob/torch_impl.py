@@ -32,7 +32,7 @@ class Head:
     """LM head, or the part of it for some words, ready to make float32 (float64) logits."""
 
     weight: Tensor  # (V, D) in the statistics dtype
-    bias: Tensor | None  # (V,) likewise
+    bias: Tensor | None  # (V,) in the statistics dtype
     temperature: float
     first: int = 0  # the word of weight[0]
 

@@ -17,7 +17,7 @@ WORTH_COPYING = 0.85  # in PyTorch, tokens are skipped when fewer than this shar
 
 @dataclass(slots=True, frozen=True)
 class Chunk:
-    """Rows and turns that are worked on together."""
+    """Rows and turns that are processed together."""
 
     rows: slice
     """Rows of the call."""

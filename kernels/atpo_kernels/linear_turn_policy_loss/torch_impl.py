@@ -62,12 +62,12 @@ class _Job:
     gradients: HeadGradients
 
     def with_values(self, tokens: LossTokens, known: Statistics) -> LossTokens:
-        """Put what the head computed into the tokens."""
+        """Return the tokens with the log-probs and entropies that the head computed."""
         old = known.logprob if self.on_policy else tokens.old_logprob
         return replace(tokens, logprob=known.logprob, old_logprob=old, entropy=known.entropy)
 
     def by_chunks(self, turn_offsets: Tensor) -> Statistics:  # (A,) each
-        """Work on one chunk after the other; at level sequence all rows are one, since turns may share a trajectory."""
+        """Process one chunk after the other; at level sequence all rows are one, since turns may share a trajectory."""
         buffer = self.head.buffer(len(self.targets))
         offsets = turn_offsets.cpu().numpy()
         if self.config.level == "sequence":

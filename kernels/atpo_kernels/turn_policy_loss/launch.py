@@ -66,7 +66,7 @@ def plain(tensor: Tensor | None) -> Tensor | None:
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
-    """Allocate float32 numbers on the device of another tensor."""
+    """Allocate a float32 tensor on the device of another tensor."""
     return like.new_empty(shape, dtype=torch.float32)
 
 
@@ -271,7 +271,7 @@ class PackedLoss:
 
         Of arguments.inputs.logprob and .entropy only shape, device and presence are read; old_logprob=None takes the
         log-probs that `turns` is given. Under reduction "turn-mean", derivatives are right only after `finish`, unless
-        the number of turns with tokens is told here; under "token-mean" with a mask and no denominator likewise.
+        the number of turns with tokens is given here; so are they under "token-mean" with a mask and no denominator.
         """
         inputs, (turn_offsets, _, _, paths) = arguments.inputs, arguments.structure
         assert turn_offsets is not None

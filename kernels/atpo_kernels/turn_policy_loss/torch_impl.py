@@ -37,7 +37,7 @@ class TokenTerms:
     grad_entropy: Tensor | None  # (A,) d loss / d entropy; None: 0
     ratio: Tensor  # (A,) rho; at level `sequence` on packed rows its mean over the trajectories through the token
     clipped_low: Tensor  # (A,) in [0, 1]: whether (in which share of the trajectories) the lower bound replaces rho
-    clipped_high: Tensor  # (A,) likewise the upper bound
+    clipped_high: Tensor  # (A,) in [0, 1]: whether (in which share) the upper bound replaces rho
     kl: Tensor | None  # (A,) KL to the reference
 
 

@@ -1,7 +1,7 @@
 """Kernel of the policy loss of padded batches: one program per row, whatever its length and number of turns.
 
 A turn is a run of the mask, or of one id among the valid tokens. Two passes over a row: forwards, sums within each turn
-as far as the token; backwards, what the turn's last token has is handed to all of them.
+as far as the token; backwards, all tokens of a turn get the value of its last one.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -50,7 +50,7 @@ def scan_turns(first, values, carry):
 
 @triton.jit
 def hand_back(last, values, carry):
-    """Hand the value of a turn's last position to all of them; `carry` is that of the turn that goes on behind."""
+    """Give all positions of a turn the value of its last; `carry` is that of the turn that continues behind."""
     seen, values = tl.associative_scan((last.to(tl.int32), values), 0, value_at_end, reverse=True)
     return tl.where(seen == 0, carry, values)
 
