@@ -13,3 +13,9 @@ One folder a subject; each has its cases, what they measure, what they must show
 
 `python -m bench --help` says how they are run.
 """
+
+import os
+
+from atpo_fast.common.threads import bound_spinning
+
+bound_spinning(os.environ)  # before PyTorch is imported

@@ -6,6 +6,7 @@
     python -m bench quickstart-seeds     train the quickstart with several seeds
     python -m bench streaming            compare the schedules of rollouts
     python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
+    python -m bench threads              measure how long waiting threads should spin
 
 Each takes --help. `pytest bench --benchmark-only` times the same cases with pytest-benchmark.
 
@@ -26,6 +27,7 @@ COMMANDS = {
     "quickstart-seeds": "bench.systems.quickstart_seeds",
     "streaming": "bench.systems.streaming",
     "retrieval": "bench.systems.retrieval",
+    "threads": "bench.systems.threads",
 }
 
 

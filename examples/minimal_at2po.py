@@ -28,7 +28,9 @@ from atpo_fast.train.from_config import build_model
 
 CONFIG = Config(
     data=DataConfig(source="world", prompt="short", max_prompt_tokens=32),
-    world=WorldConfig(entities=30, relations=4, max_hops=2, train_questions=300, eval_questions=60),
+    world=WorldConfig(
+        entities=30, relations=4, max_hops=2, train_questions=300, eval_questions=60, demonstrations=1000
+    ),
     model=ModelConfig(dtype="float32", intermediate_size=256, max_positions=512),
     tools=ToolsConfig(builtin=["search"], max_result_tokens=96),
     rollout=RolloutConfig(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 
+from atpo_fast.common.threads import bound_spinning
 from tests.helpers.cpu_time import CpuTimes
+
+bound_spinning(os.environ)  # before PyTorch loads its runtime
+import torch  # noqa: E402
 
 # Triton reads the variable when it is imported, so it is set before any test module is.
 if not torch.cuda.is_available():

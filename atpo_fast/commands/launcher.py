@@ -21,6 +21,7 @@ from types import FrameType
 
 import psutil
 
+from atpo_fast.common.threads import bound_spinning
 from atpo_fast.config import Config, ConfigError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -123,6 +124,7 @@ def _environment(placement: Placement) -> dict[str, str]:
     # DeepSpeed finds ninja on PATH; without an activated environment it lies beside the interpreter.
     env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", os.defpath)])
     if placement.device == "cpu":
+        bound_spinning(env)
         env.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // len(placement.accelerators))))
     return env
 

@@ -1,6 +1,6 @@
 """How long waiting OpenMP threads should spin: tokens/s of the cold start, quiet and beside busy processes.
 
-    python -m bench.systems.threads [--repeats 3] [--steps 41] [--load 2] [--preload /path/to/libiomp5.so]
+    python -m bench threads [--repeats 3] [--steps 41] [--load 2] [--preload /path/to/libiomp5.so]
 
 A thread that waits at the end of a parallel region first spins and then sleeps. Spinning saves the wake-up where the
 cores are free, and takes the core from the thread that it waits for where they are not. Every setting runs in a process
@@ -75,22 +75,20 @@ def measure(runtime: str, repeats: int, steps: int, load: int, preload: str | No
     return speeds
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Measure, print the medians, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="bench threads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting")
     parser.add_argument("--steps", type=int, default=41, help="steps of each run")
     parser.add_argument("--load", type=int, default=2, help="busy processes of the loaded runs")
     parser.add_argument("--preload", help="shared library of Intel's/LLVM's OpenMP runtime to run under")
-    arguments = parser.parse_args()
-    runtime = "gnu" if arguments.preload is None else "intel"
-    speeds = measure(runtime, arguments.repeats, arguments.steps, arguments.load, arguments.preload)
+    chosen = parser.parse_args(arguments)
+    runtime = "gnu" if chosen.preload is None else "intel"
+    speeds = measure(runtime, chosen.repeats, chosen.steps, chosen.load, chosen.preload)
     medians = {name: {s: statistics.median(v) for s, v in by.items()} for name, by in speeds.items()}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    record = {"runtime": runtime, "cores": os.cpu_count(), "load": arguments.load, "median": medians, "all": speeds}
+    record = {"runtime": runtime, "cores": os.cpu_count(), "load": chosen.load, "median": medians, "all": speeds}
     (RESULTS / f"threads-{runtime}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(medians, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -38,6 +38,8 @@ def attach_gradients(
 
 
 class _KnownGradients(torch.autograd.Function):
+    """Loss whose gradients are given; see `attach_gradients`."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, loss: Tensor, unit: Tensor | None, consume: bool, count: int, *tensors: Tensor | None
@@ -102,6 +104,8 @@ def logprob_with_gradients(
 
 
 class _LinearLogprob(torch.autograd.Function):
+    """`linear_logprob` of one implementation, which computes its logits again in the backward."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,

@@ -213,6 +213,7 @@ def turn_sizes(share: Tensor, turn: Tensor, num_turns: int) -> Tensor:  # one sh
 
 
 def _present(tensor: Tensor | None) -> Tensor:
+    """Tell the type checker that a tensor is there."""
     assert tensor is not None
     return tensor
 
@@ -225,5 +226,6 @@ def _clean(inputs: dict[str, Tensor | None], valid: Tensor | None) -> dict[str, 
 
 
 def _clean_weights(weights: TokenWeights, valid: Tensor | None, dtype: torch.dtype) -> TokenWeights:
+    """Detach and cast weights, with zeros where tokens are not valid."""
     parts = [w.detach().to(dtype) for w in (weights.pos, weights.neg, weights.all)]
     return TokenWeights(*(parts if valid is None else [torch.where(valid, w, 0) for w in parts]))

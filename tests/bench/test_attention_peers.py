@@ -37,11 +37,13 @@ def test_flex_mask_equals_the_mask(tokens: int, turn: int, prefix: int) -> None:
     mask = make_flex_mask(end, prefix)
     seen = seen_pairs(end, prefix, 128, 128)
     np.testing.assert_array_equal(mask.to_dense()[0, 0].numpy(), seen > 0)
+    assert mask.full_kv_num_blocks is not None
     counts = [x[0, 0].tolist() for x in (mask.kv_num_blocks, mask.full_kv_num_blocks)]
     full = seen == np.minimum(128, tokens - np.arange(0, tokens, 128))[:, None] * 128
     assert counts == [((seen > 0) & ~full).sum(1).tolist(), full.sum(1).tolist()]
     query, key = torch.arange(tokens), torch.arange(prefix + tokens)
-    assert torch.equal(mask.mask_mod(None, None, query[:, None], key[None]), tree_mask(end, prefix))
+    any_of = torch.zeros(())  # batch and head: all are alike
+    assert torch.equal(mask.mask_mod(any_of, any_of, query[:, None], key[None]), tree_mask(end, prefix))
 
 
 @pytest.mark.parametrize("prefix", [0, 65])
@@ -57,7 +59,7 @@ def test_flex_equals_the_definition(prefix: int) -> None:
     longer = [torch.cat([x[:1], x]) for x in (k, v)]
     for tokens, keys in ((200, (k, v)), (300, longer)):  # another row, another prefix
         with pytest.raises(ValueError, match="make_flex_mask"):
-            tree_attention_flex(q[:tokens], *keys, random_row(tokens, 40, 3), blocks=blocks)
+            tree_attention_flex(q[:tokens], keys[0], keys[1], random_row(tokens, 40, 3), blocks=blocks)
 
 
 def test_xformers_takes_flat_rows_on_a_gpu() -> None:
@@ -65,10 +67,10 @@ def test_xformers_takes_flat_rows_on_a_gpu() -> None:
     assert sequence_lengths(row_of([3, 1, 4], [0, 0, 0])) == [3, 1, 4]
     assert sequence_lengths(row_of([3, 2, 4], [0, 1, 0])) == [5, 4]  # one child is no branch
     branching = row_of([3, 2, 4], [0, 1, 1])
-    tensors = [x.detach() for x in inputs(9, (2, 1), 16, torch.float32)[:3]]
+    q, k, v, _ = (x.detach() for x in inputs(9, (2, 1), 16, torch.float32))
     with pytest.raises(ValueError, match="flat rows only"):
-        tree_attention_xformers(*tensors, branching)
+        tree_attention_xformers(q, k, v, branching)
     with pytest.raises(ValueError, match="without a prefix, here 2 tokens"):
-        tree_attention_xformers(tensors[0][2:], *tensors[1:], row_of([7], [0]))
+        tree_attention_xformers(q[2:], k, v, row_of([7], [0]))
     with pytest.raises(RuntimeError, match=r"needs (the package xformers|CUDA tensors)"):
-        tree_attention_xformers(*tensors, row_of([9], [0]))
+        tree_attention_xformers(q, k, v, row_of([9], [0]))

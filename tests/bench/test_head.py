@@ -17,7 +17,12 @@ def gpu_record(**changes: Any) -> dict[str, Any]:
     ours = {"ms": {"p50": 50.0}, "same_work": True, "fraction_of_gemm": 0.9, "peak_bytes": 3, "gradient_bytes": 2}
     times = {"plain": 100.0, "liger_grpo": 200.0, "quack": 40.0}
     others = {name: {"ms": {"p50": ms}, "same_work": name != "quack"} for name, ms in times.items()}
-    case = {"bench": "linear_turn_policy_loss", "mode": "gradient", "shape": [16384, 2560, 151936], "dtype": "bfloat16"}
+    case: dict[str, Any] = {
+        "bench": "linear_turn_policy_loss",
+        "mode": "gradient",
+        "shape": [16384, 2560, 151936],
+        "dtype": "bfloat16",
+    }
     case |= {"peaked": True, "loss_tokens": 1.0, "clipped": 0.0, "turn_length": 64}
     return case | {"implementations": {"ours": ours | changes} | others}
 

@@ -27,13 +27,22 @@ CPU = UPDATE_CPU | PACKING_CPU
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is a tiny model."""
-    sizes = {"hidden": 32, "intermediate": 64, "layers": 2, "heads": 4, "key_heads": 2, "head_dim": 16, "vocab": VOCAB}
+    sizes: dict[str, int] = {
+        "hidden": 32,
+        "intermediate": 64,
+        "layers": 2,
+        "heads": 4,
+        "key_heads": 2,
+        "head_dim": 16,
+        "vocab": VOCAB,
+    }
     monkeypatch.setitem(SHAPES, "tiny", Shape(**sizes))
 
 
 def case(**changes: Any) -> Any:
     """A small case whose tree does not fit one row."""
-    return ModelCase(**{"model": "tiny", "max_tokens": MAX_TOKENS, "scale": SCALE, "dtype": "float32"} | changes)
+    fields: dict[str, Any] = {"model": "tiny", "max_tokens": MAX_TOKENS, "scale": SCALE, "dtype": "float32"}
+    return ModelCase(**fields | changes)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "layer"])
@@ -85,7 +94,7 @@ def update_record(**changes: Any) -> dict[str, Any]:
     times = {"ours": 100.0, "flat": 200.0, "flat_varlen": 180.0, "flat_full_head": 220.0, "none_clipped": 130.0}
     entries = {name: {"ms": {"p50": ms}, "same_work": True} for name, ms in times.items()}
     entries["ours"]["mfu"] = {"unique": 0.5}
-    fields = {"model": "qwen3-1.7b", "max_tokens": 65536, "checkpointing": "layer", "overlap": 0.36}
+    fields: dict[str, Any] = {"model": "qwen3-1.7b", "max_tokens": 65536, "checkpointing": "layer", "overlap": 0.36}
     found = ModelCase(**fields | changes)
     tokens = {"unique": 10_000, "flat": 20_000}
     bounds = {"tokens": 2.0, "full_head": 2.5, "clipped": 1.3, "kept": 0.7}
@@ -103,7 +112,7 @@ def test_goals_of_updates_are_judged() -> None:
     assert "1.80× (flat_varlen; bound 2.00×)" in str(list(judge(GPU, [update_record()]).values())[3])
     assert verdicts(GPU, update_record(overlap=0.8)) == [*none, None, False, *[None] * 6]
     published = [update_record(overlap=None, model=f"qwen3-{size}") for size in ("4b", "0.6b", "1.7b")]
-    host = {"bench": "host_preparation", "tokens": {"unique": 200_000}}
+    host: dict[str, Any] = {"bench": "host_preparation", "tokens": {"unique": 200_000}}
     host["implementations"] = {"ours": {"ms": {"p50": 10.0}}}
     found = [*none, None, None, True, True, None, True, True, True]
     assert verdicts(GPU, *published, host) == found

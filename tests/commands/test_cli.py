@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -40,7 +41,7 @@ def run_cli(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 # --- help and dry runs -------------------------------------------------------------------------------------------
 
 
-def test_help_lists_every_verb_and_each_has_an_example():
+def test_help_lists_every_verb_and_each_has_an_example() -> None:
     # Fails if a verb has no help of its own or an example that does not start with it.
     listed = run_cli("--help")
     assert listed.returncode == 0
@@ -52,7 +53,7 @@ def test_help_lists_every_verb_and_each_has_an_example():
 
 
 @pytest.mark.parametrize("verb", ["train", "cold-start", "sft"])  # the last is an old spelling
-def test_dry_run_prints_what_would_run_and_starts_nothing(verb, tmp_path):
+def test_dry_run_prints_what_would_run_and_starts_nothing(verb: str, tmp_path: Path) -> None:
     # Fails if overrides behind an option are lost, or if the run folder is touched.
     overrides = [f"run_dir={tmp_path / 'run'}", "train.questions_per_step=64", "train.questions_per_minibatch=8"]
     tree = ["rollout.initial_chains=10", "rollout.expansion_rounds=2", "rollout.expansions_per_round=6"]
@@ -65,7 +66,7 @@ def test_dry_run_prints_what_would_run_and_starts_nothing(verb, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == load_config(ROOT / QUICKSTART, [*overrides, *tree])
 
 
-def test_dry_run_and_help_do_not_import_torch():
+def test_dry_run_and_help_do_not_import_torch() -> None:
     # Fails if a heavy import creeps into the command line: help would take seconds.
     code = (
         "import sys; from atpo_fast.commands.cli import main;"
@@ -77,7 +78,7 @@ def test_dry_run_and_help_do_not_import_torch():
 
 
 @pytest.mark.parametrize("verb", ["train", "cold-start", "sft", "eval", "rollout"])
-def test_the_launched_process_knows_every_verb_and_its_options(verb):
+def test_the_launched_process_knows_every_verb_and_its_options(verb: str) -> None:
     # Fails if a process does not understand what the command line, or `deepspeed --module` by hand, starts it with.
     done = subprocess.run(
         [sys.executable, "-m", "atpo_fast.train", "--local_rank=0", "--verb", verb, "--help"],
@@ -91,7 +92,7 @@ def test_the_launched_process_knows_every_verb_and_its_options(verb):
     assert ("--split" in done.stdout) == (verb == "rollout")
 
 
-def test_options_reach_the_launched_processes():
+def test_options_reach_the_launched_processes() -> None:
     # Fails if an option of a verb is lost between the command and its processes.
     (rollout,) = (verb for verb in LAUNCHED if verb.name == "rollout")
     parser = argparse.ArgumentParser()
@@ -119,7 +120,7 @@ def test_options_reach_the_launched_processes():
         (["export", "no/such/run", "target"], "no/such/run"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(arguments, message):
+def test_bad_input_is_one_message_and_exit_code_2(arguments: list[str], message: str) -> None:
     # Fails if a fault shows as a traceback, goes to stdout, or ends with another code.
     done = run_cli(*arguments)
     assert done.returncode == 2
@@ -142,7 +143,7 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_export_copies_the_newest_or_the_named_checkpoint(run_folder, tmp_path):
+def test_export_copies_the_newest_or_the_named_checkpoint(run_folder: Path, tmp_path: Path) -> None:
     # Fails if the oldest checkpoint or the cold start is taken, or DeepSpeed's files come along.
     assert run_cli("export", str(run_folder), str(tmp_path / "a")).returncode == 0
     assert (tmp_path / "a/config.json").read_text() == "checkpoints/step_000010/hf"
@@ -151,7 +152,7 @@ def test_export_copies_the_newest_or_the_named_checkpoint(run_folder, tmp_path):
     assert (tmp_path / "b/config.json").read_text() == "checkpoints/step_000009/hf"
 
 
-def test_one_definition_of_the_newest_model(run_folder, tmp_path):
+def test_one_definition_of_the_newest_model(run_folder: Path, tmp_path: Path) -> None:
     # Fails if evaluation and export mean different models by the same folder.
     newest = run_folder / "checkpoints/step_000010/hf"
     assert [find_model(folder) for folder in (run_folder, newest.parent, newest)] == [newest] * 3
@@ -163,7 +164,7 @@ def test_one_definition_of_the_newest_model(run_folder, tmp_path):
         newest_model(tmp_path)
 
 
-def test_export_never_overwrites(run_folder, tmp_path):
+def test_export_never_overwrites(run_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "notes.txt").write_text("keep")
@@ -211,7 +212,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TWO_CPU_RANKS = launcher.Placement("cpu", ["0", "1"])
 
 
-def test_ranks_get_their_arguments_and_environment(record):
+def test_ranks_get_their_arguments_and_environment(record: Path) -> None:
     # Fails if overrides, the number of ranks, the CPU accelerator or the path to ninja do not arrive.
     assert launcher.launch("train", "c.yaml", ["seed=1"], TWO_CPU_RANKS) == 0
     for rank in (0, 1):
@@ -222,7 +223,7 @@ def test_ranks_get_their_arguments_and_environment(record):
         assert arguments[-5:] == ["--verb", "train", "--config", "c.yaml", "seed=1"]
 
 
-def test_the_exit_code_of_a_failed_rank_comes_back(record):
+def test_the_exit_code_of_a_failed_rank_comes_back(record: Path) -> None:
     assert launcher.launch("train", "c.yaml", ["fail=1"], TWO_CPU_RANKS) == 3
 
 
@@ -233,7 +234,7 @@ LAUNCH = (
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
-def test_ranks_stop_with_the_command(record, number):
+def test_ranks_stop_with_the_command(record: Path, number: signal.Signals) -> None:
     # SIGTERM, SIGINT: fails if ranks are not asked exactly once (they save, and stop at once at the second signal), or
     # the exit code hides what happened. SIGKILL: fails if ranks run on as orphans and keep writing the run folder.
     command = subprocess.Popen([sys.executable, "-c", LAUNCH, str(ROOT)], cwd=record)
@@ -267,13 +268,13 @@ def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
-def test_placement_on_the_cpu():
+def test_placement_on_the_cpu() -> None:
     # Fails if ranks=0 ("one per GPU") means none on a machine without GPUs.
     assert launcher.place(Config(device="cpu", ranks=0)) == launcher.Placement("cpu", ["0"])
     assert launcher.place(Config(device="cpu", ranks=3)).accelerators == ["0", "1", "2"]
 
 
-def test_placement_on_gpus(monkeypatch):
+def test_placement_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     # Fails if a user's CUDA_VISIBLE_DEVICES is replaced by GPUs 0, 1, ..., or missing GPUs are not noticed.
     import torch
 
@@ -296,13 +297,13 @@ NUMPY = Requirement("numpy", "<2.4", optional=False)
 FINE = {"torch": "2.13.0+cpu", "numpy": "2.3.5"}
 
 
-def machine(**changes) -> Environment:
+def machine(**changes: Any) -> Environment:
     """An environment in which everything fits, but for `changes`."""
     whole = {"versions": FINE, "requirements": [TORCH, NUMPY], "ninja": "/bin/ninja", "compiler": "/bin/g++"}
     return Environment(**{**whole, **changes})
 
 
-def test_a_fitting_environment_has_no_problem():
+def test_a_fitting_environment_has_no_problem() -> None:
     # Fails if the +cpu label of a version puts it out of range, or an optional package is demanded.
     wanted = [TORCH, NUMPY, Requirement("vllm", "<0.33", optional=True)]
     assert list(find_problems(machine(requirements=wanted))) == []
@@ -339,14 +340,14 @@ def test_a_fitting_environment_has_no_problem():
         ({"requirements": []}, "not installed, so versions cannot be checked", "pip install -e ."),
     ],
 )
-def test_each_bad_combination_is_named_with_its_remedy(changes, what, remedy):
+def test_each_bad_combination_is_named_with_its_remedy(changes: dict[str, Any], what: str, remedy: str) -> None:
     # Fails if a check is lost; exactly one problem each, so that none cries wolf about another.
     (problem,) = find_problems(machine(**changes))
     assert what in problem.what and remedy in problem.remedy
     assert problem.what in render(machine(**changes), [problem])
 
 
-def test_the_report_of_this_machine():
+def test_the_report_of_this_machine() -> None:
     # Fails if a real look at the machine raises; the exit code is 1 exactly when something is bad.
     found = inspect_environment()
     assert found.versions["torch"] and found.cores >= 1
@@ -355,12 +356,12 @@ def test_the_report_of_this_machine():
     assert done.returncode == (1 if "BAD" in done.stdout else 0)
 
 
-def test_the_report_works_without_any_package(tmp_path):
+def test_the_report_works_without_any_package(tmp_path: Path) -> None:
     # Fails if the report needs what it is meant to miss: here only its own few imports are there.
     import pydantic
     import yaml
 
-    needed = {Path(module.__file__).resolve().parent.parent for module in (pydantic, yaml, psutil)}
+    needed = {Path(str(module.__file__)).resolve().parent.parent for module in (pydantic, yaml, psutil)}
     names = (
         "pydantic",
         "pydantic_core",

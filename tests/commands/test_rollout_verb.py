@@ -28,8 +28,8 @@ from atpo_fast.train.from_config import build_model
 from atpo_fast.tree.storage import append_forest, forest_questions, iterate_forest, read_forest, read_forest_texts
 from atpo_fast.tree.turn_tree import TurnTree
 from tests.helpers.completions_server import CompletionsServer
-from tests.integration.test_training import ROOT, TINY
-from tests.tree.test_tree_storage import Letters, assert_equal, make_tree
+from tests.helpers.runs import ROOT, TINY
+from tests.helpers.stored_trees import Letters, assert_equal, make_tree
 
 FORMATS = pytest.mark.parametrize("name", ["trees.jsonl", "trees.parquet"])
 

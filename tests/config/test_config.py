@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -32,9 +34,11 @@ from atpo_fast.train.zero import OWNED_KEYS
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
+Write = Callable[[str], Path]
+
 
 @pytest.fixture
-def write(tmp_path: Path):
+def write(tmp_path: Path) -> Write:
     """Write a YAML file and give its path."""
 
     def _write(text: str) -> Path:
@@ -48,7 +52,7 @@ def write(tmp_path: Path):
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
+def test_overrides_win_over_the_file_and_the_file_over_defaults(write: Write) -> None:
     # Fails if overrides are applied before the file, or if a section in the file resets its other keys.
     path = write("train: {steps: 7, save_every: 3}\nseed: 4\n")
     config = load_config(path, ["train.steps=9", "train.steps=11"])
@@ -61,26 +65,26 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(write):
     # The first is text in YAML 1.1, which PyYAML follows; the others guard the new number pattern.
     [("1e-6", 1e-6), ("1E-6", 1e-6), (".5e-3", 5e-4), ("3", 3.0), ("+2.", 2.0), ("0.001", 1e-3)],
 )
-def test_numbers_as_people_write_them(write, text, value):
+def test_numbers_as_people_write_them(write: Write, text: str, value: float) -> None:
     assert load_config(write(f"optim: {{lr: {text}}}")).optim.lr == value
     assert load_config(None, [f"optim.lr={text}"]).optim.lr == value
 
 
-def test_words_that_yaml_1_1_takes_for_booleans_stay_words():
+def test_words_that_yaml_1_1_takes_for_booleans_stay_words() -> None:
     # Fails if `off` becomes False, which is no legal value of logging.progress, or `none` becomes null.
     config = load_config(None, ["logging.progress=off", "objective.kl=none", "run_dir=no"])
     assert (config.logging.progress, config.objective.kl, config.run_dir) == ("off", "none", "no")
 
 
 @pytest.mark.parametrize(("text", "choice"), [("true", "layer"), ("false", "none"), ("mlp", "mlp"), ("none", "none")])
-def test_gradient_checkpointing_as_a_word_or_a_boolean(text, choice):
+def test_gradient_checkpointing_as_a_word_or_a_boolean(text: str, choice: str) -> None:
     # Fails if true and false, as Hugging Face has them and older recipes too, are refused or mean something else.
     assert load_config(None, [f"model.gradient_checkpointing={text}"]).model.gradient_checkpointing == choice
     with pytest.raises(ConfigError, match="'none', 'layer' or 'mlp'"):
         load_config(None, ["model.gradient_checkpointing=1"])
 
 
-def test_lists_nulls_and_sections_as_overrides():
+def test_lists_nulls_and_sections_as_overrides() -> None:
     # Fails if override values are taken as plain text.
     config = load_config(
         None, ["data.train_files=[a.json, b.json]", "rollout.samples_per_tree=null", "train={steps: 2}"]
@@ -90,7 +94,7 @@ def test_lists_nulls_and_sections_as_overrides():
     assert config.train.steps == 2
 
 
-def test_an_empty_section_keeps_its_defaults(write):
+def test_an_empty_section_keeps_its_defaults(write: Write) -> None:
     # Fails if `train:` with nothing under it is an error or None.
     assert load_config(write("seed: 1\ntrain:\n")).train == Config().train
 
@@ -111,7 +115,7 @@ def test_an_empty_section_keeps_its_defaults(write):
         ("train.steps=[", "malformed YAML"),
     ],
 )
-def test_a_bad_override_is_named_with_the_nearest_key(override, message):
+def test_a_bad_override_is_named_with_the_nearest_key(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match="override") as caught:
         load_config(None, [override])
     assert message in str(caught.value)
@@ -136,21 +140,21 @@ def test_a_bad_override_is_named_with_the_nearest_key(override, message):
         ("rollout: {samples_per_tree: none}\n", ["rollout.samples_per_tree='none'", "write null"]),
     ],
 )
-def test_a_bad_file_is_named_with_line_key_and_value(write, text, parts):
+def test_a_bad_file_is_named_with_line_key_and_value(write: Write, text: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(text))
     for part in parts:
         assert part in str(caught.value)
 
 
-def test_all_faults_are_listed_at_once(write):
+def test_all_faults_are_listed_at_once(write: Write) -> None:
     # Fails if the first fault hides the others.
     with pytest.raises(ConfigError) as caught:
         load_config(write("train: {steps: 0}\noptim: {lr: fast}\n"))
     assert "train.steps=0" in str(caught.value) and "optim.lr='fast'" in str(caught.value)
 
 
-def test_unreadable_files_are_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00")
     for path, message in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "directory"), (binary, "UTF-8")):
@@ -163,7 +167,9 @@ def test_unreadable_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_are_legal_short_headed_and_round_trip(path, tmp_path, monkeypatch):
+def test_recipes_are_legal_short_headed_and_round_trip(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Fails when a recipe lags behind the schema, grows, or when what is written cannot be read back.
     monkeypatch.chdir(ROOT)
     lines = path.read_text().splitlines()
@@ -179,21 +185,24 @@ def test_recipes_are_legal_short_headed_and_round_trip(path, tmp_path, monkeypat
 @example(text="1e-6", lr=1e-6, seed=0)
 @example(text="\x85", lr=5e-324, seed=0)
 @given(text=st.text(max_size=12), lr=st.floats(1e-300, 1e300), seed=st.integers(-(10**12), 10**12))
-def test_any_text_and_number_round_trips(tmp_path_factory, text, lr, seed):
+def test_any_text_and_number_round_trips(
+    tmp_path_factory: pytest.TempPathFactory, text: str, lr: float, seed: int
+) -> None:
     # Fails if text such as "1e-6", "true", "~", "" or U+0085 is written without quotes, or a float loses digits.
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
-    config = Config(run_dir=text, seed=seed, optim={"lr": lr}, data={"train_files": [text]})
+    sections: dict[str, Any] = {"optim": {"lr": lr}, "data": {"train_files": [text]}}
+    config = Config(run_dir=text, seed=seed, **sections)
     save_config(config, path)
     assert load_config(path) == config
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Fails if the file is written in place: a full disk would leave half a configuration.
     path = tmp_path / "c.yaml"
     save_config(Config(seed=1), path)
     before = path.read_text()
 
-    def full_disk(self, *args, **kwargs):
+    def full_disk(self: Path, *args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full_disk)
@@ -207,7 +216,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 # --- recipes -----------------------------------------------------------------------------------------------------
 
 
-def test_the_published_hyper_parameters(monkeypatch):
+def test_the_published_hyper_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     # The constants of the published script; fails when the recipe or a default it relies on drifts.
     config = load_config(ROOT / "configs/qwen3_4b_multihop.yaml")
     rollout, train, tools, optim = config.rollout, config.train, config.tools, config.optim
@@ -238,7 +247,7 @@ def test_the_published_hyper_parameters(monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/deepspeed").glob("*.json")), ids=lambda path: path.stem)
-def test_deepspeed_files_hold_only_what_deepspeed_owns(path):
+def test_deepspeed_files_hold_only_what_deepspeed_owns(path: Path) -> None:
     # Fails if a file sets batch sizes, clipping or precision, which the trainer sets and would refuse here.
     content = json.loads(path.read_text())
     assert content["zero_optimization"]["stage"] == int(path.stem[4])
@@ -249,7 +258,7 @@ def test_deepspeed_files_hold_only_what_deepspeed_owns(path):
 # --- arithmetic --------------------------------------------------------------------------------------------------
 
 
-def test_batch_arithmetic_of_the_published_setting(monkeypatch):
+def test_batch_arithmetic_of_the_published_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     words = batch_arithmetic(load_config("configs/qwen3_4b_multihop.yaml"))
     assert "64 questions × 22 leaves = 1408 trajectories, 8 mini-batches of 176" in words
@@ -259,7 +268,7 @@ def test_batch_arithmetic_of_the_published_setting(monkeypatch):
     assert "warning" not in words
 
 
-def test_batch_arithmetic_of_chains_and_of_one(monkeypatch):
+def test_batch_arithmetic_of_chains_and_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # Fails if chains are counted as expanded, or singular and plural are mixed up.
     monkeypatch.chdir(ROOT)
     chain = ["rollout.strategy=chain", "rollout.initial_chains=1", "train.questions_per_step=1"]
@@ -268,12 +277,12 @@ def test_batch_arithmetic_of_chains_and_of_one(monkeypatch):
     assert "no expansion" in words
 
 
-def test_warns_of_a_path_that_fits_no_model(monkeypatch):
+def test_warns_of_a_path_that_fits_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert "model.max_positions=2048" in batch_arithmetic(load_config(None))
 
 
-def test_a_row_that_cannot_hold_a_path_is_refused():
+def test_a_row_that_cannot_hold_a_path_is_refused() -> None:
     # Fails if such a run starts and dies in packing, after its first rollout.
     with pytest.raises(ConfigError, match=r"train.row_tokens=8191.* 8192"):
         load_config(None, ["train.row_tokens=8191", "train.prefix_memory_gb=0"])
@@ -287,20 +296,20 @@ def test_a_row_that_cannot_hold_a_path_is_refused():
         (["train.max_staleness=1", "train.old_logprobs=rollout", "engine.name=vllm"], "engine.sleep=off"),
     ],
 )
-def test_importance_weights_go_with_recomputed_log_probs(overrides, named):
+def test_importance_weights_go_with_recomputed_log_probs(overrides: list[str], named: str) -> None:
     # Fails if older weights' samples are learned from uncorrected, or a correction that does nothing is accepted.
     with pytest.raises(ConfigError, match=re.escape(named)):
         load_config(None, overrides)
 
 
-def test_counts():
+def test_counts() -> None:
     config = Config()
     assert longest_path(config) == 8192
     assert minibatches_per_step(config) == 8
     assert RolloutConfig(samples_per_tree=5).leaves == 5
 
 
-def test_a_missing_or_broken_deepspeed_file_is_named(tmp_path):
+def test_a_missing_or_broken_deepspeed_file_is_named(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     for text, message in (("{", "not JSON"), ("[]", "JSON object")):
         bad.write_text(text)
@@ -310,7 +319,7 @@ def test_a_missing_or_broken_deepspeed_file_is_named(tmp_path):
         read_deepspeed(Config(deepspeed=str(tmp_path / "none.json")))
 
 
-def test_every_field_is_documented():
+def test_every_field_is_documented() -> None:
     # Fails if a field is added without its docstring, which `--help` readers and the README rely on.
     sections = {type(getattr(Config(), section.name)) for section in fields(Config)}
     for inner in (*sections, PagedConfig, VLLMConfig, ServerConfig):
@@ -318,7 +327,7 @@ def test_every_field_is_documented():
             assert info.description, f"{inner.__name__}.{name}"
 
 
-def test_dump_is_whole():
+def test_dump_is_whole() -> None:
     # Fails if the resolved configuration leaves out defaults.
     text = dump_config(Config())
     assert "betas:" in text and "branch_penalty: 0.05" in text
@@ -328,25 +337,27 @@ def test_dump_is_whole():
 
 
 @pytest.mark.parametrize("overrides", list(permutations(["engine.name=vllm", "engine.sleep=off", "engine.gpus=[]"])))
-def test_options_of_an_engine_in_any_order(overrides):
+def test_options_of_an_engine_in_any_order(overrides: tuple[str, ...]) -> None:
     # Fails if the kind has to be chosen before its options are given.
     engine = load_config(None, overrides).engine
     assert isinstance(engine, VLLMConfig) and engine.sleep == "off"
 
 
-def test_a_file_without_a_name_is_for_the_engine_that_is_chosen(write):
+def test_a_file_without_a_name_is_for_the_engine_that_is_chosen(write: Write) -> None:
     # Fails if options of the default engine need its name, or a file cannot leave the choice to the command line.
     assert load_config(write("engine: {cache_tokens: 100}\n")).engine == PagedConfig(cache_tokens=100)
     config = load_config(write("engine: {sleep: drop}\n"), ["engine.name=vllm"])
     assert isinstance(config.engine, VLLMConfig) and config.engine.sleep == "drop"
 
 
-def test_another_engine_takes_the_place_of_the_files(write):
+def test_another_engine_takes_the_place_of_the_files(write: Write) -> None:
     # Fails if the resolved configuration of one run cannot be used with another engine: it names every option.
-    path = write(dump_config(Config(engine={"name": "vllm", "sleep": "drop"})))
+    engine: Any = {"name": "vllm", "sleep": "drop"}
+    path = write(dump_config(Config(engine=engine)))
     config = load_config(path, ["engine.urls=[http://a]", "engine.name=server"])
     assert isinstance(config.engine, ServerConfig) and config.engine.urls == ["http://a"]
-    assert load_config(path, ["engine.name=vllm"]).engine.sleep == "drop"  # the same engine keeps the file's options
+    engine = load_config(path, ["engine.name=vllm"]).engine
+    assert engine.sleep == "drop"  # the same engine keeps the file's options
 
 
 @pytest.mark.parametrize(
@@ -375,7 +386,9 @@ def test_another_engine_takes_the_place_of_the_files(write):
         ("engine: paged\n", [], ["engine is a section"]),
     ],
 )
-def test_options_of_an_engine_that_is_not_chosen_are_refused(write, text, overrides, parts):
+def test_options_of_an_engine_that_is_not_chosen_are_refused(
+    write: Write, text: str, overrides: list[str], parts: list[str]
+) -> None:
     # Fails if they pass in silence, or the message says neither where they are given nor to which engine they belong.
     with pytest.raises(ConfigError) as caught:
         load_config(write(text), overrides)
@@ -384,7 +397,7 @@ def test_options_of_an_engine_that_is_not_chosen_are_refused(write, text, overri
 
 
 @pytest.mark.parametrize("engine", [{"name": "paged"}, {"name": "vllm"}, {"name": "server", "urls": ["http://a"]}])
-def test_the_dump_has_the_chosen_engine_only(engine, write):
+def test_the_dump_has_the_chosen_engine_only(engine: Any, write: Write) -> None:
     # Fails if options that do nothing are written into a run's configuration, or are read back as an error.
     config = Config(engine=engine)
     text = dump_config(config)
@@ -396,7 +409,7 @@ def test_the_dump_has_the_chosen_engine_only(engine, write):
 
 
 @pytest.mark.parametrize("old", sorted(RENAMED))
-def test_an_old_key_names_the_new_one(old, write):
+def test_an_old_key_names_the_new_one(old: str, write: Write) -> None:
     # Fails if an old file gets a guess in place of the new name, or a name that does not exist.
     key = f"{old}.steps" if old == "sft" else f"{old}.sleep" if old in OLD_SECTIONS else old
     new = RENAMED[old] + key.removeprefix(old)
@@ -412,7 +425,7 @@ def test_an_old_key_names_the_new_one(old, write):
         assert f"{where}: {key} is now {new}" in str(caught.value)
 
 
-def test_old_engines_and_whole_old_sections(write):
+def test_old_engines_and_whole_old_sections(write: Write) -> None:
     # Fails if the user of an old file finds out in three steps what one line could say.
     with pytest.raises(ConfigError, match=r"engine\.name, and its value transformers is now paged"):
         load_config(None, ["rollout.engine=transformers"])

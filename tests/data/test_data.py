@@ -294,7 +294,7 @@ def test_real_corpora() -> None:
 @needs_real_data
 def test_documented_overlap_is_found() -> None:
     # The data come with a list of training rows that are questions of the HotpotQA test set.
-    files = {
+    files: dict[str, Any] = {
         "train_files": ["train/arpo_hard_search_1k.parquet"],
         "eval_files": ["eval/hotpot_dev_full7405_qa.json.gz"],
     }

@@ -225,7 +225,8 @@ def test_a_request_that_cannot_begin_leaves_nothing_in_flight(
     engine: CheckedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Fails if the requests before it in the call, which the caller cannot know of, are completed or stay for ever.
-    begin, begun = engine._begin, []
+    begin = engine._begin
+    begun: list[Request] = []
 
     def fail(request: Request, forwarded: int) -> None:
         if begun:

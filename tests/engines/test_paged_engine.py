@@ -22,13 +22,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from atpo_fast.engines.base import Completion, PathNode, Request, SamplingParams
+from atpo_fast.engines.base import Completion, Request, SamplingParams
 from atpo_fast.engines.paged import batching, kv_cache, prefill
 from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.sampling import uniforms
 from atpo_fast.tree.turn_tree import TurnTree
+from tests.helpers.engine_requests import VOCABULARY, check_logprobs, grow, request, roots
 
-VOCABULARY = 40
 EOS, STOP = 0, 1
 SIZES = dict(
     vocab_size=VOCABULARY + 2,  # padded, as real embeddings are
@@ -67,19 +67,6 @@ def make_engine(
     return PagedEngine(model or make_model(), tokenizer, **{"cache_tokens": 100_000, **options})
 
 
-def request(tree: TurnTree, name: str, parent: int, turn: int, sampling: SamplingParams, seed: int = 0) -> Request:
-    path = tree.path(parent)
-    ends = np.cumsum([len(tree.turns[n].action_ids) + len(tree.turns[n].observation_ids) for n in path])
-    nodes = tuple(PathNode(key=(name, n), end=int(end)) for n, end in zip(path, ends, strict=True))
-    prompt = tree.path_ids(parent).tolist()
-    return Request(prompt_ids=prompt, sampling=sampling, seed=seed, path=nodes, turn_key=(name, turn))
-
-
-def roots(count: int, seed: int = 0, lengths: tuple[int, int] = (3, 20)) -> list[TurnTree]:
-    rng = np.random.default_rng(seed)
-    return [TurnTree(rng.integers(2, VOCABULARY, rng.integers(*lengths))) for _ in range(count)]
-
-
 def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[float], list[float]]:
     """Tokens, log-probs of the distribution drawn from, and log-probs of the policy; everything is forwarded again."""
     params, tokens = ask.sampling, list(ask.prompt_ids)
@@ -107,44 +94,6 @@ def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[fl
         if token == EOS or (token == STOP and "</search>" in params.stop):
             break
     return tokens[len(ask.prompt_ids) :], drawn, policy
-
-
-def grow(engine: PagedEngine, trees: Sequence[TurnTree], rounds: int = 2, shuffle: bool = False) -> list[Request]:
-    """What the tree search does: chains with observations to their ends, then expansion rounds; the requests."""
-    params = SamplingParams(max_new_tokens=6, stop=("</search>",))
-    asked: list[Request] = []
-
-    def run(branches: list[tuple[int, int]]) -> None:
-        while branches:
-            sizes = {i: len(tree) for i, tree in enumerate(trees)}
-            batch = []
-            for index, parent in branches:
-                turn = sizes[index]
-                sizes[index] += 1
-                batch.append(request(trees[index], f"t{index}", parent, turn, params, seed=1000 * index + turn))
-            shuffled = np.random.default_rng(len(asked)).permutation(len(batch)) if shuffle else np.arange(len(batch))
-            answers: dict[int, Completion] = {}
-            for where, answer in zip(shuffled, engine.generate([batch[i] for i in shuffled]), strict=True):
-                answers[int(where)] = answer
-            asked.extend(batch)
-            following = []
-            for at, (index, parent) in enumerate(branches):
-                done = answers[at]
-                leaf = done.finish_reason == "eos" or len(trees[index].path(parent)) > 3
-                rng = np.random.default_rng(1000 * index + batch[at].turn_key[1])
-                seen = [] if leaf else rng.integers(2, VOCABULARY, rng.integers(0, 9)).tolist()
-                node = trees[index].add_turn(
-                    parent, done.token_ids, done.logprobs, seen, finish_reason=done.finish_reason
-                )
-                if not leaf:
-                    following.append((index, node))
-            branches = following
-
-    run([(index, 0) for index in range(len(trees)) for _ in range(3)])
-    for number in range(rounds):
-        rng = np.random.default_rng(number)
-        run([(index, tree.turns[int(rng.integers(1, len(tree)))].parent) for index, tree in enumerate(trees)])
-    return asked
 
 
 def snapshot(trees: Sequence[TurnTree]) -> list[tuple[int, list[int], list[int]]]:
@@ -184,20 +133,6 @@ def test_float32_logprobs_equal_a_separate_forward(family: str, tokenizer: PreTr
     trees = roots(5)
     grow(engine, trees)
     check_logprobs(plain, trees, 1e-5)
-
-
-def check_logprobs(model: PreTrainedModel, trees: Sequence[TurnTree], tolerance: float) -> None:
-    """The stored log-probs of every path against one forward of the whole path."""
-    for tree in trees:
-        for leaf in tree.leaves:
-            ids = torch.from_numpy(tree.path_ids(leaf))
-            with torch.no_grad():
-                logp = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
-            at = len(tree.turns[0].observation_ids)
-            for turn in (tree.turns[n] for n in tree.path(leaf)[1:]):
-                rows = torch.arange(at - 1, at - 1 + len(turn.action_ids))
-                np.testing.assert_allclose(turn.logprobs, logp[rows, ids[rows + 1]].numpy(), atol=tolerance)
-                at += len(turn.action_ids) + len(turn.observation_ids)
 
 
 # An entry made twice (sibling, next turn, expansion round), or a token forwarded twice, breaks these counts.
@@ -285,7 +220,9 @@ def test_requests_join_while_others_decode(batch_size: int, tokenizer: PreTraine
         for n, stop in enumerate([("</search>",), (), ("w3", "</search>")], start=1)
     ]
     plain = make_model()
-    engine, done, sizes = make_engine(tokenizer, batch_size=batch_size), {}, []
+    engine = make_engine(tokenizer, batch_size=batch_size)
+    done: dict[Any, Completion] = {}
+    sizes: list[int] = []
     for begin in range(0, len(asks), 2):
         engine.submit(asks[begin : begin + 2])
         for _ in range(3):
@@ -357,8 +294,10 @@ def test_the_batch_grows_again_after_a_shortage(tokenizer: PreTrainedTokenizerFa
     asks = [request(tree, f"t{i}", 0, 1, params, i) for i, tree in enumerate(roots(40, lengths=(3, 6)))]
     plain = make_model()
     engine.submit(asks)
-    limits, done = [], {}
+    limits: list[int] = []
+    done: dict[Any, Completion] = {}
     while engine.in_flight:
+        assert engine._batch is not None
         limits.append(engine._batch.limit)
         done.update(engine.poll())
     assert engine.counters.evicted_tokens > 0 and min(limits) < 10

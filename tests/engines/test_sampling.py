@@ -19,7 +19,8 @@ def brute_force(logits: np.ndarray, temperature: float, top_k: int, top_p: float
     """The truncated distribution, token by token: temperature, then top-k, then the smallest set with mass top_p."""
     probs = np.exp(logits / temperature - np.max(logits / temperature))
     order = np.argsort(-probs, kind="stable")[: top_k or None]
-    kept, mass, total = [], 0.0, probs[order].sum()
+    kept: list[int] = []
+    mass, total = 0.0, probs[order].sum()
     for token in order:
         if kept and mass >= top_p:
             break

@@ -31,16 +31,15 @@ from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.task import load_task
 from atpo_fast.train.from_config import build_model
 from atpo_fast.tree import TurnTree
-from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
 from tests.helpers.completions_server import CompletionsServer, Fault
+from tests.helpers.runs import TINY, records, run
 from tests.helpers.scripted_engine import Search, as_data, questions
-from tests.integration.test_training import TINY, records, run
+from tests.helpers.served_requests import PROMPTS, SMALL, request
 
-SMALL = word_level_tokenizer(split_words(" one two three?\n:Page Tool"))  # 10 tags among 20 tokens: calls happen often
+Serve = Callable[..., CompletionsServer]
+Connect = Callable[..., ServerEngine]
+
 ASKED = questions(4)
-PROMPTS = [
-    SMALL.encode(text, add_special_tokens=False) for text in (" one two?\n", "Page?", "Tool three one?", ": two\n")
-]
 TOOLS = ToolsConfig(call_limit=3)
 
 
@@ -73,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[..., CompletionsServer]]:
+def serve() -> Iterator[Serve]:
     """Starts servers, which end with the test."""
     with ExitStack() as stack:
 
@@ -84,7 +83,7 @@ def serve() -> Iterator[Callable[..., CompletionsServer]]:
 
 
 @pytest.fixture
-def connect(folder: Path) -> Iterator[Callable[..., ServerEngine]]:
+def connect(folder: Path) -> Iterator[Connect]:
     """Make engines, which are closed at the end of the test.
 
     Waits between tries are short, so that faults cost little; limits that only a broken engine reaches are long.
@@ -118,21 +117,10 @@ def assert_same(trees: list[TurnTree], expected: list[TurnTree]) -> None:
     assert [as_data(tree) for tree in trees] == [as_data(tree) for tree in expected]
 
 
-def request(number: int = 0, tree: str = "t", tokens: int = 5, **sampling: Any) -> Request:
-    prompt = PROMPTS[0]
-    return Request(
-        prompt_ids=prompt,
-        sampling=SamplingParams(**{"max_new_tokens": tokens} | sampling),
-        seed=number,
-        path=(PathNode(key=(tree, 0), end=len(prompt)),),
-        turn_key=(tree, number + 1),
-    )
-
-
 # ---- the same trees
 
 
-def test_trees_are_those_of_the_paged_engine(serve, connect, expected) -> None:
+def test_trees_are_those_of_the_paged_engine(serve: Serve, connect: Connect, expected: list[TurnTree]) -> None:
     # Fails if seeds, stops, temperature, ids or log-probs are lost on the way, or a tree is spread over replicas, so
     # that its prefixes are filled again: no token of a tree enters a cache twice.
     first, second = serve(), serve()
@@ -147,7 +135,7 @@ def test_trees_are_those_of_the_paged_engine(serve, connect, expected) -> None:
     assert [len(found) for found in beginnings] == [2, 2] and not beginnings[0] & beginnings[1]
 
 
-def test_logprobs_after_temperature_are_asked_for(serve, connect) -> None:
+def test_logprobs_after_temperature_are_asked_for(serve: Serve, connect: Connect) -> None:
     # Fails if a server that reports log-probs at temperature 1 is taken for one that reports the policy's.
     reference = PagedEngine(make_model(), SMALL, cache_tokens=4096)
     assert_same(
@@ -159,14 +147,16 @@ def test_logprobs_after_temperature_are_asked_for(serve, connect) -> None:
     connect(serve(processed_logprobs=False), temperature=1.0)  # the same there
 
 
-def test_a_replica_works_on_a_bounded_number_of_requests(serve, connect, expected) -> None:
+def test_a_replica_works_on_a_bounded_number_of_requests(
+    serve: Serve, connect: Connect, expected: list[TurnTree]
+) -> None:
     # Fails if a burst of requests is handed on at once, or what waits is never begun.
     servers = [serve(), serve()]
     assert_same(roll_out(connect(*servers, max_requests=2)), expected)
     assert max(server.most_running for server in servers) <= 2
 
 
-def test_what_is_released_is_not_given(serve, connect) -> None:
+def test_what_is_released_is_not_given(serve: Serve, connect: Connect) -> None:
     # Fails if a dropped request comes back with a poll, keeps its place at the server, or blocks its key.
     server = serve(fault=lambda number: "slow" if number == 0 else None)
     engine = connect(server, max_requests=1)
@@ -180,7 +170,7 @@ def test_what_is_released_is_not_given(serve, connect) -> None:
     assert engine.poll() == []
 
 
-def test_a_changed_prefix_is_named(serve, connect) -> None:
+def test_a_changed_prefix_is_named(serve: Serve, connect: Connect) -> None:
     # Fails if a turn that was decoded and encoded again is sent on as if the policy had written it.
     engine = connect(serve())
     (written,) = engine.generate([request()])
@@ -198,7 +188,9 @@ def test_a_changed_prefix_is_named(serve, connect) -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "429", "slow", "cut", "garbage"])
-def test_a_failing_request_is_tried_again(serve, connect, expected, fault: Fault) -> None:
+def test_a_failing_request_is_tried_again(
+    serve: Serve, connect: Connect, expected: list[TurnTree], fault: Fault
+) -> None:
     # Fails if a fault loses a question, gives it another tree, or ends the run; every seventh request fails.
     servers = [serve(fault=lambda number: fault if number % 7 == 3 else None) for _ in range(2)]
     engine = connect(*servers, timeout_seconds=600.0, backoff_seconds=0.0, retries=100)
@@ -208,7 +200,9 @@ def test_a_failing_request_is_tried_again(serve, connect, expected, fault: Fault
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_a_replica_that_is_killed_and_started_again_loses_no_question(serve, connect, expected, replicas: int) -> None:
+def test_a_replica_that_is_killed_and_started_again_loses_no_question(
+    serve: Serve, connect: Connect, expected: list[TurnTree], replicas: int
+) -> None:
     # Fails if requests of a dead replica are lost, or one that has come back gets none.
     servers = [serve() for _ in range(replicas)]
     engine = connect(*servers, affinity_slack=0)
@@ -223,7 +217,7 @@ def test_a_replica_that_is_killed_and_started_again_loses_no_question(serve, con
     assert asked[1] == asked[0] < len(servers[0].bodies)
 
 
-def test_a_replica_that_stays_dead_is_done_without(serve, connect, expected) -> None:
+def test_a_replica_that_stays_dead_is_done_without(serve: Serve, connect: Connect, expected: list[TurnTree]) -> None:
     # Fails if the run waits for it, or goes on asking it.
     dead, alive = serve(), serve()
     engine = connect(dead, alive, health_seconds=1000.0)
@@ -232,7 +226,7 @@ def test_a_replica_that_stays_dead_is_done_without(serve, connect, expected) -> 
     assert not engine._pool.replicas[0].up
 
 
-def test_an_unhealthy_replica_gets_nothing_until_it_is_healthy(serve, connect) -> None:
+def test_an_unhealthy_replica_gets_nothing_until_it_is_healthy(serve: Serve, connect: Connect) -> None:
     # Fails if health checks are not made, or one that recovered stays out.
     server, other = serve(), serve()
     engine = connect(server, other)
@@ -294,7 +288,9 @@ def time_passes(engine: ServerEngine, servers: Sequence[CompletionsServer], seco
         ("no_logprobs", "does not return log-probs"),
     ],
 )
-def test_a_lasting_fault_ends_the_run_with_one_message(serve, connect, fault: Fault, words: str) -> None:
+def test_a_lasting_fault_ends_the_run_with_one_message(
+    serve: Serve, connect: Connect, fault: Fault, words: str
+) -> None:
     # Fails if the run hangs, the message does not say what and where, or requests stay in flight.
     server = serve(fault=lambda number: fault if number > 5 else None)
     engine = connect(server, retries=2, timeout_seconds=600.0)
@@ -307,7 +303,7 @@ def test_a_lasting_fault_ends_the_run_with_one_message(serve, connect, fault: Fa
     assert len(engine.generate([request(tree="another")])) == 1  # the engine is still of use
 
 
-def test_nobody_there(folder: Path, serve, connect) -> None:
+def test_nobody_there(folder: Path, serve: Serve, connect: Connect) -> None:
     # Fails if a mistyped address hangs for ever, or the message does not name it.
     server = serve()
     server.kill()
@@ -317,7 +313,7 @@ def test_nobody_there(folder: Path, serve, connect) -> None:
         connect(serve(), model="big")
 
 
-def test_all_replicas_gone_for_too_long(serve, connect) -> None:
+def test_all_replicas_gone_for_too_long(serve: Serve, connect: Connect) -> None:
     # Fails if requests that wait for any replica wait for ever.
     server = serve()
     engine = connect(server)
@@ -328,7 +324,7 @@ def test_all_replicas_gone_for_too_long(serve, connect) -> None:
     assert engine.poll() == []
 
 
-def test_nothing_leaks(serve, folder: Path) -> None:
+def test_nothing_leaks(serve: Serve, folder: Path) -> None:
     # Fails if closing leaves a thread, a socket or a task, also after a failed request and with one in flight.
     server = serve(fault=lambda number: {1: "cut", 2: "slow"}.get(number % 3))
     server.slow_seconds = 0.5
@@ -365,7 +361,7 @@ def _client_sockets(process: psutil.Process, port: int) -> int:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_servers_take_new_weights(serve, folder: Path, tmp_path: Path, tied: bool) -> None:
+def test_servers_take_new_weights(serve: Serve, folder: Path, tmp_path: Path, tied: bool) -> None:
     # Fails if a replica keeps old weights or an old cache, or a name or a tensor is lost on the way.
     old, new = make_model(1, tied), make_model(2, tied)
     old.save_pretrained(tmp_path / "model")
@@ -392,7 +388,7 @@ def test_servers_take_new_weights(serve, folder: Path, tmp_path: Path, tied: boo
         engine.close()
 
 
-def test_weights_that_cannot_be_given(serve, connect, folder: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_given(serve: Serve, connect: Connect, folder: Path, tmp_path: Path) -> None:
     # Fails if training goes on with servers that have kept old weights.
     model = make_model(1)
     with pytest.raises(ValueError, match=r"without engine\.weights_dir"):
@@ -405,7 +401,8 @@ def test_weights_that_cannot_be_given(serve, connect, folder: Path, tmp_path: Pa
         engine.update_weights([("surplus", torch.zeros(1))])
     with pytest.raises(ValueError, match="new weights lack"):
         engine.update_weights(list(model.named_parameters())[:2])
-    server._reload = lambda body: JSONResponse({}, status_code=500)
+    broken = JSONResponse({}, status_code=500)
+    server._reload = lambda body: broken  # type: ignore[method-assign]  # a server that refuses
     with pytest.raises(ServerError, match="see this folder under the same path"):
         engine.update_weights(model.named_parameters())
 
@@ -424,7 +421,7 @@ def test_buckets_bound_what_is_held(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-def test_sleep_and_cache(serve, connect, caplog: pytest.LogCaptureFixture) -> None:
+def test_sleep_and_cache(serve: Serve, connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
     # Fails if a server is not told, weights are written into one that sleeps, or one without the endpoints is a fault
     # or is complained of more than once.
     server = serve()
@@ -459,19 +456,22 @@ def test_sleep_and_cache(serve, connect, caplog: pytest.LogCaptureFixture) -> No
 )
 def test_configurations_that_cannot_work(settings: dict[str, Any], words: str) -> None:
     # Fails if they are found out only after the cold start.
-    rollout = {"top_p": settings.pop("top_p", 1.0)}
+    rollout: Any = {"top_p": settings.pop("top_p", 1.0)}
+    engine: Any = {"name": "server", **settings}
     with pytest.raises(ValueError, match=words):
-        Config(engine={"name": "server", **settings}, rollout=rollout)
+        Config(engine=engine, rollout=rollout)
 
 
-def test_the_key_comes_from_the_environment(serve, connect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_comes_from_the_environment(serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     # Fails if the key is not sent, or a missing one is found out as a refused request.
     server = serve()
     with pytest.raises(ServerError, match="NO_SUCH_KEY"):
         connect(server, api_key_variable="NO_SUCH_KEY")
     monkeypatch.setenv("SOME_KEY", "secret")
     engine = connect(server, api_key_variable="SOME_KEY")
-    assert engine._pool._client.headers["Authorization"] == "Bearer secret"
+    client = engine._pool._client
+    assert client is not None
+    assert client.headers["Authorization"] == "Bearer secret"
 
 
 @pytest.mark.slow(reason="two ranks and two servers")

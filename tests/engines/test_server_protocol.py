@@ -11,7 +11,7 @@ from atpo_fast.engines.base import Request
 from atpo_fast.engines.server.protocol import ServerError, TransientError, read_answer, request_body
 from atpo_fast.engines.server.routing import Replica, Router
 from atpo_fast.engines.stops import StopTable, vocabulary_bytes
-from tests.engines.test_server_engine import PROMPTS, SMALL, request
+from tests.helpers.served_requests import PROMPTS, SMALL, request
 
 # ---- what an answer means
 

@@ -2,60 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from atpo_fast.engines.stops import StopMatcher, StopTable, vocabulary_bytes
-
-CORPUS = [
-    "a <search> what is é? </search> and <answer> naïve 東京 </answer> \n",
-    "the </sea of </search></answer> tags",
-] * 5
-
-
-def byte_level() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.add_tokens([AddedToken("</ärgernis>", special=True)])  # not byte-encoded in the vocabulary
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def metaspace() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(vocab_size=130, special_tokens=["<eos>"], show_progress=False)
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def word_level() -> PreTrainedTokenizerFast:
-    words = ["<eos>", "</search>", "e1", "the", "</sea", "rch>", "?"]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-
-
-def first_stop(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stops: Sequence[str]) -> tuple[int, str] | None:
-    """Index of the token that completes a stop string, by decoding every prefix."""
-    for count in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        found = [(text.find(stop) + len(stop.encode()), stop) for stop in stops if stop in text]
-        if found:
-            return count - 1, min(found)[1]
-    return None
+from tests.helpers.small_tokenizers import byte_level, first_stop, metaspace, word_level
 
 
 def walk(table: StopTable, ids: Sequence[int]) -> tuple[int, str] | None:
@@ -71,7 +27,7 @@ def walk(table: StopTable, ids: Sequence[int]) -> tuple[int, str] | None:
 # A stop spread over tokens, inside one token, after a false start, or next to multi-byte text that is missed or
 # reported at another token fails here. The tokenizer kinds differ in where a token's spaces come from.
 @pytest.mark.parametrize("make", [byte_level, metaspace, word_level])
-def test_stops_equal_decoding_every_prefix(make) -> None:
+def test_stops_equal_decoding_every_prefix(make: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = make()
     stops = ("</search>", "</answer>", "?")
     table = StopTable(vocabulary_bytes(tokenizer, len(tokenizer)), stops)

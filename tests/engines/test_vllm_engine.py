@@ -22,13 +22,13 @@ from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.sampling import SamplingTable, truncate
 from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.tree.turn_tree import TurnTree
-from tests.engines.test_paged_engine import check_logprobs, grow, request, roots
-from tests.engines.test_stops import byte_level, first_stop
+from tests.helpers.engine_requests import check_logprobs, grow, request, roots
+from tests.helpers.small_tokenizers import byte_level, first_stop
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (`make test-vllm` does)")
 
 TOKENIZER = byte_level()
-SIZES = dict(
+SIZES: dict[str, Any] = dict(
     vocab_size=-(-len(TOKENIZER) // 8) * 8,
     hidden_size=64,
     intermediate_size=96,
@@ -80,7 +80,7 @@ def samples(engine: VLLMEngine, params: SamplingParams, count: int, name: str, s
 # Fails for log-probs of another distribution or position, a wrong prefix in the cache, or half-precision logits.
 def test_logprobs_are_those_of_a_separate_forward(engine: VLLMEngine) -> None:
     trees = roots(6, lengths=(40, 120))
-    grow(engine, trees)  # type: ignore[arg-type]
+    grow(engine, trees)
     assert max(len(tree.path(leaf)) for tree in trees for leaf in tree.leaves) >= 4
     check_logprobs(make_model(), trees, 1e-4)
 
@@ -211,7 +211,7 @@ def test_end_of_sequence_and_length(engine: VLLMEngine) -> None:
 # What the issue promises: siblings, later turns and expansion rounds prefill no shared full block again.
 def test_no_full_block_is_prefilled_twice(engine: VLLMEngine) -> None:
     trees = roots(6, lengths=(40, 120))
-    asked = grow(engine, trees, rounds=3)  # type: ignore[arg-type]
+    asked = grow(engine, trees, rounds=3)
     counters, block = engine.counters, engine.block_size
     unique = sum(tree.unique_tokens for tree in trees)
     assert counters.decoded_tokens == sum(len(turn.action_ids) for tree in trees for turn in tree.turns)
@@ -231,7 +231,7 @@ def test_siblings_of_one_call_share_the_prompt(engine: VLLMEngine) -> None:
 def test_a_small_cache_costs_prefill_and_is_counted(tmp_path: Path) -> None:
     small = make_engine(tmp_path, make_model(), cache_tokens=600)
     trees = roots(6, lengths=(40, 120))
-    grow(small, trees)  # type: ignore[arg-type]
+    grow(small, trees)
     assert small.counters.evicted_tokens > 0
     check_logprobs(make_model(), trees, 1e-4)
 
@@ -304,7 +304,7 @@ def test_refused_requests_leave_nothing_behind(engine: VLLMEngine) -> None:
     node = tree.add_turn(0, answer.token_ids, answer.logprobs, [7, 8], finish_reason="stop")
     wrong = request(tree, "t", node, 2, FREE)
     at = len(tree.path_ids(0)) + 3
-    wrong.prompt_ids = [*wrong.prompt_ids[:at], 300, *wrong.prompt_ids[at + 1 :]]  # type: ignore[misc]
+    wrong.prompt_ids = [*wrong.prompt_ids[:at], 300, *wrong.prompt_ids[at + 1 :]]
     with pytest.raises(ValueError, match=rf"token {at} of the path is 300, but was {answer.token_ids[3]} \(token 3"):
         engine.generate([wrong])
     engine.generate([request(tree, "t", node, 2, FREE)])

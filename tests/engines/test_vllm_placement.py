@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import pytest
@@ -19,7 +19,7 @@ from atpo_fast.engines.vllm import engine as vllm_engine
 from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.engines.vllm.start import llm_options, start_llm
 from atpo_fast.train.weights import whole_parameters
-from tests.engines.test_stops import byte_level
+from tests.helpers.small_tokenizers import byte_level
 
 TOKENIZER = byte_level()
 SIZES = dict(vocab_size=336, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
@@ -59,7 +59,9 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     Qwen3Config(**SIZES).save_pretrained(tmp_path)
     monkeypatch.setattr(vllm_engine, "check_vllm", lambda: Version("0.32.0"))
 
-    def made(sleep: str, device: torch.device = CUDA, **options: Any) -> tuple[VLLMEngine, list[str]]:
+    def made(
+        sleep: Literal["off", "host", "drop"], device: torch.device = CUDA, **options: Any
+    ) -> tuple[VLLMEngine, list[str]]:
         llm = StandIn()
         monkeypatch.setattr(vllm_engine, "start_llm", lambda *_: (None, llm))
         config = VLLMConfig(sleep=sleep)

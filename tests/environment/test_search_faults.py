@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 
 import pytest
 
@@ -103,7 +104,7 @@ def patience(mode: str) -> float:
 
 @pytest.mark.parametrize("mode", [*ANSWERS, "500", "cut", "slow", "down"])
 @pytest.mark.parametrize("schedule", ["streaming", "synchronous"])
-def test_the_rollout_goes_on(server: _Server, mode: str, schedule: str) -> None:
+def test_the_rollout_goes_on(server: _Server, mode: str, schedule: Literal["streaming", "synchronous"]) -> None:
     """Fails if a fault of the server ends the rollout, loses a question, or its text is not an observation."""
     server.mode = mode
     url = "http://127.0.0.1:9/retrieve" if mode == "down" else server.url

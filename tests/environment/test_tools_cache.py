@@ -202,7 +202,9 @@ def test_the_real_published_cache() -> None:
     published = read_published_cache(Path(folder) / "cache" / "arpo_bing_search_cache1000.json.gz")
     assert len(published) == 1000
     query = "Amy Smart film debut Campfire Tales"
-    assert CachedTool(Upper(), None, settings={}, published=published)(query).startswith("Page 1: The film is made up")
+    answer = CachedTool(Upper(), None, settings={}, published=published)(query)
+    assert isinstance(answer, str)
+    assert answer.startswith("Page 1: The film is made up")
 
 
 # ---- from the configuration

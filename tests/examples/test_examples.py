@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,11 @@ from pathlib import Path
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 
 
-def output(example: str) -> str:
+def output(example: str, *arguments: str) -> str:
     """Return what an example prints."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example)],
+        [sys.executable, str(ROOT / "examples" / example), *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
@@ -31,3 +33,13 @@ def test_custom_tool() -> None:
     assert "Unit that the value is given in." in text and "\nuser\nHow many miles are 42 km?" in text
     assert '{"value": 42, "unit": "km"} </convert> <result>\n26.1 mi\n</result>' in text
     assert "Tool(convert) was not called: unit: Input should be 'km' or 'mi'." in text
+
+
+def test_minimal_at2po() -> None:
+    """Fails if a station of the loop no longer takes what the one before it gives, or the loop outgrows a page."""
+    text = output("minimal_at2po.py", "--cold-start-steps", "10", "--steps", "2")
+    assert re.search(r"cold start, step  10: \d+\.\d{3} nats a token\nstep   1: EM [01]\.\d{3}, ", text), text
+    assert re.search(r"\nstep   2: .*\nEM on 60 evaluation questions: [01]\.\d{3}\n", text), text
+    source = (ROOT / "examples/minimal_at2po.py").read_text()
+    loop = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert loop.end_lineno is not None and loop.end_lineno - loop.lineno < 100

@@ -52,7 +52,7 @@ def main() -> None:
         if not sandbox.deny_system_calls({"unshare": 1}):
             raise SystemExit("cannot filter system calls")
     if "--bubblewrap" not in sys.argv:
-        bubblewrap.is_needed_and_works = lambda: False
+        bubblewrap.is_needed_and_works = lambda: False  # type: ignore[assignment]  # a stand-in without its cache
     elif not bubblewrap.is_needed_and_works():
         raise SystemExit("bubblewrap is not installed, or cannot make namespaces, or is not needed")
     log = Log()

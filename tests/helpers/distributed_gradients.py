@@ -17,6 +17,7 @@ import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
+from atpo_fast.common.choices import GradientCheckpointing
 from atpo_fast.packing import depth_first, spread_rows
 from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import plan_passes
@@ -47,7 +48,9 @@ def forest() -> list[TurnTree]:
     return trees
 
 
-def gradients(stage: int, tied: bool, budget: str, choice: str, rank: int, world: int) -> dict[str, np.ndarray]:
+def gradients(
+    stage: int, tied: bool, budget: str, choice: GradientCheckpointing, rank: int, world: int
+) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch after the last backward."""
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -80,19 +83,20 @@ def main() -> None:
     """All cases, one after another."""
     join_process_group(cuda=False)
     rank, world = dist.get_rank(), dist.get_world_size()
+    cases: list[tuple[int, bool, str, GradientCheckpointing]]
     cases = [(stage, tied, budget, "none") for stage in (0, 2, 3) for tied in (True, False) for budget in ROWS]
     cases += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
     for stage, tied, budget, choice in cases:
         result = gradients(stage, tied, budget, choice, rank, world)
         name = f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}_ranks{world}.npz"
         if rank == 0:
-            np.savez(Path(sys.argv[1]) / name, **result)
+            np.savez(Path(sys.argv[1]) / name, **result)  # type: ignore[arg-type]  # numpy's flags are none of them
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         result = module_gradients(stage, tied, inside, rank, world)
         if rank == 0:
             np.savez(
                 Path(sys.argv[1]) / f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}_ranks{world}.npz",
-                **result,
+                **result,  # type: ignore[arg-type]  # as above
             )
     dist.barrier()
     dist.destroy_process_group()

@@ -166,7 +166,7 @@ class HeadErrors:
         hit = torch.nn.functional.one_hot(targets, p.shape[1])
         deviation = self.log_p + self.entropy[:, None]
         # 1. softmax, and its logarithm
-        kept = rule.share(p, exponentials) + UNDERFLOW
+        kept = rule.share(p, exponentials) * (1 - hit) + UNDERFLOW  # the target's is taken from its log-prob
         by_p = rule.add(p * self.by_log_p_again, kept)
         # 2. gradient by the logits
         gradient = (grad_logprob * (hit - p) - grad_entropy * p * deviation) / self.temperature
@@ -258,15 +258,16 @@ def head_bounds(
     """Bounds of all that an LM head gives in float32 and, for gradients, in a dtype that they are rounded to.
 
     `stored`: gradients by logits are stored in that dtype too; `exponentials`: what these are made from is stored in.
-    `by_up` (A,) are errors of the upstream gradients. The gradients are rounded before a `factor`, a power of 2,
-    reaches them: that rounds nothing but what has underflowed.
+    `by_up` (A,) are errors of the upstream gradients. The gradients are rounded before a `factor`, a power of 2, comes,
+    which rounds only what has underflowed.
     """
     found = []
     bias = head.bias if len(exact) == 5 else None
     for rule, half in ((WORST, dtype), (TYPICAL, torch.float32)):
         known = HeadErrors.of(rule, head.hidden, head.weight, bias, temperature)
         kept = [half if stored else torch.float32, exponentials if half == dtype else torch.float32]
-        given = None if by_up is None else tuple(x.worst if rule.worst else x.typical for x in by_up)
+        worse = [x.worst if rule.worst else x.typical for x in by_up or ()]
+        given = (worse[0], worse[1]) if worse else None
         gradients = known.gradients(head.targets, up, given, *kept)
         values = [known.by_log_p.gather(1, head.targets[:, None])[:, 0], known.by_entropy]
         found.append([rounded(rule, e, x, torch.float32) for e, x in zip(values, exact[:2], strict=True)])

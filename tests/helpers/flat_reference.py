@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def flatten(trees: Sequence[TurnTree]) -> list[Flat]:
             for n in tree.path(leaf):
                 turn = tree.turns[n]
                 a, o = turn.action_ids.tolist(), turn.observation_ids.tolist()
-                own = tree.advantages if tree.leaf_advantages is None else tree.leaf_advantages
+                own: Any = tree.advantages if tree.leaf_advantages is None else tree.leaf_advantages
                 advantage = float(own[n if tree.leaf_advantages is None else leaf]) if a else 0.0
                 logprobs = turn.logprobs.tolist() + [0.0] * len(o)
                 flat.ids += a + o
@@ -142,6 +143,7 @@ def packed_loss(
 
 def fill_like_flat(row: PackedTrees) -> None:
     """The rollout and reference log-probs that `flatten` gives."""
+    assert row.old_logprob is not None
     row.rollout_logprob = row.old_logprob + 0.1 * row.old_logprob.sin()
     row.ref_logprob = 1.1 * row.old_logprob
 
@@ -211,5 +213,6 @@ def exact_norms(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if hasattr(child, "variance_epsilon"):
-                setattr(module, name, nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64))
+                eps: Any = child.variance_epsilon
+                setattr(module, name, nn.RMSNorm(child.weight.shape, eps=eps, dtype=torch.float64))
     return model

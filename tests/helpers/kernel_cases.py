@@ -66,7 +66,8 @@ class Head:
 
     def rounded(self, dtype: torch.dtype) -> Head:
         """The same inputs, in float64, as they are in a lower precision."""
-        return Head(*(x.to(dtype).double() for x in (self.hidden, self.weight, self.bias)), self.targets)
+        hidden, weight, bias = (x.to(dtype).double() for x in (self.hidden, self.weight, self.bias))
+        return Head(hidden, weight, bias, self.targets)
 
 
 def random_head(rows: int, width: int, vocab: int, seed: int = 0, peak: float = 1.0) -> Head:

@@ -58,7 +58,9 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int)
 
 def whole_gradients(model: nn.Module, stage: int) -> dict[str, np.ndarray]:
     """Every parameter's gradient, put together from the ranks."""
-    grads = {name: p.grad if stage == 0 else safe_get_full_grad(p) for name, p in model.named_parameters()}
+    grads: dict[str, Any] = {
+        name: p.grad if stage == 0 else safe_get_full_grad(p) for name, p in model.named_parameters()
+    }
     return {name: grad.double().cpu().numpy().copy() for name, grad in grads.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 
 from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
-from atpo_fast.engines.base import Completion, Engine, EngineCounters, Request, TurnKey
+from atpo_fast.engines.base import Completion, Engine, EngineCounters, FinishReason, Request, TurnKey
 from atpo_fast.environment import CALL_LIMIT_NOTICE, ToolBox
 from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.tree import TurnTree
@@ -44,7 +44,7 @@ class ScriptedEngine(Engine):
         self.batches: list[list[Request]] = []  # as submitted
         self.in_flight: dict[TurnKey, tuple[Request, int]] = {}  # and how many polls are left
         self.live: dict[TurnKey, int] = {}  # turn -> tokens up to its end, observation not included
-        self.released: list[Hashable] = []
+        self.released: list[Any] = []
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.batches.append(list(requests))
@@ -74,11 +74,11 @@ class ScriptedEngine(Engine):
         cut = ids[: request.sampling.max_new_tokens]
         self.live[request.turn_key] = ends[-1] + len(cut)
         stop = next((tag for tag in request.sampling.stop if cut[-1:] == encode(tag)), None)
-        reason = "eos" if cut[-1] == EOS else "stop" if stop else "length"
+        reason: FinishReason = "eos" if cut[-1] == EOS else "stop" if stop else "length"
         logprobs = [-0.1 * (1 + i % 3) for i in cut]
         return Completion(
             token_ids=cut, logprobs=[0.0] * len(cut), policy_logprobs=logprobs, finish_reason=reason, stop=stop
-        )  # type: ignore[arg-type]
+        )
 
     def release(self, tree: Hashable) -> None:
         self.released.append(tree)

@@ -70,5 +70,6 @@ def inputs(
 
 def forward_backward(tensors: list[Tensor], end: Tensor, **options: Any) -> list[Tensor]:
     """Output and gradients of q, k and v, detached."""
-    out = tree_attention(*tensors[:3], end, **options)
+    q, k, v = tensors[:3]
+    out = tree_attention(q, k, v, end, **options)
     return [out.detach(), *torch.autograd.grad(out, tensors[:3], tensors[3].to(out.dtype))]

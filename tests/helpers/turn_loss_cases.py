@@ -14,7 +14,7 @@ from tests.helpers.kernel_cases import TEMPERATURE, Head, turn_offsets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run
 # wide enough that tokens fall on both sides of both bounds and beyond the dual cap
-BOUNDS = {"clip_low": 0.2, "clip_high": 0.3, "dual_cap": 1.5, "sapo_tau_pos": 0.9, "sapo_tau_neg": 1.2}
+BOUNDS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3, "dual_cap": 1.5, "sapo_tau_pos": 0.9, "sapo_tau_neg": 1.2}
 EVERY_TERM: dict[str, Any] = {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.2, "importance_cap": 1.1}
 
 

@@ -80,7 +80,7 @@ class Batch:
 def expected(batch: Batch, config: LossConfig, temperature: float = 1.0, **more: Any) -> tuple[list[Tensor], Any]:
     """Loss and gradients of turn_policy_loss on plain log-probs, and its metrics."""
     leaves = batch.leaves()
-    logprob, entropy = batch.plain(*leaves, temperature)
+    logprob, entropy = batch.plain(leaves[0], leaves[1], leaves[2], temperature)
     more = {"advantages": batch.by_row, "mask": batch.mask, "ref_logprob": batch.ref} | more
     out = turn_policy_loss(logprob, batch.old, entropy=entropy, config=config, **more)
     return [out.loss, *torch.autograd.grad(out.loss * -2.5, leaves)], out.metrics
@@ -104,7 +104,7 @@ def test_equals_the_loss_on_plain_logprobs(level: Any, loss_type: str, explicit_
         **{"clip_low": 0.1, "clip_high": 0.15, **fields}, level=level, kl="k3", kl_coef=0.2, entropy_coef=0.1
     )
     theirs, metrics = expected(batch, config, 0.8, advantages=batch.by_token, **how, **turns)
-    bounds = BOUNDS | ({"epsilon_high": 1.15} if loss_type == "cispo" else {})
+    bounds: dict[str, Any] = BOUNDS | ({"epsilon_high": 1.15} if loss_type == "cispo" else {})
     loss = FusedLinearTurnPolicyLoss(
         loss_type=loss_type,
         importance_sampling_level=level,
@@ -226,7 +226,7 @@ def test_equals_liger(level: Any, loss_type: str, extras: bool) -> None:
         if names["delta"] is None and loss_type != "cispo":  # Liger does not count these as clipped where A < 0
             metrics.append(batch.metrics[-1])
         results.append([*found, *metrics])
-    assert_equal(*results, tolerance=2e-5)
+    assert_equal(results[0], results[1], tolerance=2e-5)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("bnpo", "bnpo"), ("turn-mean", "grpo")])
@@ -236,7 +236,7 @@ def test_turns_are_ligers_sequences(ours: str, theirs: str) -> None:
     batch = Batch(torch.float32)
     at = batch.turn_ids[:1].argsort(stable=True)[0]
     sizes = batch.turn_ids[0].bincount(minlength=3).tolist()
-    shared = {"epsilon_low": 0.1, "epsilon_high": 0.15, "beta": 0.0}
+    shared: dict[str, Any] = {"epsilon_low": 0.1, "epsilon_high": 0.15, "beta": 0.0}
     leaves = batch.leaves()
     ids, old = batch.ids[:1], batch.old[:1]
     loss = FusedLinearTurnPolicyLoss(loss_type=ours, **shared)
@@ -475,7 +475,7 @@ def test_snippets_of_the_documentation() -> None:
     theirs = turn_policy_loss(logprob, batch.old, batch.by_token, mask=batch.mask)
     torch.testing.assert_close(value, theirs.loss)
     assert metrics.keys() == {f"actor/{name}" for name in theirs.metrics} and value.requires_grad
-    rollout = {"rollout_logprob": batch.old - batch.trust.log(), "importance_cap": 1e9}
+    rollout: dict[str, Any] = {"rollout_logprob": batch.old - batch.trust.log(), "importance_cap": 1e9}
     theirs = turn_policy_loss(logprob, batch.old, batch.by_token, mask=batch.mask, **rollout)
     value, _ = names["policy_loss"](batch.old, logprob, batch.by_token, batch.mask, rollout_is_weights=batch.trust)
     torch.testing.assert_close(value, theirs.loss)

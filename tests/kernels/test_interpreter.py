@@ -1,5 +1,7 @@
 """The repaired interpreter does what a GPU does; on a GPU these tests say what that is."""
 
+# The kernels' parameters are Triton's values, which have no static types.
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import pytest
@@ -15,6 +17,7 @@ DEVICE = interpreter.DEVICE
 HALVES = (torch.bfloat16, torch.float16)
 # Halfway between two numbers, of bfloat16 and of float16: 1 + 2^-8 and 1 + 2^-11 go down to 1, three times as much
 # goes up. Then the largest float32 (infinity), the smallest numbers, infinities and a NaN.
+CORNERS: tuple[float, ...]
 CORNERS = (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 3 * 2**-8, 3.4028235e38, 1e-45, 1e-40, 6e-8, 0.0)
 CORNERS += (-0.0, float("inf"), -float("inf"), float("nan"), 0.1, -1e5)
 

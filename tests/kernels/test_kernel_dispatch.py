@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def run(code: str) -> None:
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_cpu_tensors_take_the_torch_path(operator: str) -> None:
     """Fails if "auto" looks at anything but the device: on CPU Triton would only be its slow interpreter."""
-    assert choose(operator, "auto", CPU, {"torch": len, "reference": str}) is len
+    implementations: dict[str, Any] = {"torch": len, "reference": str}
+    assert choose(operator, "auto", CPU, implementations) is len
 
 
 @pytest.mark.usefixtures("operators")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,7 +149,7 @@ def test_errors_say_what_is_wrong() -> None:
     """Fails if bad arguments reach the arithmetic, or a partitioned weight gives an obscure message."""
     head = random_head(4, 3, 5)
     h, w, t = head.hidden, head.weight, head.targets
-    bad = [
+    bad: list[tuple[Any, dict[str, Any], str]] = [
         ((h, w[:0], t), {}, "ZeRO-3"),
         ((h, w[:, :2], t), {}, r"\(A, D\)"),
         ((h, w, t[:3]), {}, "targets must be"),

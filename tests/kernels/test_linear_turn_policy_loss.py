@@ -40,7 +40,7 @@ def case(lengths: list[int], seed: int) -> tuple[Any, dict[str, Any]]:
 
 
 def run(head: Any, keywords: dict[str, Any], dtype: torch.dtype = torch.float64, **more: Any) -> list[Tensor]:
-    """Every output, and the gradients under an upstream gradient of a power of 2, by which nothing rounds."""
+    """Every output, and the gradients under an upstream gradient other than 1: a power of 2, so it rounds nothing."""
     leaves = head.leaves(dtype)
     out = linear_turn_policy_loss(leaves[0], leaves[1], head.targets, bias=leaves[2], **keywords, **more)
     assert isinstance(out, LinearTurnLoss) and not out.logprob.requires_grad and not out.entropy.requires_grad
@@ -232,10 +232,11 @@ def test_chunks_hold_whole_turns(lengths: list[int], max_rows: int) -> None:
 def test_errors_say_what_is_wrong() -> None:
     """Fails if a reduction without meaning is computed, or the checks of the head are skipped."""
     head, keywords = case([3, 2], 0)
-    for weight, more, message in [
+    cases: list[tuple[Tensor, dict[str, Any], str]] = [
         (head.weight[:0], {}, "linear_turn_policy_loss: weight has no elements"),
         (head.weight, {"reduction": "none"}, "linear_logprob and turn_policy_loss"),
         (head.weight, {"reduction": "token-mean"}, "'sum' or 'none'"),
-    ]:
+    ]
+    for weight, more, message in cases:
         with pytest.raises(ValueError, match=message):
             linear_turn_policy_loss(head.hidden, weight, head.targets, **keywords, **more)

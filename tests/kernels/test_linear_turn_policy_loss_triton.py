@@ -31,7 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 16
 # A turn that fits a chunk with others, one longer than two chunks, an empty one, one that fills a chunk, single tokens.
 LENGTHS = [5, 40, 3, 0, 16, 1, 9, 1]
-BOUNDS = {"clip_low": 0.1, "clip_high": 0.1}
+BOUNDS: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.1}
 CONFIGS: dict[str, dict[str, Any]] = {
     "turn": {},
     "token": {"level": "token"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -44,7 +46,9 @@ def test_equals_each_path_alone(impl: str) -> None:
     out = tree_attention(q, k, v, end, impl=impl, scale=0.3)
     for path in paths:
         alone = [x[path].transpose(0, 1)[None] for x in (q, k, v)]
-        expected = F.scaled_dot_product_attention(*alone, is_causal=True, scale=0.3, enable_gqa=True)
+        expected = F.scaled_dot_product_attention(
+            alone[0], alone[1], alone[2], is_causal=True, scale=0.3, enable_gqa=True
+        )
         torch.testing.assert_close(out[path], expected[0].transpose(0, 1), rtol=1e-10, atol=1e-12)
 
 
@@ -113,7 +117,7 @@ def test_non_contiguous_inputs_and_no_tokens() -> None:
     """Fails if a stride is ignored or an empty row breaks."""
     end, (q, k, v, _) = random_row(40, 6, 3), inputs(40, (4, 2), 8)
     strided = [x.detach().permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in (q, k, v)]
-    torch.testing.assert_close(tree_attention(*strided, end), tree_attention(q, k, v, end))
+    torch.testing.assert_close(tree_attention(strided[0], strided[1], strided[2], end), tree_attention(q, k, v, end))
     for impl in ("auto", "reference"):
         for prefix in (0, 5):
             q, k, v, _ = inputs(0, (4, 2), 8, prefix=prefix)
@@ -126,7 +130,7 @@ def test_errors_say_what_is_wrong() -> None:
     end, (q, k, v, _) = random_row(10, 3, 0), inputs(10, (4, 2), 4)
     three = q[:, :3]
     other = make_tree_blocks(random_row(9, 3, 0))
-    for arguments, options, message in [
+    cases: list[tuple[Any, dict[str, Any], str]] = [
         ((q, k[:5], v, end), {}, "q must be"),
         ((q, k[:5], v[:5], end), {}, "every token of q"),
         ((three, k, v, end), {}, "multiple of the key heads"),
@@ -137,6 +141,7 @@ def test_errors_say_what_is_wrong() -> None:
         ((q[4:], k, v, random_row(6, 3, 0)), {"blocks": make_tree_blocks(random_row(6, 3, 0))}, "have 4 more"),
         ((q, k, v, end), {"blocks": make_tree_blocks(end, prefix=2)}, "behind a prefix of 2"),
         ((q, k, v, torch.zeros_like(end)), {}, "subtree_end\\[k\\] must lie"),
-    ]:
+    ]
+    for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             tree_attention(*arguments, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -117,7 +119,7 @@ def test_blocks_for_every_implementation(prefix: int) -> None:
     end = random_row(90, 20, 1)
     q, k, v, _ = (x.detach() for x in inputs(90, (2, 1), 16, torch.float32, prefix=prefix))
     expected = tree_attention(q, k, v, end, impl="reference")
-    shape = {"query_heads": 2, "key_heads": 1, "head_dim": 16, "dtype": q.dtype}
+    shape: dict[str, Any] = {"query_heads": 2, "key_heads": 1, "head_dim": 16, "dtype": q.dtype}
     for impl in ("auto", "torch", "reference"):
         blocks = make_attention_blocks(end, **shape, impl=impl, prefix=prefix)
         assert (blocks is None) == (impl == "reference")

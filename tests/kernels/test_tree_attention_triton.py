@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_given_blocks_nothing_waits_and_nothing_is_as_large_as_the_mask(prefix: 
     """Fails if (T, T) is allocated, forward or backward, or a number is read from the device."""
     tokens = 256
     end, tensors = random_row(tokens, 60, 6), inputs(tokens, (1, 1), 16, torch.bfloat16, DEVICE, prefix)
-    shape = {"query_heads": 1, "key_heads": 1, "head_dim": 16, "dtype": torch.bfloat16}
+    shape: dict[str, Any] = {"query_heads": 1, "key_heads": 1, "head_dim": 16, "dtype": torch.bfloat16}
     blocks = make_attention_blocks(end, **shape, device=DEVICE, impl="triton", prefix=prefix)
     with LargestOutput() as largest, NoHostSync():
         forward_backward(tensors, end.to(DEVICE), impl="triton", blocks=blocks)
@@ -188,7 +189,8 @@ def test_pieces_of_a_key_block_add_up(monkeypatch: pytest.MonkeyPatch, prefix: i
     monkeypatch.setattr(launch, "processors", lambda _: 1000)
     end = row_of([40, 30, 30, 40], [0, 1, 1, 1])
     assert_precise(end, (2, 1), 16, torch.bfloat16, prefix=prefix)
-    call = launch.Attention.prepare(*inputs(140, (2, 1), 16, DTYPES[0])[:3], end, 0.25, None)
+    q, k, v, _ = inputs(140, (2, 1), 16, DTYPES[0])
+    call = launch.Attention.prepare(q, k, v, end, 0.25, None)
     assert call.blocks.slots > 4  # the monkeypatch has an effect
 
 
@@ -208,7 +210,7 @@ def test_offsets_beyond_32_bits() -> None:
         placed = memory.as_strided(x.shape, (stride, 16, 1), at).copy_(x.detach())
         far.append(placed.requires_grad_() if x.requires_grad else placed)
         at += 16 * x.shape[1]
-    out = tree_attention(*far[:3], end, impl="triton")
+    out = tree_attention(far[0], far[1], far[2], end, impl="triton")
     assert torch.equal(out, plain[0])
     grads = torch.autograd.grad(out, far[:3], far[3])
     assert all(torch.equal(a, b) for a, b in zip(grads, plain[1:], strict=True))
@@ -219,7 +221,7 @@ def test_no_tokens_keep_the_graph() -> None:
     none = torch.zeros(0, dtype=torch.int32, device=DEVICE)
     for prefix in (0, 3):
         leaves = inputs(0, (2, 1), 16, torch.bfloat16, DEVICE, prefix)[:3]
-        tree_attention(*leaves, none, impl="triton").sum().backward()
+        tree_attention(leaves[0], leaves[1], leaves[2], none, impl="triton").sum().backward()
         assert all(x.grad is not None and x.grad.shape == x.shape and not x.grad.any() for x in leaves)
 
 
@@ -227,7 +229,7 @@ def test_errors_say_what_is_wrong() -> None:
     """Fails if a head that is too wide, too large a group, float64 or blocks for others reach the kernels."""
     end = random_row(20, 5, 0).to(DEVICE)
 
-    def blocks(heads: int, dtype: torch.dtype = torch.float32, impl: str = "triton", prefix: int = 0) -> object:
+    def blocks(heads: int, dtype: torch.dtype = torch.float32, impl: str = "triton", prefix: int = 0) -> Any:
         return make_attention_blocks(
             end, query_heads=heads, key_heads=1, head_dim=16, dtype=dtype, impl=impl, prefix=prefix
         )
@@ -245,10 +247,11 @@ def test_errors_say_what_is_wrong() -> None:
         q, k, v, _ = inputs(20, heads, width, dtype, DEVICE)
         with pytest.raises(ValueError, match=message):
             tree_attention(q, k, v, end, impl="triton", blocks=given)
+    q, k, v, _ = inputs(20, (1, 1), 16, torch.float32, DEVICE)
     with pytest.raises(ValueError, match="blocks for impl='torch'"):
-        tree_attention(*inputs(20, (1, 1), 16, torch.float32, DEVICE)[:3], end, impl="torch", blocks=blocks(1))
+        tree_attention(q, k, v, end, impl="torch", blocks=blocks(1))
     with pytest.raises(ValueError, match="scale must be positive"):
-        tree_attention(*inputs(20, (1, 1), 16, torch.float32, DEVICE)[:3], end, scale=0.0)
+        tree_attention(q, k, v, end, scale=0.0)
 
 
 def test_auto_passes_by_what_the_kernels_do_not_take() -> None:

@@ -103,7 +103,7 @@ def ours_and_loop(b: dict[str, Tensor], c: LossConfig, reduction: Any) -> list[l
     """(loss, gradient of logprob, gradient of entropy) of both, with an upstream gradient other than 1."""
     results = []
     for ours in (True, False):
-        leaves = b | {k: b[k].clone().requires_grad_() for k in ("logprob", "entropy")}
+        leaves: dict[str, Any] = b | {k: b[k].clone().requires_grad_() for k in ("logprob", "entropy")}
         loss = (
             turn_policy_loss(**leaves, config=c, reduction=reduction).loss if ours else loop_loss(leaves, c, reduction)
         )
@@ -289,7 +289,7 @@ def test_gradcheck_where_the_gradient_is_a_true_derivative() -> None:
 
         def loss(logprob: Tensor, entropy: Tensor, clip: Any = clip) -> Tensor:
             inputs = b | {"logprob": logprob, "entropy": entropy}
-            options = {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.2}
+            options: dict[str, Any] = {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.2}
             return turn_policy_loss(**inputs, level="token", clip=clip, **options, **BOUNDS).loss
 
         assert torch.autograd.gradcheck(loss, [b[k].clone().requires_grad_() for k in ("logprob", "entropy")])

@@ -339,7 +339,7 @@ def test_small_kl_is_exact() -> None:
     exact = (-gap.double()).expm1() + gap.double(), -(-gap.double()).expm1()
     old = torch.zeros(400)
     case = {"logprob": gap, "old_logprob": old, "ref_logprob": old, "advantages": torch.zeros(400)}
-    keywords = {"level": "token", "kl": "k3", "kl_coef": 1.0, "reduction": "none", "impl": "triton"}
+    keywords: dict[str, Any] = {"level": "token", "kl": "k3", "kl_coef": 1.0, "reduction": "none", "impl": "triton"}
     ours = turn_policy_loss(**converted(case, torch.float32, DEVICE), **keywords)
     for found, value in zip((ours.loss, ours.coef), exact, strict=True):
         torch.testing.assert_close(found.double().cpu(), value, rtol=2e-6, atol=0)

@@ -71,6 +71,7 @@ def test_random_batches(flats: list[Flat], level: str, aggregation: str, slack: 
     objective = Objective.preset("at2po", level=level, aggregation=aggregation, kl="k2", kl_coef=kl, **WIDE)
 
     def fill(row: PackedTrees) -> None:
+        assert row.old_logprob is not None
         row.ref_logprob = row.old_logprob
 
     rows = from_trajectories(batch(flats), objective, max(len(f.ids) for f in flats) + slack, dtype=DOUBLE)
@@ -158,7 +159,7 @@ def test_padded_tensors_equal_lists(side: str, per: str) -> None:
         "token": [[0.0, 1.0, 1.0, 0.0, 1.0], [0.0, -1.0, -1.0]],
     }
 
-    def pad(rows: list[list[float]]) -> torch.Tensor:
+    def pad(rows: Sequence[Sequence[float]]) -> torch.Tensor:
         return torch.tensor(
             [row if len(row) == 5 else [0, 0, *row] if side == "left" else [*row, 0, 0] for row in rows]
         )

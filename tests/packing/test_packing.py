@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,7 @@ def test_layout_by_hand() -> None:
     assert row.subtree_end.tolist() == [8, 8, 7, 7, 7, 6, 7, 8]
     assert row.predictor.tolist() == [1, 2, 4, 4, 1]
     assert row.targets.tolist() == [3, 7, 5, 6, 8]
+    assert row.old_logprob is not None
     assert row.old_logprob.tolist() == row.rollout_logprob.tolist() == [-0.1, -0.2, -0.4, -0.5, -0.3]
     assert row.turn_offsets.tolist() == [0, 2, 3, 4, 5]
     assert row.weight_pos.tolist() == pytest.approx([0.125, 0.125, 1 / 6, 0, 0])
@@ -286,6 +289,11 @@ def test_entropy_advantage_is_for_token_weights() -> None:
         apply_entropy_advantage(rows, [torch.zeros(5)], TURN.with_(level="sequence", entropy_advantage=0.2))
 
 
+def returning(results: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
+    """An all-reduce that gives one result after another."""
+    return lambda _: next(results)
+
+
 # Two ranks with one row each give what one rank with both rows gives. Fails when statistics are per rank.
 def test_entropy_statistics_over_ranks() -> None:
     objective = Objective.preset("aepo")
@@ -293,11 +301,11 @@ def test_entropy_statistics_over_ranks() -> None:
     entropies = [torch.arange(5.0, dtype=DOUBLE), torch.arange(5.0, dtype=DOUBLE) ** 2]
     together = apply_entropy_advantage(rows, entropies, objective)
     counts = [row.trajectory_count for row in rows]
-    tokens = sum(c.sum() for c in counts)
-    total = sum((c * h).sum() for c, h in zip(counts, entropies, strict=True))
-    squares = sum((c * (h - total / tokens) ** 2).sum() for c, h in zip(counts, entropies, strict=True))
+    tokens: Any = sum(c.sum() for c in counts)
+    total: Any = sum((c * h).sum() for c, h in zip(counts, entropies, strict=True))
+    squares: Any = sum((c * (h - total / tokens) ** 2).sum() for c, h in zip(counts, entropies, strict=True))
     for row, entropy, expected in zip(rows, entropies, together, strict=True):
         over_ranks = iter([torch.stack([tokens, total]), squares[None]])  # what an all-reduce over both ranks returns
-        (alone,) = apply_entropy_advantage([row], [entropy], objective, all_reduce=lambda _, it=over_ranks: next(it))
+        (alone,) = apply_entropy_advantage([row], [entropy], objective, all_reduce=returning(over_ranks))
         assert torch.allclose(alone.weight_pos, expected.weight_pos, rtol=1e-12)
         assert torch.allclose(alone.weight_neg, expected.weight_neg, rtol=1e-12)

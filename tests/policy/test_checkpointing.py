@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
+from atpo_fast.common.choices import GradientCheckpointing
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy
 from atpo_fast.policy import policy as policy_module
 from atpo_fast.policy.checkpointing import GradientTokens
 from atpo_kernels import make_tree_blocks
-from tests.policy.test_policy import MODELS, SIZES, make, trees
+from tests.helpers.policies import MODELS, SIZES, grad_of, make, trees
 
 
 def gradients(policy: Policy, row: PackedTrees, coef: Tensor) -> dict[str, Tensor]:
@@ -21,7 +22,7 @@ def gradients(policy: Policy, row: PackedTrees, coef: Tensor) -> dict[str, Tenso
     policy.zero_grad()
     logprob, _ = policy(row)
     (logprob * coef).sum().backward()
-    return {name: p.grad.clone() for name, p in policy.named_parameters()}
+    return {name: grad_of(p).clone() for name, p in policy.named_parameters()}
 
 
 def one_row() -> PackedTrees:
@@ -32,7 +33,7 @@ def one_row() -> PackedTrees:
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
 @pytest.mark.parametrize("name", list(MODELS))
 @pytest.mark.parametrize("alive", ["all", "one turn", "one token", "none", "half"])
-def test_equal_to_the_full_backward(name: str, alive: str, choice: str) -> None:
+def test_equal_to_the_full_backward(name: str, alive: str, choice: GradientCheckpointing) -> None:
     """Fails if an ancestor of a token with gradient is left out, a kept token's position or mask is wrong, or the
     gradients of the tokens that an MLP was computed again for go to other tokens.
     """
@@ -57,7 +58,7 @@ def test_equal_to_the_full_backward(name: str, alive: str, choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_every_backward_is_cut_by_its_own_gradients(choice: str) -> None:
+def test_every_backward_is_cut_by_its_own_gradients(choice: GradientCheckpointing) -> None:
     """Fails if what one backward left out is still left out in the next."""
     row, policy = one_row(), Policy(make("qwen3"), gradient_checkpointing=choice).train()
     full = Policy(make("qwen3")).train()
@@ -70,7 +71,7 @@ def test_every_backward_is_cut_by_its_own_gradients(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_evaluation_is_not_checkpointed(choice: str) -> None:
+def test_evaluation_is_not_checkpointed(choice: GradientCheckpointing) -> None:
     """Fails if a backward in evaluation mode leaves out what the last one in training did."""
     row, policy = one_row(), Policy(make("qwen3"), gradient_checkpointing=choice).train()
     coefs = [torch.zeros(row.num_actions, dtype=torch.float64) for _ in range(2)]
@@ -84,7 +85,7 @@ def test_evaluation_is_not_checkpointed(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_rows_keep_their_own_tokens(choice: str) -> None:
+def test_rows_keep_their_own_tokens(choice: GradientCheckpointing) -> None:
     """Fails if the backward of a row takes the tokens of another row that was forwarded in between."""
     rows = pack_trees(trees(), Objective.preset("at2po"), 22, dtype=torch.float64)
     assert len(rows) > 2
@@ -98,7 +99,7 @@ def test_rows_keep_their_own_tokens(choice: str) -> None:
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_left_out_tokens_are_not_computed_again(choice: str) -> None:
+def test_left_out_tokens_are_not_computed_again(choice: GradientCheckpointing) -> None:
     """Fails if the recomputation runs over tokens without gradient, or a layer is computed more often than twice."""
     row, policy = one_row(), Policy(make("llama"), gradient_checkpointing=choice).train()
     sizes: dict[str, list[int]] = {"self_attn.q_proj": [], "mlp.up_proj": []}
@@ -127,7 +128,9 @@ def test_what_all_layers_share_is_cut_once(monkeypatch: pytest.MonkeyPatch) -> N
     made: list[int] = []
     make_blocks = policy_module.attention_blocks
     monkeypatch.setattr(policy_module, "attention_blocks", lambda *a, **k: made.append(1) or make_blocks(*a, **k))
-    for choice, expected, lists in (("layer", [positions, angles, angles], 2), ("mlp", [], 1)):
+    cases: list[tuple[GradientCheckpointing, list[tuple[int, ...]], int]]
+    cases = [("layer", [positions, angles, angles], 2), ("mlp", [], 1)]
+    for choice, expected, lists in cases:
         policy = Policy(make("llama"), gradient_checkpointing=choice).train()
         made.clear()
         taken.clear()
@@ -145,7 +148,7 @@ def test_kept_bytes() -> None:
     assert kept["layer"] < kept["mlp"] / 2
 
 
-def saved_bytes(choice: str, row: PackedTrees) -> int:
+def saved_bytes(choice: GradientCheckpointing, row: PackedTrees) -> int:
     """Bytes that a forward keeps for the backward, without parameters."""
     policy = Policy(make("qwen3"), gradient_checkpointing=choice).train()
     own = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
@@ -184,6 +187,7 @@ def test_needed_tokens_are_the_ancestors(seed: int) -> None:
     if needed.sum() > 0.95 * length:
         assert tokens.index is None
         return
+    assert tokens.index is not None and tokens.subtree_end is not None
     assert torch.equal(tokens.index, needed.nonzero().squeeze(1))
     kept = tokens.index
     visible = (k <= q) & (q < end[None, :])
@@ -193,7 +197,7 @@ def test_needed_tokens_are_the_ancestors(seed: int) -> None:
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_dropout_is_refused(choice: str) -> None:
+def test_dropout_is_refused(choice: GradientCheckpointing) -> None:
     """Fails if a layer that draws random numbers is computed twice with different ones."""
     model = make("llama")
     model.config.attention_dropout = 0.1
@@ -215,4 +219,4 @@ def test_unknown_choice_is_refused() -> None:
     """Fails if a misspelt choice, or True of older code, leaves checkpointing off."""
     for choice in ("layers", True):
         with pytest.raises(ValueError, match="'none', 'layer' or 'mlp'"):
-            Policy(make("llama"), gradient_checkpointing=choice)
+            Policy(make("llama"), gradient_checkpointing=choice)  # type: ignore[arg-type]  # that is refused

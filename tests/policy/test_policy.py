@@ -8,56 +8,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
+from atpo_fast import Objective, pack_trees
 from atpo_fast.packing import spread_rows
 from atpo_fast.policy import Policy
 from tests.helpers.flat_reference import exact_norms
-
-VOCAB = 50
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
-MODELS = {
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-}
-
-
-def make(name: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MODELS[name]().double()
-
-
-def trees() -> list[TurnTree]:
-    rng = np.random.default_rng(3)
-    out = []
-    for t in range(2):
-        tree = TurnTree(rng.integers(0, VOCAB, 7), question_id=str(t))
-        a = tree.add_turn(0, rng.integers(0, VOCAB, 5), observation_ids=rng.integers(0, VOCAB, 6))
-        b = tree.add_turn(a, rng.integers(0, VOCAB, 1))
-        c = tree.add_turn(a, rng.integers(0, VOCAB, 4))
-        d = tree.add_turn(0, rng.integers(0, VOCAB, 3))
-        for leaf, reward in ((b, 1.0), (c, 0.0), (d, 0.0)):
-            tree.set_reward(leaf, reward)
-        out.append(tree)
-    assign_credit(out)
-    return out
+from tests.helpers.policies import MODELS, SIZES, grad_of, make, trees
 
 
 # Fails when positions restart wrongly, a sibling is visible, the predictor of a branch's first token is off by one,
@@ -93,7 +52,7 @@ def test_gradient_does_not_depend_on_ranks_and_rows(level: str, tied: bool) -> N
         for mine in spread_rows(rows, ranks):
             for row in mine:
                 policy(row, objective).loss.backward()
-        gradients.append({n: p.grad for n, p in policy.named_parameters()})
+        gradients.append({n: grad_of(p) for n, p in policy.named_parameters()})
     for other in gradients[1:]:
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-10 * float(gradient.abs().max()))
@@ -109,7 +68,7 @@ def test_no_old_logprobs_are_the_current_ones() -> None:
     for old in (None, own):
         policy.zero_grad()
         policy(replace(row, old_logprob=old), Objective.preset("at2po")).loss.backward()
-        grads.append([p.grad.clone() for p in policy.parameters()])
+        grads.append([grad_of(p).clone() for p in policy.parameters()])
     for first, second in zip(*grads, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-10, atol=1e-14)
 

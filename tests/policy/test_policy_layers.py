@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from atpo_fast import Objective, pack_trees
+from atpo_fast.common.choices import GradientCheckpointing, Liger
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy, layers
 from atpo_fast.policy.layers import use_liger
 from tests.helpers.flat_reference import exact_norms
 from tests.helpers.interpreter import DEVICE, tl
-from tests.policy.test_policy import MODELS, make, trees
+from tests.helpers.policies import MODELS, make, trees
 
 ops = pytest.importorskip("liger_kernel.ops")
 KERNELS = ("LigerRMSNormFunction", "LigerSiLUMulFunction", "LigerRopeFunction")
@@ -60,7 +61,9 @@ def liger(name: str) -> PreTrainedModel:
     return model
 
 
-def results(model: PreTrainedModel, row: PackedTrees, choice: str = "none", part: slice = slice(None)) -> list[Tensor]:
+def results(
+    model: PreTrainedModel, row: PackedTrees, choice: GradientCheckpointing = "none", part: slice = slice(None)
+) -> list[Tensor]:
     """Log-probs and every gradient of a sum over some of them, in float64 on the host."""
     policy = Policy(model.to(DEVICE), gradient_checkpointing=choice, liger="off").train()
     logprob, _ = policy(row)
@@ -75,18 +78,28 @@ def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [float((f - e).abs().max() / e.abs().max()) for f, e in zip(found, expected, strict=True)]
 
 
+def mean_square(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Of the errors of all numbers, as shares of the largest number of their tensor."""
+    shares = [((f - e) / e.abs().max()).flatten() for f, e in zip(found, expected, strict=True)]
+    return float(torch.cat(shares).square().mean())
+
+
 @pytest.mark.parametrize("name", list(MODELS))
 def test_same_as_hugging_face(name: str, row: PackedTrees, calls: dict[str, int]) -> None:
     """Fails if a norm gets another epsilon or offset, RoPE another layout, or an in-place write meets a kept tensor."""
     exact = results(exact_norms(make(name)), row)
-    found, plain = errors(results(liger(name), row), exact), errors(results(make(name).float(), row), exact)
-    assert max(found) < 2 * max(plain) < 1e-4, (found, plain)
+    found, plain = results(liger(name), row), results(make(name).float(), row)
+    # one largest error is the luck of a few roundings; over thousands of numbers the order of sums averages out
+    assert mean_square(found, exact) < 2**2 * mean_square(plain, exact)
+    assert max(errors(found, exact)) < 1e-5
     norms = 9 if name == "qwen3" else 5  # of 2 layers; Qwen3 has two for the heads
     assert calls == dict(zip(KERNELS, (norms, 2, 2), strict=True))
 
 
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_checkpointing_over_the_needed_tokens(choice: str, row: PackedTrees, calls: dict[str, int]) -> None:
+def test_checkpointing_over_the_needed_tokens(
+    choice: GradientCheckpointing, row: PackedTrees, calls: dict[str, int]
+) -> None:
     """Fails if the backward's in-place writes reach what is computed again, or cut positions come to RoPE wrongly."""
     part = slice(0, 5)
     expected = results(liger("qwen3"), row, "none", part)
@@ -147,7 +160,7 @@ def test_left_alone(row: PackedTrees, calls: dict[str, int], monkeypatch: pytest
 @pytest.mark.parametrize(
     ("choice", "cuda", "used"), [("auto", True, True), ("auto", False, False), ("off", True, False)]
 )
-def test_choice(choice: str, cuda: bool, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice(choice: Liger, cuda: bool, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if `off` or a machine without a GPU still changes the layers, or `auto` never does."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     model = make("qwen2")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atpo_fast.retrieval import BM25Index, BM25Settings, bm25_build, build_index, open_index
-from atpo_fast.retrieval.bm25 import hash_words, split_words
+from atpo_fast.retrieval.bm25 import Postings, hash_words, split_words
 from tests.helpers.retrieval_cases import random_queries, random_rows, write_corpus
 
 
@@ -81,7 +83,7 @@ def test_a_killed_build_goes_on_after_the_last_whole_shard(tmp_path: Path, monke
     counted: list[int] = []
     count_words, score = bm25_build.count_words, bm25_build.score
 
-    def stop_counting(texts):
+    def stop_counting(texts: Iterable[str]) -> Postings:
         if len(counted) == 2:
             raise KeyboardInterrupt
         counted.append(1)
@@ -96,7 +98,7 @@ def test_a_killed_build_goes_on_after_the_last_whole_shard(tmp_path: Path, monke
     again: list[int] = []
     monkeypatch.setattr(bm25_build, "count_words", lambda texts: again.append(1) or count_words(texts))
 
-    def stop_scoring(*arguments):
+    def stop_scoring(*arguments: Any) -> Postings:
         if len(list((tmp_path / "index" / "shards").glob("*.scores"))) == 2:
             raise KeyboardInterrupt
         return score(*arguments)
@@ -118,7 +120,9 @@ def test_a_killed_build_goes_on_after_the_last_whole_shard(tmp_path: Path, monke
 def test_an_index_is_memory_mapped(tmp_path: Path) -> None:
     """Fails if opening an index reads its postings into memory."""
     build_index(tmp_path / "i", [write_corpus(tmp_path / "c.jsonl", random_rows(20))], BM25Settings())
-    scores = open_index(tmp_path / "i").index._shards[0]._index.scores
+    index = open_index(tmp_path / "i").index
+    assert isinstance(index, BM25Index)
+    scores = index._shards[0]._index.scores
     for name in ("data", "indices", "indptr"):
         base = scores[name]
         while isinstance(base.base, np.ndarray):

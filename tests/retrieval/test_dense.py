@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from atpo_fast.config import ToolsConfig
+from atpo_fast.config.retrieval import Faiss, VectorDtype
 from atpo_fast.environment import ToolCall, make_toolbox
 from atpo_fast.retrieval import DenseSettings, IndexMismatchError, build_index, dense, open_index
 from atpo_fast.retrieval.encoder import Encoder
@@ -62,7 +64,7 @@ def test_encoding_in_batches_is_encoding_alone(encoder_path: str) -> None:
 
 @pytest.mark.parametrize("faiss_kind", ["flat", "ivf", "hnsw"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_search_is_brute_force(tmp_path: Path, encoder_path: str, faiss_kind: str, dtype: str) -> None:
+def test_search_is_brute_force(tmp_path: Path, encoder_path: str, faiss_kind: Faiss, dtype: VectorDtype) -> None:
     """Fails if a prefix is left out, swapped or doubled, if FAISS compares by distance, or if numbers are shifted.
 
     All lists of so small an IVF index are probed, and its graph of neighbours is nearly whole: both are exact here.
@@ -93,9 +95,10 @@ def test_a_killed_build_goes_on(tmp_path: Path, encoder_path: str, monkeypatch: 
     settings = DenseSettings(encoder=encoder_path, vector_dtype="float32")
     build_index(tmp_path / "whole", [corpus], settings)
     monkeypatch.setattr(dense, "_BLOCK", 16)
-    encode, encoded = Encoder.encode, []
+    encode = Encoder.encode
+    encoded: list[int] = []
 
-    def stop(self, texts):
+    def stop(self: Encoder, texts: Sequence[str]) -> np.ndarray:
         if len(encoded) == 2:
             raise KeyboardInterrupt
         encoded.append(len(texts))
@@ -108,7 +111,7 @@ def test_a_killed_build_goes_on(tmp_path: Path, encoder_path: str, monkeypatch: 
     build_index(tmp_path / "i", [corpus], settings)
     assert encoded == [16, 16, 16, 12]
     vectors = [np.fromfile(tmp_path / name / "vectors.bin", np.float32) for name in ("whole", "i")]
-    np.testing.assert_allclose(*vectors, atol=2e-6)
+    np.testing.assert_allclose(vectors[0], vectors[1], atol=2e-6)
 
 
 def test_another_faiss_index_uses_the_vectors_again(

@@ -19,8 +19,11 @@ from atpo_fast.environment import BM25Search, ToolCall, make_toolbox
 from atpo_fast.retrieval import BM25Settings, IndexMismatchError, Retriever, build_index, manifest, open_index
 from tests.helpers.retrieval_cases import random_queries, random_rows, write_corpus
 
-WIKI = [{"id": "9", "contents": '"Zoë"\nOne. Two.'}, {"id": "8", "contents": "Bare\nlines", "more": 1}]
-TITLED = [{"title": "A", "text": "x y", "id": 7}, {"text": "no title"}]
+WIKI: list[dict[str, Any]] = [
+    {"id": "9", "contents": '"Zoë"\nOne. Two.'},
+    {"id": "8", "contents": "Bare\nlines", "more": 1},
+]
+TITLED: list[dict[str, Any]] = [{"title": "A", "text": "x y", "id": 7}, {"text": "no title"}]
 CONTENTS = ['"Zoë"\nOne. Two.', "Bare\nlines", '"A"\nx y', "no title"]
 
 

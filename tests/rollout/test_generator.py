@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from typing import Any
 
@@ -30,8 +30,10 @@ from tests.helpers.scripted_engine import (
 PATIENCE = 4.0  # seconds until a test that waits for what never happens fails
 
 
-def trees_of(search: TreeSearch, count: int, **options: Any) -> Iterator[tuple[int, TurnTree]]:
-    return search.roll_out(questions(count), prompts(questions(count)), seed=0, **options)
+def trees_of(search: TreeSearch, count: int, **options: Any) -> Generator[tuple[int, TurnTree], None, None]:
+    found = search.roll_out(questions(count), prompts(questions(count)), seed=0, **options)
+    assert isinstance(found, Generator)  # it can be closed
+    return found
 
 
 def test_a_tree_comes_before_the_tools_of_another_question_have_answered() -> None:

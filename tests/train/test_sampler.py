@@ -25,16 +25,18 @@ from tests.helpers.scripted_engine import ScriptedEngine, by_seed, make_search, 
 class Scripted(Sampler):
     """A sampler without a run: a scripted engine, and trees in an order of its own."""
 
+    engine: ScriptedEngine
+
     def __init__(self) -> None:
         self.engine = ScriptedEngine(by_seed, polls=lambda request: 1 + request.turn_key[1] % 7)
         self.tree_search = make_search(self.engine)
         self.raises: BaseException | None = None
         self.threads: list[str] = []
 
-    def roll_out(self, asked: Sequence[Question], *, seed: int, **_: Any) -> Iterator[tuple[int, TurnTree]]:
+    def roll_out(self, questions: Sequence[Question], *, seed: int, **_: Any) -> Iterator[tuple[int, TurnTree]]:
         self.threads.append(threading.current_thread().name)
         self.engine.counters.decoded_tokens += 10
-        for index, tree in self.tree_search.roll_out(asked, prompts(asked), seed=seed):
+        for index, tree in self.tree_search.roll_out(questions, prompts(questions), seed=seed):
             yield index, tree
             if self.raises is not None:
                 raise self.raises

@@ -29,7 +29,8 @@ def test_sums_over_turns(trees: list[TurnTree]) -> None:
     assert forest.tree_offsets.tolist() == [turns.index((t, 0)) for t in range(len(trees))] + [len(turns)]
     leaves = [turns[n] for n in forest.leaves]
     assert leaves == [(t, n) for t, tree in enumerate(trees) for n in tree.leaves]
-    values, of_leaf = np.arange(1.0, len(turns) + 1), np.arange(1.0, len(leaves) + 1)
+    values = np.arange(1.0, len(turns) + 1, dtype=np.float64)
+    of_leaf = np.arange(1.0, len(leaves) + 1, dtype=np.float64)
     value, leaf_value = dict(zip(turns, values, strict=True)), dict(zip(leaves, of_leaf, strict=True))
     for at, (t, n) in enumerate(turns):
         tree = trees[t]

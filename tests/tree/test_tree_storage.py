@@ -19,46 +19,7 @@ from atpo_fast.tree.storage import (
     tree_to_json,
 )
 from atpo_fast.tree.turn_tree import TurnTree
-
-
-class Letters:
-    """A tokenizer of characters: token id = code point."""
-
-    def decode(self, token_ids: list[int]) -> str:
-        return "".join(map(chr, token_ids))
-
-
-def encode(text: str) -> list[int]:
-    return [ord(character) for character in text]
-
-
-def make_tree() -> TurnTree:
-    """Root, a search with two answers under it, and a leaf that failed: every optional field used and unused."""
-    tree = TurnTree(encode("Who?"), question_id="q1", meta={"question": "Who?", "answers": ["é", "\ud800"]})
-    search = tree.add_turn(0, encode("<search>x</search>"), np.linspace(-1, 0, 18), encode("<r>é</r>"), tool="search")
-    good = tree.add_turn(search, encode("yes"), [-0.1, -1 / 3, -1e-300], finish_reason="eos")
-    bad = tree.add_turn(search, encode("n"), [-math.inf], [], finish_reason="length")
-    tree.add_turn(0, [], [], finish_reason="error")
-    tree.set_reward(good, 1)
-    tree.set_reward(bad, -1)
-    tree.set_multiplicity(bad, 3)
-    return tree
-
-
-def assert_equal(one: TurnTree, other: TurnTree) -> None:
-    assert (one.question_id, one.meta, len(one)) == (other.question_id, other.meta, len(other))
-    for a, b in zip(one.turns, other.turns, strict=True):
-        for name in ("action_ids", "logprobs", "observation_ids"):
-            x, y = getattr(a, name), getattr(b, name)
-            assert x.dtype == y.dtype
-            np.testing.assert_array_equal(x, y)
-        for name in ("parent", "finish_reason", "tool", "children", "reward", "multiplicity"):
-            assert getattr(a, name) == getattr(b, name), name
-    for name in ("values", "advantages", "leaf_advantages"):
-        x, y = getattr(one, name), getattr(other, name)
-        assert (x is None) == (y is None)
-        if x is not None:
-            np.testing.assert_array_equal(x, y)
+from tests.helpers.stored_trees import Letters, assert_equal, encode, make_tree
 
 
 @pytest.mark.parametrize("scored", [False, True])
@@ -96,8 +57,8 @@ def test_damaged_tree_is_named() -> None:
 def test_readable_record(tmp_path: Path) -> None:
     # fails if text is decoded from the wrong tokens or a number belongs to another turn
     tree = make_tree()
-    tree.values = np.arange(5.0)
-    tree.advantages = np.arange(5.0) - 2
+    tree.values = np.arange(5.0, dtype=np.float64)
+    tree.advantages = np.arange(5.0, dtype=np.float64) - 2
     append_trees(tmp_path / "trees.jsonl", [tree], 4, Letters())
     record = read_trees(tmp_path / "trees.jsonl")[0]
     assert record["question_id"] == "q1" and record["step"] == 4 and record["meta"]["question"] == "Who?"

@@ -99,6 +99,7 @@ class TritonHead:
             self._statistics(out, first, min(step, start + rows - first), scratch)
 
     def _statistics(self, out: Statistics, start: int, rows: int, scratch: Scratch | None) -> None:
+        """Launch one pass over ranges of the vocabulary, and the merge of their statistics."""
         splits, grid = self._grid(rows)
         partial = torch.empty(rows, splits, 4, dtype=torch.float32, device=self.hidden.device)
         exponentials, references, stride, capacity = None, None, 0, 0
@@ -135,6 +136,7 @@ class TritonHead:
         return buffer[:rows]
 
     def _grid(self, rows: int) -> tuple[int, tuple[int]]:
+        """Choose the ranges of the vocabulary, and the programs: one for each row tile and range."""
         splits = vocab_splits(rows, self.weight.shape[0], self.tile, self.workers)
         return splits, (ceil(rows / self.tile.rows) * splits,)
 
@@ -142,6 +144,7 @@ class TritonHead:
         return ceil(ceil(self.weight.shape[0] / self.tile.columns) / splits)
 
     def _operands(self) -> tuple[Any, Any, Any]:
+        """Give hidden, weight and bias as the kernels load them: by descriptors or through pointers."""
         tile = self.tile
         if not tile.descriptors:
             return self.hidden, self.weight, self.bias
@@ -149,10 +152,12 @@ class TritonHead:
         return hidden, TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth]), self.bias
 
     def _out(self, buffer: Tensor) -> Any:
+        """Give a scratch buffer as the kernels store into it."""
         tile = self.tile
         return TensorDescriptor.from_tensor(buffer, [tile.rows, tile.columns]) if tile.descriptors else buffer
 
     def _sizes(self) -> tuple[int, int, int, int]:
+        """List vocabulary, width, and the strides of hidden and weight."""
         return self.weight.shape[0], self.weight.shape[1], self.hidden.stride(0), self.weight.stride(0)
 
     def _constants(self) -> dict[str, Any]:

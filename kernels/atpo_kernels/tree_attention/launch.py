@@ -104,6 +104,7 @@ class Attention:
         return grads
 
     def _key_gradients(self, grads: Gradients, grad: Tensor, statistics: Tensor, delta: Tensor) -> None:
+        """Fill in the gradients of k and v; sums of pieces of a key block are added up by a second kernel."""
         lists, tile, (num_keys, heads, width) = self.blocks, self.tiles.key_gradient, self.k.shape
         depth = padded_width(width)
         parts = torch.empty(2, lists.slots, heads, tile.keys, depth, dtype=torch.float32, device=grad.device)
@@ -126,6 +127,7 @@ class Attention:
         return self.scale / log(2)
 
     def _lists(self) -> tuple[Tensor, ...]:
+        """List the block lists in the order of the kernels' arguments."""
         lists = self.blocks
         return lists.query_order, lists.full_offsets, lists.full, lists.partial_offsets, lists.partial
 
@@ -162,6 +164,8 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 class _TreeAttention(torch.autograd.Function):
+    """`tree_attention` on the kernels; the backward computes the weights again from their statistics."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlockLists | None

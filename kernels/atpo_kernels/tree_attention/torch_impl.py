@@ -179,6 +179,8 @@ def _tokens_first(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _TreeAttention(torch.autograd.Function):
+    """`tree_attention` block by block; the backward computes the scores of a block again."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, scale: float, blocks: TreeBlocks

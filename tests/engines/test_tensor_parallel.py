@@ -1,0 +1,74 @@
+"""One engine shared by two ranks: the leader searches for both, the other follows its calls."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from atpo_fast.common.errors import EngineError
+from atpo_fast.data.questions import Question
+from atpo_fast.engines.base import LeaderFailedError, Request
+from atpo_fast.engines.tensor_parallel import SharedEngine
+from tests.helpers.scripted_engine import ScriptedEngine, as_data, by_seed, make_search, prompts, questions, roll_out
+
+
+def share(rank: int) -> list[Question]:
+    """Three questions for the first rank, two for the second."""
+    return questions(5)[:3] if rank == 0 else questions(5)[3:]
+
+
+def follow(rank: int, store: str, outcomes: Any) -> None:
+    """One rank: a roll-out, a failing one, and a roll-out after that."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    broken = False
+
+    def script(prompt: str, request: Request) -> str:
+        if broken:
+            raise MemoryError("no room")
+        return by_seed(prompt, request)
+
+    part = ScriptedEngine(script)
+    world = dist.group.WORLD
+    assert world is not None
+    engine = SharedEngine(part, world)
+    search = make_search(engine)
+    found: dict[str, Any] = {}
+    for name in ("first", "failed", "again"):
+        broken = name == "failed"
+        asked = share(rank)
+
+        def work(everyones: Any) -> Any:
+            return search.roll_out(everyones, prompts(everyones), seed=0)
+
+        try:
+            found[name] = [(index, as_data(tree)) for index, tree in engine.for_all(asked, work)]
+        except (RuntimeError, EngineError) as error:
+            found[name] = type(error).__name__
+        found[f"left after {name}"] = len(part.in_flight) + len(part.live)
+    found["submitted"] = [len(batch) for batch in part.batches]
+    found["decoded"] = asdict(engine.counters)["decoded_tokens"]
+    outcomes[rank] = found
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_the_leader_searches_for_all_ranks(tmp_path: Path) -> None:
+    # Fails if trees go to the wrong rank, a part is called otherwise than the leader's, an error of the leader leaves
+    # the others waiting, or requests stay in a part.
+    with mp.Manager() as manager:
+        outcomes = manager.dict()
+        mp.spawn(follow, args=(str(tmp_path / "store"), outcomes), nprocs=2)
+        leader, other = outcomes[0], outcomes[1]
+    expected = [as_data(tree) for tree in roll_out(make_search(ScriptedEngine(by_seed)), questions(5))]
+    for name in ("first", "again"):
+        assert sorted(leader[name]) == list(enumerate(expected[:3]))
+        assert sorted(other[name]) == list(enumerate(expected[3:]))
+    assert leader["failed"] == "RuntimeError" and other["failed"] == LeaderFailedError.__name__
+    assert not any(found[f"left after {name}"] for found in (leader, other) for name in ("first", "failed", "again"))
+    assert leader["submitted"] == other["submitted"]

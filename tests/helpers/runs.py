@@ -1,0 +1,80 @@
+"""Whole runs of `atpo-fast train` in a tiny world, and what they logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY: dict[str, Any] = {
+    "deepspeed": str(ROOT / "configs/deepspeed/zero3.json"),
+    "device": "cpu",
+    "data": {"source": "world", "prompt": "short", "max_prompt_tokens": 32},
+    "world": {
+        "entities": 12,
+        "relations": 2,
+        "max_hops": 2,
+        "train_questions": 40,
+        "eval_questions": 6,
+        "demonstrations": 64,
+    },
+    "model": {"dtype": "float32", "hidden_size": 32, "layers": 2, "head_dim": 8, "intermediate_size": 48},
+    "rollout": {
+        "initial_chains": 3,
+        "expansion_rounds": 1,
+        "expansions_per_round": 2,
+        "max_turn_tokens": 16,
+        "max_response_tokens": 160,
+    },
+    "optim": {"lr": 1e-3},
+    "cold_start": {"steps": 12, "batch_size": 16},
+    "train": {
+        "steps": 3,
+        "questions_per_step": 4,
+        "questions_per_minibatch": 2,
+        "row_tokens": 1024,
+        "save_every": 1,
+        "old_logprobs": "rollout",
+    },
+    "credit": {"leaf_norm": False},  # so barely trained rewards, all -1, still make a gradient
+    "logging": {"progress": "plain"},
+}
+
+
+def start(config: Path, *overrides: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
+    """`atpo-fast train` as a process."""
+
+    def limit() -> None:
+        assert limit_bytes is not None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "atpo_fast", "train", "--config", str(config), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=limit if limit_bytes else None,
+    )
+
+
+def run(config: Path, *overrides: str, code: int = 0, limit_bytes: int | None = None) -> str:
+    """Run to the end; its output."""
+    process = start(config, *overrides, limit_bytes=limit_bytes)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == code, output[-3000:]
+    return output
+
+
+def records(folder: Path, phase: str) -> dict[int, dict[str, Any]]:
+    """Metrics of a phase by step; a step that was logged twice fails."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["phase"] == phase]
+    assert len({line["step"] for line in found}) == len(found)
+    return {line["step"]: line for line in found}
