@@ -19,6 +19,7 @@ SHORT = {
     "atpo_fast/common/choices.py": "values that the configuration and what it sets up have in common",
     "atpo_fast/common/log.py": "the one set-up of logging, which every entry point calls",
     "atpo_fast/common/ranks.py": "one collective, which credit, packing and policy must not import from the trainer",
+    "atpo_fast/common/threads.py": "one setting, which has to be made before PyTorch is imported",
     "atpo_fast/config/logging.py": "a section of the configuration, of which each has its file",
     "atpo_fast/config/section.py": "what all sections share, which none of them can hold",
     "atpo_fast/policy/model.py": "loads a model, also for engines that have no policy",
