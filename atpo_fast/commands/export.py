@@ -35,7 +35,7 @@ EXPORT = Verb(
     name="export",
     summary="copy a checkpoint's Hugging Face files (safetensors, configuration, tokenizer)",
     detail="A run folder means its newest checkpoint.",
-    example="atpo-fast export runs/quickstart/checkpoints/step_000060 models/mine",
+    example="atpo-fast export runs/quickstart/checkpoints/step_000040 models/mine",
     run=export,
     add_arguments=add_arguments,
 )

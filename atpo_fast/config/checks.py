@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atpo_fast.config.data import DataConfig
-from atpo_fast.config.engines import PagedConfig, ServerConfig, VLLMConfig
+from atpo_fast.config.engines import EngineConfig, ServerConfig, VLLMConfig
 from atpo_fast.config.method import ObjectiveConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.train import TrainConfig
@@ -35,7 +35,7 @@ def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
         )
 
 
-def check_engine(engine: PagedConfig | VLLMConfig | ServerConfig, rollout: RolloutConfig, train: TrainConfig) -> None:
+def check_engine(engine: EngineConfig, rollout: RolloutConfig, train: TrainConfig) -> None:
     """Check that the engine can sample what is asked for, and when it is asked for it."""
     if isinstance(engine, ServerConfig) and (rollout.top_p < 1 or rollout.top_k):
         raise ValueError(

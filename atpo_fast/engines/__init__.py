@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from typing_extensions import assert_never
 
 from atpo_fast.config import Config, PagedConfig, ServerConfig, VLLMConfig
 from atpo_fast.engines.base import Completion, Engine, EngineCounters, PathNode, Request, SamplingParams
@@ -66,27 +67,34 @@ def make_engine(
         from atpo_fast.engines.server.engine import ServerEngine
 
         return ServerEngine(folder, tokenizer, engine, temperature=rollout.temperature)
-    dtype = torch.float32 if engine.cache_dtype == "float32" else getattr(torch, config.model.dtype)
     if isinstance(engine, PagedConfig):
         from atpo_fast.engines.paged import PagedEngine
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config, engine))
         return PagedEngine(model, tokenizer, cache_tokens=engine.cache_tokens, device=device)
-    from atpo_fast.engines.vllm.engine import VLLMEngine
+    if isinstance(engine, VLLMConfig):
+        from atpo_fast.engines.vllm.engine import VLLMEngine
 
-    part = VLLMEngine(
-        folder,
-        tokenizer,
-        engine,
-        cache_tokens=engine.cache_tokens,
-        max_positions=min(max_positions, config.data.max_prompt_tokens + rollout.max_response_tokens),
-        dtype=dtype,
-        device=device,
-        truncates=rollout.top_k > 0 or rollout.top_p < 1,
-        seed=config.seed,
-        current_weights=current_weights,
-    )
-    return _shared(part, engine.tensor_parallel) if engine.placement == "colocated" else part
+        part = VLLMEngine(
+            folder,
+            tokenizer,
+            engine,
+            cache_tokens=engine.cache_tokens,
+            max_positions=min(max_positions, config.data.max_prompt_tokens + rollout.max_response_tokens),
+            dtype=_dtype(config, engine),
+            device=device,
+            truncates=rollout.top_k > 0 or rollout.top_p < 1,
+            seed=config.seed,
+            current_weights=current_weights,
+        )
+        return _shared(part, engine.tensor_parallel) if engine.placement == "colocated" else part
+    assert_never(engine)
+
+
+def _dtype(config: Config, engine: PagedConfig | VLLMConfig) -> torch.dtype:
+    """Return the dtype of an engine's weights and cache."""
+    dtype: torch.dtype = torch.float32 if engine.cache_dtype == "float32" else getattr(torch, config.model.dtype)
+    return dtype
 
 
 def _shared(part: Engine, ranks: int) -> Engine:

@@ -1,8 +1,8 @@
 """The engine as the tree search sees it (docs/design.md#engines), and the checks that all engines share.
 
-`Engine` is the interface. `CheckedEngine` adds the shared checks: requests are checked before any of them starts,
-new weights are checked against the model, and neither weights nor cache nor memory change while requests are in
-flight. A concrete engine inherits from it and implements its hooks.
+`Engine` is the interface. `CheckedEngine` adds the shared checks: it checks all requests before any of them starts,
+compares new weights with the model, and refuses to change weights, cache or memory while requests are in flight. A
+concrete engine inherits from it and implements its hooks.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class LeaderFailedError(EngineError):
 class Engine(ABC):
     """An inference engine that completes any number of requests at a time, by continuous batching.
 
-    A request is in flight from `submit` until `poll` has returned its completion. It is dropped instead when `release`
-    names its tree, and when `submit` fails half-way or `poll` raises. One thread calls all methods.
+    A request is in flight from `submit` until `poll` returns its completion. `release` drops the requests of its tree;
+    a `submit` that fails half-way and a `poll` that raises drop them all. One thread calls all methods.
     """
 
     counters: EngineCounters
@@ -70,8 +70,8 @@ class Engine(ABC):
         """Begin requests beside those in flight. Return at once: `poll` does the work.
 
         Raises:
-            ValueError: a request that contradicts itself, another one or what was generated before, or that this
-                engine cannot take; then none of `requests` is begun.
+            ValueError: a request contradicts itself, another one or what the engine wrote before, or this engine
+                cannot take it; then none of `requests` begins.
             RuntimeError: the engine is asleep.
         """
 
@@ -80,9 +80,9 @@ class Engine(ABC):
         """Advance all requests in flight by a little (one decode step, say). Callers loop over it: an engine that works
         in another process waits a moment for news.
 
-        Return those that have finished since the last call, by `Request.turn_key`, in any order; often none. Return an
-        empty list at once when nothing is in flight. When it raises, nothing is in flight any more, and the engine
-        remembers nothing of unfinished trees.
+        Return the completions that are new since the last call, by `Request.turn_key`, in any order; often none. Return
+        an empty list at once when nothing is in flight. After an error nothing is in flight any more, and the engine
+        has forgotten all unfinished trees.
         """
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -116,8 +116,8 @@ class Engine(ABC):
 
         Raises:
             KeyError: a name that the model does not have.
-            ValueError: a tensor of another shape, or parameters that never came. After an error the engine is of no use
-                until all weights have come.
+            ValueError: a tensor of another shape, or a missing parameter. After an error the engine cannot write until
+                it gets all weights.
             RuntimeError: requests are in flight.
         """
 
@@ -127,14 +127,14 @@ class Engine(ABC):
 
     @abstractmethod
     def sleep(self) -> None:
-        """Give back memory until `wake`; the cache may be lost. Raise RuntimeError when requests are in flight."""
+        """Give memory back until `wake`; this may empty the cache. Raise RuntimeError when requests are in flight."""
 
     @abstractmethod
     def wake(self) -> None:
-        """Take back the memory that `sleep` has freed."""
+        """Take back the memory that `sleep` freed."""
 
     def close(self) -> None:
-        """End what the engine has started; it is of no use afterwards."""
+        """Stop all that the engine has started; do not use it afterwards."""
         return
 
 
@@ -144,7 +144,7 @@ class CheckedEngine(Engine):
     Args:
         tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
         vocab_size: V; token ids are in [0, V).
-        shapes: the model's parameters as `parameter_shapes` lists them; new weights are checked against it.
+        shapes: the model's parameters as `parameter_shapes` lists them; `checked` compares new weights with them.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class CheckedEngine(Engine):
 
     @abstractmethod
     def _begin(self, request: Request, forwarded: int) -> None:
-        """Begin a checked request, of whose prompt the first `forwarded` tokens are known to be forwarded before."""
+        """Begin a checked request; an earlier request has forwarded the first `forwarded` tokens of its prompt."""
 
     @abstractmethod
     def _advance(self) -> list[tuple[TurnKey, Completion]]:
@@ -276,7 +276,7 @@ class CheckedEngine(Engine):
 
     @abstractmethod
     def _load(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Take new weights, which have to pass through `checked`, and forget the cache."""
+        """Take new weights through `self.checked(named_parameters)`, which checks them, and forget the cache."""
 
     @abstractmethod
     def _forget_cache(self) -> None:
@@ -288,4 +288,4 @@ class CheckedEngine(Engine):
 
     @abstractmethod
     def _wake(self) -> None:
-        """Take back the memory that `_sleep` has freed."""
+        """Take back the memory that `_sleep` freed."""

@@ -75,7 +75,7 @@ class PackedTrees:
         return self.path_offsets.numel() - 1
 
     def to(self, device: torch.device | str) -> PackedTrees:
-        """Copy with every tensor on `device` but those by which the host plans: `subtree_end` and `turn_offsets`."""
+        """Copy the row to `device`; `subtree_end` and `turn_offsets` stay: the CPU reads them to plan kernels."""
         moved = {
             f.name: getattr(self, f.name).to(device, non_blocking=True)
             for f in fields(self)

@@ -19,7 +19,7 @@ STATIONS = [
         "2  Score",
         AMBER,
         ["every leaf is decoded", "once and compared with", "the accepted answers"],
-        "environment/",
+        "train/  environment/",
         "rewards",
     ),
     ("3  Credit", GREEN, ["rewards become values", "and advantages of turns", ""], "credit/", "advantages"),
@@ -30,7 +30,7 @@ STATIONS = [
         "packing/",
         "PackedTrees",
     ),
-    ("5  Spread", VIOLET, ["rows go to the ranks,", "balanced by their cost", ""], "packing/", "rows"),
+    ("5  Spread", VIOLET, ["rows go to the ranks,", "balanced by their cost", ""], "packing/  policy/", "rows"),
     (
         "6  Forward and loss",
         BLUE,
@@ -49,7 +49,7 @@ STATIONS = [
         "8  Sync",
         AMBER,
         ["weights are streamed into", "the engine, a bucket of", "parameters at a time"],
-        "engines/",
+        "train/  engines/",
         "weights",
     ),
 ]
@@ -68,8 +68,8 @@ def draw() -> Drawing:
         picture.lines(x + 14, y + 50, lines, size=12.5, anchor="start")
         picture.text(x + 14, y + HEIGHT - 14, folder, size=12, mono=True, colour=MUTED, anchor="start")
         _hand_on(picture, number, handed_on)
-    words = "Every token is generated, prefilled, forwarded and back-propagated once; "
-    words += "the head sees only what the policy wrote."
+    words = "Every token is generated and prefilled once; an update forwards and back-propagates it once. "
+    words += "The head sees only what the policy wrote."
     picture.text(LEFT, 442, words, size=12.5, anchor="start")
     return picture
 

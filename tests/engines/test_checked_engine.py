@@ -1,4 +1,4 @@
-"""The manners that all engines share, checked on each of them: one definition, so one test."""
+"""What `CheckedEngine` promises, checked on every engine."""
 
 from __future__ import annotations
 
