@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from atpo_fast.commands.cli import main
+from atpo_fast.common.files import partial_path
 from atpo_fast.config import load_config
 from atpo_fast.policy import load_model
 from atpo_fast.report import build_report
@@ -85,7 +86,7 @@ def test_what_a_killed_writer_leaves_breaks_nothing(tmp_path: Path) -> None:
     whole = lines.read_bytes()
     lines.write_bytes(whole + whole[: len(whole) // 2])
     part = (folder / "part-000000.parquet").read_bytes()
-    (folder / ".part.tmp").write_bytes(part[: len(part) // 2])
+    partial_path(folder / "part-000001.parquet").write_bytes(part[: len(part) // 2])
     for path in (lines, folder):
         assert len(read_forest(path)) == 1 and forest_questions(path) == {"q1": 1}
         append_forest(path, [make_tree()], Letters())
