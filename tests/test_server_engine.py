@@ -24,6 +24,7 @@ from atpo_fast.config.load import load_config
 from atpo_fast.config.schema import RolloutConfig, ServerConfig, ToolsConfig
 from atpo_fast.environment import ToolBox
 from atpo_fast.policy import build_model, load_model
+from atpo_fast.rollout import server_pool
 from atpo_fast.rollout.engine import PathNode, Request, SamplingParams
 from atpo_fast.rollout.server_engine import ServerEngine
 from atpo_fast.rollout.server_protocol import PassingError, ServerError, read_answer, request_body
@@ -84,6 +85,13 @@ def serve() -> Iterator[Callable[..., CompletionsServer]]:
             return stack.enter_context(CompletionsServer(model, SMALL, **options))
 
         yield start
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a healthy server may take longer to answer than a run would wait."""
+    for name in ("_HEALTH_SECONDS", "_CONNECT_SECONDS"):
+        monkeypatch.setattr(server_pool, name, 3600.0)
 
 
 @pytest.fixture
