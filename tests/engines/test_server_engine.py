@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from atpo_fast.config import Config, RolloutConfig, ServerConfig, ToolsConfig, load_config
 from atpo_fast.engines.base import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged.engine import PagedEngine
+from atpo_fast.engines.server import pool as server_pool
 from atpo_fast.engines.server.engine import ServerEngine
 from atpo_fast.engines.server.protocol import ServerError
 from atpo_fast.engines.server.weights import folder_weights, write_weights
@@ -80,6 +81,13 @@ def serve() -> Iterator[Serve]:
             return stack.enter_context(CompletionsServer(model, SMALL, **options))
 
         yield start
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a healthy server may take longer to answer than a run would wait."""
+    for name in ("_HEALTH_SECONDS", "_CONNECT_SECONDS"):
+        monkeypatch.setattr(server_pool, name, 3600.0)
 
 
 @pytest.fixture
