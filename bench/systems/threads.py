@@ -78,7 +78,7 @@ def measure(runtime: str, repeats: int, steps: int, load: int, preload: str | No
 def main(arguments: list[str]) -> None:
     """Measure, print the medians, write the record."""
     parser = argparse.ArgumentParser(
-        prog="bench threads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench threads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3, help="runs of each setting")
     parser.add_argument("--steps", type=int, default=41, help="steps of each run")
