@@ -10,6 +10,7 @@ from atpo_fast.commands.cold_start import COLD_START
 from atpo_fast.commands.doctor import DOCTOR
 from atpo_fast.commands.evaluate import EVALUATE
 from atpo_fast.commands.export import EXPORT
+from atpo_fast.commands.methods import METHODS_VERB
 from atpo_fast.commands.report import REPORT
 from atpo_fast.commands.retriever import RETRIEVER
 from atpo_fast.commands.rollout import ROLLOUT
@@ -18,7 +19,7 @@ from atpo_fast.common.errors import exit_code
 from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
-VERBS = (*(verb.as_verb() for verb in LAUNCHED), REPORT, RETRIEVER, EXPORT, DOCTOR)
+VERBS = (*(verb.as_verb() for verb in LAUNCHED), REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,24 @@ GradientCheckpointing = Literal["none", "layer", "mlp"]
 """What a backward computes again instead of keeping it: nothing, whole decoder layers, or the MLP of each."""
 Liger = Literal["auto", "off"]
 """Whether Liger's kernels run the layers that they fit, or never."""
+MethodName = Literal[
+    "at2po",
+    "atpo",
+    "grpo",
+    "dapo",
+    "gspo",
+    "arpo",
+    "aepo",
+    "tree_grpo",
+    "gppo",
+    "sapo",
+    "cispo",
+    "rloo",
+    "reinforce++",
+    "passk",
+    "react",
+]
+"""Methods by name; what each of them sets is in `atpo_fast.config.methods.METHODS`."""
 CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"]
 """How rewards become advantages: `at2po` per turn, the others per trajectory."""
 Preset = Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]

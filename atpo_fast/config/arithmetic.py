@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from atpo_fast.config.load import read_deepspeed
+from atpo_fast.config.methods import METHODS, setting
 from atpo_fast.config.schema import Config
 
 
 def batch_arithmetic(config: Config) -> str:
-    """Say what a run amounts to, a line each: trajectories, mini-batches, path length, steps, ranks; then warnings.
+    """Say what a run amounts to, a line each: method, trajectories, path length, steps, ranks; then warnings.
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """
-    return "\n".join([*_counts(config), *_warnings(config)])
+    return "\n".join([*method_lines(config), *_counts(config), *_warnings(config)])
+
+
+def method_lines(config: Config) -> list[str]:
+    """Say which method a run follows, from which source, and with which settings it leaves the method."""
+    method = METHODS[config.method]
+    lines = [f"method: {method.title} ({method.source})"]
+    lines += [f"  differs from the authors' code: {method.departs}"] if method.departs else []
+    other = {name: setting(config, name) for name, own in method.settings.items() if setting(config, name) != own}
+    if not other:
+        return lines
+    same = [name for name, known in METHODS.items() if all(setting(config, k) == v for k, v in known.settings.items())]
+    words = ", ".join(f"{name}={value}" for name, value in other.items())
+    known = f"this is what method={same[0]} sets" if same else "no method that `atpo-fast methods` lists is like it"
+    return [*lines, f"  but with {words}: {known}"]
 
 
 def longest_path(config: Config) -> int:

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.common.files import replacing
+from atpo_fast.config.methods import METHODS
 from atpo_fast.config.names import KEYS, KIND_KEY, KINDS, SECTIONS, join, unknown_key
 from atpo_fast.config.renamed import OLD_SECTIONS, new_name, new_value
 from atpo_fast.config.schema import Config
@@ -26,27 +27,35 @@ class _Setting:
 
     value: Any
     origin: str
+    of_method: bool = False
+    """Whether a method set it, and another method given later takes it back."""
 
 
 _Settings = dict[str, _Setting]
+BASE = "base"
+"""Key of a file, not of the configuration: another file that this one departs from."""
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a YAML file (none: the defaults) with `a.b=value` overrides, later ones winning.
 
-    Values of overrides are YAML: `null`, `1e-6`, `[a.json, b.json]`. An override that chooses another engine than the
-    file takes the place of the file's whole section.
+    Values of overrides are YAML: `null`, `1e-6`, `[a.json, b.json]`. A file may depart from another, its `base` (a path
+    relative to it). A `method` fills in its settings where it is given: over those of the base or, given as an
+    override, over those of the file, but under the other keys beside it. An engine chosen likewise takes the place of
+    the whole section before it.
 
     Raises:
         ConfigError: a file that is missing, empty or malformed (file and line), keys that are unknown (with the nearest
             legal one), renamed (with the new name) or of an engine that is not chosen, and values of the wrong type or
             out of range (key, value, file).
     """
-    settings = {} if path is None else _read_settings(Path(path))
+    layers = [] if path is None else _read_layers(Path(path))
     given: _Settings = {}
     for override in overrides:
         given.update(_read_override(override))
-    settings = _without_replaced_kinds(settings, given) | given
+    settings: _Settings = {}
+    for layer in [*layers, given]:
+        settings = _without_replaced_kinds(_with_method(settings, layer), layer) | layer
     faults = [*_misnamed(settings), *_misplaced(settings)]
     if faults:
         raise ConfigError("\n".join(faults))
@@ -88,6 +97,30 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Settings]:
+    """Read a file and the files that it departs from, the last of them first."""
+    if path.resolve() in above:
+        raise ConfigError(f"{path}: is its own base: {' -> '.join(str(file) for file in (*above, path.resolve()))}")
+    settings = _read_settings(path)
+    base = settings.pop(BASE, None)
+    if base is None:
+        return [settings]
+    if not isinstance(base.value, str):
+        raise ConfigError(f"{base.origin}: {BASE}={base.value!r}: must be the path of a configuration")
+    return [*_read_layers(path.parent / base.value, (*above, path.resolve())), settings]
+
+
+def _with_method(settings: _Settings, layer: _Settings) -> _Settings:
+    """Return earlier settings under those of the method that `layer` chooses, without those of an earlier method."""
+    chosen = layer.get("method")
+    if chosen is None or chosen.value not in METHODS:
+        return settings
+    kept = {name: setting for name, setting in settings.items() if not setting.of_method}
+    origin = f"method {chosen.value}"
+    filled = METHODS[chosen.value].settings.items()
+    return kept | {name: _Setting(value, origin, of_method=True) for name, value in filled}
 
 
 def _read_settings(path: Path) -> _Settings:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from atpo_fast.common.choices import MethodName
 from atpo_fast.config.checks import check_engine, check_old_logprobs, check_row
 from atpo_fast.config.data import DataConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig
@@ -25,6 +26,8 @@ class Config:
 
     run_dir: str = "runs/default"
     """Folder of everything the run writes."""
+    method: MethodName = "at2po"
+    """Method to train by: fills in strategy, credit, objective and what else it needs (`atpo-fast methods`)."""
     seed: int = 0
     """Seed of sampling, data order and initial weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
