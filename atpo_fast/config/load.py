@@ -247,5 +247,7 @@ def _illegal(error: ValidationError, settings: _Settings, path: str | Path | Non
             yield f"{path or 'overrides'}: {message}"
             continue
         setting = settings[name]
-        hint = "; write null for none" if setting.value in ("none", "None") else ""
+        other = new_value(name, setting.value)
+        hint = f"; {setting.value} is now {other}" if other else ""
+        hint = "; write null for none" if setting.value in ("none", "None") else hint
         yield f"{setting.origin}: {name}={setting.value!r}: {message}{hint}"

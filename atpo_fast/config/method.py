@@ -62,10 +62,19 @@ class ObjectiveConfig:
     """Lower clip range."""
     clip_high: float | None = Field(default=None, ge=0)
     """Upper clip range."""
+    dual_cap: float | None = Field(default=None, ge=0)
+    """Cap of the dual clip, beside any clip: where the advantage is negative and the ratio is greater than the cap, the
+    loss is constant. Greater than 1; 0: no cap."""
+    sapo_tau_pos: float | None = Field(default=None, gt=0)
+    """Temperature of the sapo gate for positive advantages."""
+    sapo_tau_neg: float | None = Field(default=None, gt=0)
+    """Temperature of the sapo gate for negative advantages."""
+    entropy_advantage: float | None = Field(default=None, ge=0)
+    """Strength of AEPO's entropy-aware advantage; 0: off."""
     aggregation: Aggregation | None = None
     """Weights of the average over tokens."""
     denominator: Denominator | None = None
-    """Range of the averages. global: the mini-batch on all ranks. local: each row, then the rows (published code)."""
+    """Range of the averages. global: the mini-batch on all ranks. local: each packed row, then the rows."""
     kl: KLEstimator | None = None
     """KL estimator."""
     kl_coef: float | None = Field(default=None, ge=0)
@@ -75,7 +84,20 @@ class ObjectiveConfig:
     importance_cap: float | None = Field(default=None, gt=0)
     """Cap of the truncated importance weights."""
 
+    def __post_init__(self) -> None:
+        if self.dual_cap is not None and 0 < self.dual_cap <= 1:
+            raise ValueError(f"objective.dual_cap={self.dual_cap:g}: must be greater than 1, or 0 for no cap")
+        if self.level == "sequence" and self.entropy_advantage:
+            raise ValueError(
+                f"objective.entropy_advantage={self.entropy_advantage:g} goes with objective.level=token or turn, not "
+                "with sequence: set it to 0, or another level"
+            )
+        taus = [name for name in ("sapo_tau_pos", "sapo_tau_neg") if getattr(self, name) is not None]
+        if taus and (self.clip or self.preset) != "sapo":
+            raise ValueError(f"objective.{taus[0]} is read by objective.clip=sapo only: leave it out, or set that clip")
+
     @property
     def departures(self) -> dict[str, Any]:
-        """Values that differ from the preset, by field."""
-        return {name: value for name, value in as_dict(self).items() if name != "preset" and value is not None}
+        """Values that differ from the preset, by field of the objective or its loss."""
+        given = {name: value for name, value in as_dict(self).items() if name != "preset" and value is not None}
+        return given | ({"dual_cap": None} if given.get("dual_cap") == 0 else {})

@@ -22,7 +22,10 @@ RENAMED = {
 OLD_SECTIONS = frozenset({"rollout.server", "rollout.vllm", "sft"})
 """Those of `RENAMED` that were sections."""
 
-RENAMED_VALUES = {"engine.name": {"transformers": "paged"}}
+RENAMED_VALUES = {
+    "engine.name": {"transformers": "paged"},
+    "objective.clip": {"dual": "hard, together with objective.dual_cap=3 (a cap beside any clip)"},
+}
 """Key -> old value -> new value."""
 
 _TOGETHER_WITH = {"rollout.server": "engine.name=server", "rollout.vllm": "engine.name=vllm"}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
-from atpo_kernels.choices import Aggregation, Denominator
+from atpo_kernels.choices import Aggregation, Denominator, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +17,24 @@ class Objective:
     """The policy objective: the per-token loss and how tokens are averaged."""
 
     loss_config: LossConfig = field(default_factory=LossConfig)
-    """Ratio level, clip family, KL, entropy bonus, importance weights."""
+    """Ratio level, clip family, dual cap, KL, entropy bonus, importance weights."""
     aggregation: Aggregation = "seq-mean-token-mean"
     """Weight of a token of a trajectory: see docs/design.md#aggregation."""
     denominator: Denominator = "global"
-    """global: means over the whole mini-batch on all ranks. local: over each row, then over rows (published code)."""
+    """global: means over the whole mini-batch on all ranks. local: over each packed row, then over the rows."""
     max_length: int = 1
     """L_max of seq-mean-token-sum-norm, in tokens."""
     entropy_advantage: float = 0.0
     """AEPO: advantages are multiplied by 1 + this * standardised entropy of the token; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        check_choice("aggregation", self.aggregation, Aggregation)
+        check_choice("denominator", self.denominator, Denominator)
+        if self.entropy_advantage and self.loss_config.level == "sequence":
+            raise ValueError(
+                f"entropy_advantage={self.entropy_advantage:g} gives every token an advantage of its own, for which the "
+                "weights of level 'sequence' have no place: set it to 0, or the level to token or turn"
+            )
 
     @property
     def whole_trajectories(self) -> bool:
@@ -76,6 +85,8 @@ class Objective:
             rollout_logprob=row.rollout_logprob,
             entropy=entropy,
             reduction="sum",
+            clip_low=row.clip_low,
+            clip_high=row.clip_high,
             config=self.loss_config,
         )
 
@@ -90,20 +101,25 @@ def leaf_paths(row: PackedTrees) -> LeafPaths:
     return LeafPaths(row.path_offsets, row.path_turns, row.path_weight_pos, row.path_weight_neg)
 
 
-def _preset(aggregation: Aggregation = "seq-mean-token-mean", entropy_advantage: float = 0.0, **loss: Any) -> Objective:
+def _preset(aggregation: Aggregation = "token-mean", entropy_advantage: float = 0.0, **loss: Any) -> Objective:
     return Objective(loss_config=LossConfig(**loss), aggregation=aggregation, entropy_advantage=entropy_advantage)
 
 
+_BY_TRAJECTORY: Aggregation = "seq-mean-token-mean"
+_PPO: dict[str, Any] = {"level": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_cap": 3.0}
+_KL: dict[str, Any] = {"kl": "low_var", "kl_coef": 0.001}
+
 PRESETS: dict[str, Objective] = {
-    "at2po": _preset(level="turn", clip_low=3e-3, clip_high=4e-3),
-    "atpo": _preset(level="turn", clip_low=3e-3, clip_high=4e-3),
-    "grpo": _preset(level="token", clip_low=0.2, clip_high=0.2),
-    "dapo": _preset("token-mean", level="token", clip_low=0.2, clip_high=0.28),
-    "gspo": _preset(level="sequence", clip_low=3e-4, clip_high=4e-4),
-    "aepo": _preset(level="token", clip="soft_high", clip_low=0.2, clip_high=0.28, entropy_advantage=0.2),
-    "arpo": _preset(level="token", clip_low=0.2, clip_high=0.28),
-    "tree_grpo": _preset(level="token", clip_low=0.2, clip_high=0.2),
-    "gppo": _preset("token-mean", level="token", clip="soft", clip_low=0.2, clip_high=0.28),
-    "sapo": _preset("token-mean", level="token", clip="sapo"),
-    "cispo": _preset("token-mean", level="token", clip="cispo", clip_low=1.0, clip_high=0.28),
+    "at2po": _preset(_BY_TRAJECTORY, level="turn", clip_low=3e-3, clip_high=4e-3),
+    "atpo": _preset(_BY_TRAJECTORY, level="turn", clip_low=3e-3, clip_high=4e-3),
+    "grpo": _preset(**_PPO, **_KL),
+    "dapo": _preset(level="token", clip_low=0.2, clip_high=0.28, dual_cap=10.0),
+    "gspo": _preset(_BY_TRAJECTORY, level="sequence", clip_low=3e-4, clip_high=4e-4),
+    "aepo": _preset(**_PPO, clip="soft_high", entropy_advantage=0.2),
+    "arpo": _preset(**_PPO),
+    "tree_grpo": _preset(**_PPO, **_KL, entropy_coef=0.001),
+    "gppo": _preset(level="token", clip="soft", clip_low=0.2, clip_high=0.28, dual_cap=3.0),
+    "sapo": _preset(_BY_TRAJECTORY, level="token", clip="sapo", sapo_tau_pos=1.0, sapo_tau_neg=1.05),
+    "cispo": _preset(level="token", clip="cispo", clip_low=1.0, clip_high=0.28),
 }
+"""What each published objective sets; docs/methods.md#presets says where the numbers are from."""

@@ -21,20 +21,17 @@ def apply_entropy_advantage(
 ) -> list[PackedTrees]:
     """Multiply the rows' advantages by `1 + c * (H_t - mean H) / std H`, c = `objective.entropy_advantage`.
 
-    Mean and sample std run over the action tokens of all trajectories of the batch. A negative factor swaps W+ and W-.
+    Mean and sample std run over the action tokens of all trajectories of the batch. A negative factor swaps W+ and W-,
+    so that the sign of the new advantage decides about clip and dual cap.
 
     Args:
         rows: the rows of this rank.
         entropies: (A,) entropy of the policy at each action token of each row.
         objective: its `entropy_advantage` is c; 0 returns the rows unchanged.
         all_reduce: sums a float64 tensor over the ranks that hold the rest of the batch.
-
-    Raises ValueError for the ratio level `sequence`, whose weights are per trajectory.
     """
     if objective.entropy_advantage == 0:
         return list(rows)
-    if objective.loss_config.level == "sequence":
-        raise ValueError("entropy_advantage works with the ratio levels token and turn, not with sequence; set it to 0")
     mean, std = _mean_std(rows, entropies, all_reduce)
     return [
         _scaled(row, 1 + objective.entropy_advantage * (h.detach() - mean) / std)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from atpo_fast.packing.cutting import Cut
 from atpo_fast.packing.weights import ForestWeights
-from atpo_fast.tree.forest import Forest, Ints, offsets, ranges
+from atpo_fast.tree.forest import Floats, Forest, Ints, offsets, ranges
 from atpo_fast.tree.packed_rows import PackedTrees
 
 
@@ -35,7 +35,12 @@ class _Copies:
 
 
 def write_rows(
-    forest: Forest, cut: Cut, row_of_piece: Ints, weights: ForestWeights, dtype: torch.dtype
+    forest: Forest,
+    cut: Cut,
+    row_of_piece: Ints,
+    weights: ForestWeights,
+    by_turn: dict[str, Floats],  # further fields of the rows: (N,) each
+    dtype: torch.dtype,
 ) -> list[PackedTrees]:
     """Write the packed rows. Raises ValueError for an action token with nothing before it to predict it."""
     if not len(cut.piece_tokens):
@@ -50,7 +55,7 @@ def write_rows(
         rows.append(
             PackedTrees(
                 **_token_fields(forest, cut, copies, mine),
-                **_action_fields(forest, weights, copies, mine, dtype),
+                **_action_fields(forest, weights, by_turn, copies, mine, dtype),
                 **table,
                 unique_tokens=int(copies.length[mine] @ ~copies.repeated[mine]),
                 depth=int(cut.piece_depth[first]),
@@ -124,7 +129,7 @@ def _token_fields(forest: Forest, cut: Cut, copies: _Copies, mine: slice) -> dic
 
 
 def _action_fields(
-    forest: Forest, weights: ForestWeights, copies: _Copies, mine: slice, dtype: torch.dtype
+    forest: Forest, weights: ForestWeights, by_turn: dict[str, Floats], copies: _Copies, mine: slice, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Write the fields over the A action tokens and the N turns of the row whose copies are `mine`."""
     acting = mine.start + np.flatnonzero(forest.action_length[copies.turn[mine]] > 0)
@@ -145,12 +150,13 @@ def _action_fields(
         "weight_all": weights.all[source] * own,
         "trajectory_count": weights.count[source] * own,
     }
-    by_turn = {"turn_offsets": turn_offsets, "turn_tree": forest.tree[turn], "turn_index": forest.index[turn]}
+    floats = by_token | {name: values[turn] for name, values in by_turn.items()}
+    ints = {"turn_offsets": turn_offsets, "turn_tree": forest.tree[turn], "turn_index": forest.index[turn]}
     return {
         "predictor": torch.from_numpy(predictor),
         "targets": torch.from_numpy(_gather(forest.actions, number).astype(np.int64)),
-        **{name: torch.from_numpy(values).to(dtype) for name, values in by_token.items()},
-        **{name: torch.from_numpy(values).int() for name, values in by_turn.items()},
+        **{name: torch.from_numpy(values).to(dtype) for name, values in floats.items()},
+        **{name: torch.from_numpy(values).int() for name, values in ints.items()},
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from atpo_fast.objective import Objective
+from atpo_fast.packing.clip_ranges import turn_clip_ranges
 from atpo_fast.packing.cutting import cut_trees, turns_to_keep
 from atpo_fast.packing.layout import write_rows
 from atpo_fast.packing.spread import fill_rows
@@ -46,7 +47,8 @@ def pack_trees(
         The rows, none when nothing has a gradient.
 
     Raises:
-        ValueError: no credit; an advantage that is not finite; a path too long for `max_tokens` and `max_prefix`; an
+        ValueError: no credit; an advantage that is not finite; clip ranges of turns that the objective has no use for; a
+            path too long for `max_tokens` and `max_prefix`; an
             action token without any token before it.
     """
     forest = as_forest(trees)
@@ -73,7 +75,7 @@ def pack_forest(
     row_of_piece = fill_rows(cut.piece_tokens, max_tokens, cut.piece_own_row)
     if objective.denominator == "local":
         weights = weigh(row_of_piece[cut.piece_of_turn[forest.leaves]])
-    return write_rows(forest, cut, row_of_piece, weights, dtype)
+    return write_rows(forest, cut, row_of_piece, weights, turn_clip_ranges(forest, objective), dtype)
 
 
 def pruned_tokens(trees: Sequence[TurnTree], rows: Sequence[PackedTrees]) -> int:

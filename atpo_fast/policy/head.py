@@ -62,6 +62,8 @@ class PolicyHead(nn.Module):
             ref_logprob=row.ref_logprob,
             rollout_logprob=row.rollout_logprob,
             reduction="sum",
+            clip_low=row.clip_low,
+            clip_high=row.clip_high,
             config=objective.loss_config,
         )
         return RowLoss(out.loss, out.logprob, out.entropy, out.coef, out.metrics)

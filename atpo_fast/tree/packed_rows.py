@@ -51,6 +51,9 @@ class PackedTrees:
     unique_tokens: int  # tokens of this row that are not repeats: summed over rows, the tokens kept of the forest
     flat_tokens: int  # tokens of the row's trajectories written out, with multiplicity
 
+    clip_low: Tensor | None = None  # (N,) distance of the turn's lower clip bound from 1; None: the objective's
+    clip_high: Tensor | None = None  # (N,) distance of the turn's upper clip bound from 1; None: the objective's
+
     depth: int = 0  # number of rows above; the nearest earlier row of depth - 1 is the one right above
     prefix_tokens: int = 0  # tokens of the rows above, root first: every token of this row sees all of them
 

@@ -65,7 +65,8 @@ class TurnTree:
         meta: anything JSON can hold (question text, answers, texts of turns).
 
     After scoring, `values` and `advantages` hold one float per turn; `leaf_advantages` (N,) is set instead of being
-    None when the credit is per trajectory (entries of turns that are not leaves are nan).
+    None when the credit is per trajectory (entries of turns that are not leaves are nan). `clip_low` and `clip_high`
+    are set where turns have clip ranges of their own: one float per turn, nan for the objective's.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class TurnTree:
         self.values: Floats | None = None
         self.advantages: Floats | None = None
         self.leaf_advantages: Floats | None = None
+        self.clip_low: Floats | None = None
+        self.clip_high: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.turns)

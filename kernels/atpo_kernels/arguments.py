@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,27 @@ class Averaging(NamedTuple):
     reduction: Reduction
     max_length: int | None = None
     denominator: float | Tensor | None = None
+
+
+class TurnClip(NamedTuple):
+    """Clip ranges of packed turns, in place of the configuration's clip_low and clip_high where given."""
+
+    low: Tensor | None = None  # (N,)
+    high: Tensor | None = None  # (N,)
+
+
+def loss_config(
+    config: LossConfig | None,
+    clip_low: float | Tensor | None,  # a tensor is (N,)
+    clip_high: float | Tensor | None,  # a tensor is (N,)
+    overrides: dict[str, Any],  # fields of LossConfig
+) -> tuple[LossConfig, TurnClip]:
+    """Apply the overrides of a call; clip ranges that are tensors are returned beside the configuration."""
+    given = {"clip_low": clip_low, "clip_high": clip_high}
+    by_turn = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    numbers = {name: value for name, value in given.items() if value is not None and name not in by_turn}
+    made = replace(config or LossConfig(), **numbers, **overrides)  # type: ignore[arg-type]
+    return made, TurnClip(by_turn.get("clip_low"), by_turn.get("clip_high"))
 
 
 @dataclass(slots=True)
@@ -55,6 +76,7 @@ class LossArguments:
     structure: Structure
     averaging: Averaging
     config: LossConfig
+    turn_clip: TurnClip = TurnClip()
 
     @property
     def by_token(self) -> bool:

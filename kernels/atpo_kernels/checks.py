@@ -74,6 +74,7 @@ def check_arguments(arguments: LossArguments) -> None:
     if isinstance(averaging.denominator, Tensor) and averaging.denominator.numel() != 1:
         raise _error(f"denominator must be one number, got {tuple(averaging.denominator.shape)}")
     _check_config(arguments.inputs, config)
+    _check_turn_clip(arguments)
     if structure.turn_offsets is not None:
         _check_packed(arguments, structure.turn_offsets)
     elif advantages is not None:
@@ -97,6 +98,7 @@ def _check_tensors(arguments: LossArguments) -> None:
         if tensor is not None and tensor.shape != logprob.shape:
             raise _error(f"{name} must be {tuple(logprob.shape)} like logprob, got {tuple(tensor.shape)}")
     everything = same_shape | {"advantages": arguments.advantages, "turn_offsets": structure.turn_offsets}
+    everything |= {"clip_low": arguments.turn_clip.low, "clip_high": arguments.turn_clip.high}
     for name, tensor in everything.items():
         if tensor is not None and tensor.device != logprob.device:
             raise _error(f"{name} must be on {logprob.device} like logprob, got {tensor.device}")
@@ -111,6 +113,30 @@ def _check_config(inputs: LossInputs, config: LossConfig) -> None:
     ):
         if needed and getattr(inputs, name) is None:
             raise _error(f"{why} is set, so {name} must be given")
+
+
+def _check_turn_clip(arguments: LossArguments) -> None:
+    """Check where clip ranges may be tensors of turns, and what these hold."""
+    turn_offsets, config = arguments.structure.turn_offsets, arguments.config
+    for name, tensor in (("clip_low", arguments.turn_clip.low), ("clip_high", arguments.turn_clip.high)):
+        if tensor is None:
+            continue
+        if config.level == "sequence":
+            raise _error(
+                f"{name} by turn goes with level 'token' or 'turn': a ratio of level 'sequence' is that of many turns, "
+                "so it has no turn's clip range. Give a number, or another level"
+            )
+        if config.clip == "sapo":
+            raise _error(f"{name} by turn has no meaning with clip='sapo', whose gate has no bounds. Leave it out")
+        if turn_offsets is None:
+            raise _error(f"{name} by turn goes with packed turns: give turn_offsets, or a number")
+        if tensor.shape != (turn_offsets.numel() - 1,) or not tensor.is_floating_point():
+            raise _error(
+                f"{name} by turn must be a float ({turn_offsets.numel() - 1},), got {tensor.dtype} "
+                f"{tuple(tensor.shape)}"
+            )
+        if tensor.device.type == "cpu" and not bool((tensor >= 0).all()):
+            raise _error(f"{name} by turn must be at least 0 and not NaN")
 
 
 def _check_packed(arguments: LossArguments, turn_offsets: Tensor) -> None:

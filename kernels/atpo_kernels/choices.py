@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 RatioLevel = Literal["token", "turn", "sequence"]
 """Over what the log-ratio is averaged before it is exponentiated."""
-ClipFamily = Literal["hard", "dual", "soft", "soft_high", "sapo", "cispo"]
+ClipFamily = Literal["hard", "soft", "soft_high", "sapo", "cispo"]
 """How the ratio is bounded; see `LossConfig.clip`."""
 KLEstimator = Literal["none", "k1", "k2", "k3", "low_var"]
 """Estimator of the KL divergence to the reference policy."""
@@ -19,9 +19,13 @@ Reduction = Literal[Aggregation, "sum", "none"]
 """What an operator does with the losses of its tokens: aggregate them, add them up, or return them one by one."""
 Denominator = Literal["global", "local"]
 """Over what the averages of an aggregation run: the mini-batch of all ranks, or each packed row by itself."""
+NO_DUAL_CLIP = "the dual clip is no clip family but a cap beside any of them: give clip='hard' and dual_cap=3"
+"""What to write in the place of clip="dual"."""
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
     """Raise ValueError, naming the allowed values, unless `value` is one of the choices (`RatioLevel`, ...)."""
     if value not in get_args(choices):
+        if choices is ClipFamily and value == "dual":
+            raise ValueError(f"{name}='dual': {NO_DUAL_CLIP}")
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(get_args(choices))}")

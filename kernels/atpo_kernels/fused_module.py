@@ -88,7 +88,8 @@ class FusedLinearTurnPolicyLoss(nn.Module):
             epsilon_high is the upper bound itself, at least 1, and there is no lower bound, as in Liger.
         max_completion_length: L_max of "dr_grpo".
         temperature: divides the logits.
-        delta: cap of the ratio where A < 0 (dual clip); at least 1 + epsilon_high.
+        delta: cap of the ratio where A < 0 (dual clip), beside every loss_type; at least the upper bound of the ratio.
+            Liger ignores it for "sapo" and "cispo".
         use_ref_model: False says that there is no reference model, so beta must be 0.
         config: the loss as a LossConfig, in place of the fields above. Its importance_cap must be None: truncated
             importance weights come in as vllm_is_ratio.
@@ -297,12 +298,9 @@ def _loss_config(named: dict[str, Any], loss_type: str, config: LossConfig | Non
             raise _error("loss_type='cispo' needs epsilon_high >= 1: it is the upper bound of the ratio itself")
         fields |= {"clip_low": 1.0, "clip_high": fields["clip_high"] - 1}
     if "delta" in named:
-        least = 1 + fields.get("clip_high", LossConfig().clip_high)
-        if loss_type in _CLIP or not named["delta"] >= least:
-            raise _error(
-                f"delta={named['delta']}: must be at least 1 + epsilon_high, and has no meaning for sapo and cispo"
-            )
-        fields["clip"] = "dual"
+        least = 1 + (0 if loss_type == "sapo" else fields.get("clip_high", LossConfig().clip_high))
+        if not named["delta"] >= least:
+            raise _error(f"delta={named['delta']}: must be at least the upper bound of the ratio, {least:g}")
     return LossConfig(**fields)
 
 

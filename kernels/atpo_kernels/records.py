@@ -17,21 +17,21 @@ class LossConfig:
     level: RatioLevel = "turn"
     """Tokens over which the log-ratio is averaged before it is exponentiated."""
     clip: ClipFamily = "hard"
-    """Clip family. hard: PPO. dual: PPO with the loss of A<0 capped at dual_cap*|A|. soft: gradient kept outside the
-    range at the bound's value (GPPO). soft_high: soft above, hard below (AEPO). sapo: sigmoid gate. cispo: the clipped
-    ratio is a constant weight of the log-prob."""
+    """Clip family. hard: PPO. soft: gradient kept outside the range at the bound's value (GPPO). soft_high: soft above,
+    hard below (AEPO). sapo: sigmoid gate. cispo: the clipped ratio is a constant weight of the log-prob."""
     clip_low: float = 3e-3
     """Distance of the lower bound: the ratio is clipped below at 1 - clip_low."""
     clip_high: float = 4e-3
     """Distance of the upper bound: the ratio is clipped above at 1 + clip_high."""
-    dual_cap: float = 3.0
-    """Cap c of the dual clip; greater than 1."""
+    dual_cap: float | None = None
+    """Cap c of the dual clip, greater than 1, beside any family: where A < 0 and the ratio is greater than c, the loss is
+    c*|A|, a constant without gradient. None: no cap."""
     sapo_tau_pos: float = 1.0
     """Temperature of the sapo gate where A > 0."""
     sapo_tau_neg: float = 1.05
     """Temperature of the sapo gate where A < 0."""
     max_log_ratio: float = 10.0
-    """Cap of the averaged log-ratio before it is exponentiated."""
+    """Cap of the averaged log-ratio before it is exponentiated. Over the cap the ratio is constant: no gradient."""
     kl: KLEstimator = "none"
     """Estimator of the KL to the reference policy."""
     kl_coef: float = 0.0
@@ -47,7 +47,7 @@ class LossConfig:
         check_choice("kl", self.kl, KLEstimator)
         if self.clip_low < 0 or self.clip_high < 0:
             raise ValueError(f"clip_low and clip_high must not be negative, got {self.clip_low} and {self.clip_high}")
-        if self.dual_cap <= 1:
+        if self.dual_cap is not None and not self.dual_cap > 1:
             raise ValueError(f"dual_cap must be greater than 1, got {self.dual_cap}")
         if self.sapo_tau_pos <= 0 or self.sapo_tau_neg <= 0:
             raise ValueError("sapo_tau_pos and sapo_tau_neg must be positive")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atpo_kernels.arguments import Averaging, LossArguments
+from atpo_kernels.arguments import Averaging, LossArguments, TurnClip
 from atpo_kernels.choices import Reduction
 from atpo_kernels.records import LeafPaths, LossConfig, TokenWeights
 
@@ -28,6 +28,7 @@ class LossTokens:
     ref_logprob: Tensor | None  # (A,)
     rollout_logprob: Tensor | None  # (A,)
     entropy: Tensor | None  # (A,)
+    bounds: tuple[Tensor, Tensor] | None = None  # (A,) lower and upper bound of the ratio; None: the configuration's
 
 
 def loss_tokens(arguments: LossArguments) -> LossTokens:
@@ -43,7 +44,7 @@ def loss_tokens(arguments: LossArguments) -> LossTokens:
         if weights is None:
             assert advantages is not None
             weights = _packed_weights(advantages, turn_offsets, valid, inputs.logprob.to(dtype), arguments.averaging)
-        return packed_tokens(named, weights, turn_offsets, paths, valid, arguments.config)
+        return packed_tokens(named, weights, turn_offsets, paths, valid, arguments.config, arguments.turn_clip)
     shape = arguments.padded_shape
     valid = torch.ones(shape, dtype=torch.bool, device=inputs.logprob.device) if valid is None else valid.view(shape)
     turn = turns_from_mask(valid) if turn_ids is None else turns_from_ids(turn_ids.reshape(shape), valid)
@@ -63,6 +64,7 @@ def packed_tokens(
     paths: LeafPaths | None,
     valid: Tensor | None,  # (A,) bool
     config: LossConfig,
+    turn_clip: TurnClip,  # (N,) each
 ) -> LossTokens:
     """Bring packed turns into a line. Level `sequence` needs `paths`."""
     logprob = _present(inputs["logprob"])
@@ -80,6 +82,7 @@ def packed_tokens(
         num_groups=num_turns,
         valid=valid,
         paths=paths if by_path else None,
+        bounds=_ratio_bounds(turn_clip, turn, logprob.dtype, config),
     )
 
 
@@ -111,6 +114,22 @@ def padded_tokens(
         valid=valid,
         paths=None,
     )
+
+
+def _ratio_bounds(
+    turn_clip: TurnClip,  # (N,) each
+    turn: Tensor,  # (A,)
+    dtype: torch.dtype,
+    config: LossConfig,
+) -> tuple[Tensor, Tensor] | None:  # (A,) each
+    """Give every token the bounds of its turn's ratio; None where they are the configuration's."""
+    low, high = turn_clip
+    if low is None and high is None:
+        return None
+    ones = torch.ones(turn.shape, dtype=dtype, device=turn.device)
+    below = config.clip_low if low is None else low.detach().to(dtype)[turn]
+    above = config.clip_high if high is None else high.detach().to(dtype)[turn]
+    return ones - below, ones + above
 
 
 def _packed_weights(

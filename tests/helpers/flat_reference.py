@@ -113,18 +113,22 @@ def policy_term(ratio: Tensor, logp: Tensor, advantage: Tensor, config: LossConf
     clipped = ratio.clamp(low, high)
     if mode == "sapo":
         tau = config.sapo_tau_neg + (advantage > 0).double() * (config.sapo_tau_pos - config.sapo_tau_neg)
-        return -advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1))
+        return _dual(-advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1)), ratio, advantage, config)
     if mode == "cispo":
-        return -advantage * clipped.detach() * logp
+        return _dual(-advantage * clipped.detach() * logp, ratio, advantage, config)
     if mode in ("soft", "soft_high"):
         kept = clipped.detach() * ratio / ratio.detach()  # the bound's value, with the gradient of the ratio
         clipped = torch.where(ratio > high, kept, clipped)
         clipped = torch.where(ratio < low, kept if mode == "soft" else clipped, clipped)
     value = torch.where((-advantage * clipped) > (-advantage * ratio), -advantage * clipped, -advantage * ratio)
-    if mode == "dual":
-        cap = config.dual_cap * advantage.abs()
-        value = torch.where((advantage < 0) & (value > cap), cap, value)
-    return value
+    return _dual(value, ratio, advantage, config)
+
+
+def _dual(value: Tensor, ratio: Tensor, advantage: Tensor, config: LossConfig) -> Tensor:
+    """The loss with the cap of the dual clip: a constant for A < 0 where the ratio is greater."""
+    if config.dual_cap is None:
+        return value
+    return torch.where((advantage < 0) & (ratio > config.dual_cap), config.dual_cap * advantage.abs(), value)
 
 
 def packed_loss(
@@ -172,7 +176,7 @@ def assert_equal(packed: Tensor, flat: Tensor, model: nn.Module, tolerance: floa
 
 
 def _ratio(logp: Tensor, delta: Tensor, turns: list[int], config: LossConfig) -> Tensor:
-    """exp(min(u, 10)) with d ratio / d logp = ratio, u the mean of delta over the token's group."""
+    """exp(min(u, 10)), u the mean of delta over the token's group; d ratio / d logp is the ratio, 0 over the cap."""
     level = config.level
     if level == "token":
         mean = delta
@@ -181,7 +185,7 @@ def _ratio(logp: Tensor, delta: Tensor, turns: list[int], config: LossConfig) ->
     else:
         members = [[i for i, other in enumerate(turns) if other == turn] for turn in turns]
         mean = torch.stack([delta[m].mean() for m in members])
-    return mean.clamp(max=config.max_log_ratio).exp() * (logp - logp.detach()).exp()
+    return (mean + logp - logp.detach()).clamp(max=config.max_log_ratio).exp()
 
 
 def _kl(logp: Tensor, ref: Tensor, mode: str) -> Tensor:

@@ -55,6 +55,13 @@ def packed_case(lengths: list[int], seed: int = 0, leaves: int = 3) -> dict[str,
     return made
 
 
+def turn_clip(turns: int, seed: int = 0) -> dict[str, Tensor]:
+    """Clip ranges of packed turns, of 0 to 0.5; exact in float32."""
+    rng = torch.Generator().manual_seed(seed)
+    low, high = torch.randint(129, (2, turns), generator=rng).double() / 256
+    return {"clip_low": low, "clip_high": high}
+
+
 def converted(value: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
     """A tensor, or the tensors of a record or dictionary: on a device, and with floats of that dtype."""
     if isinstance(value, Tensor):
@@ -78,7 +85,7 @@ def run(case: dict[str, Any], **keywords: Any) -> dict[str, Tensor]:
 
 def assert_precise(case: dict[str, Any], dtype: torch.dtype = torch.float32, **keywords: Any) -> None:
     """The gate of the Triton kernels, for every result: from inputs of a dtype, against float64 of the same inputs."""
-    keywords = {**BOUNDS, **keywords}
+    keywords = {name: value for name, value in {**BOUNDS, **keywords}.items() if name not in case}
     rounded = converted(case, dtype, DEVICE)
     inputs = converted(rounded, torch.float64)
     exact = run(inputs, impl="reference", **keywords)

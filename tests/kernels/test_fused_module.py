@@ -392,7 +392,7 @@ def test_cuda_equals_cpu(level: Any) -> None:
         ({"beta": 0.1, "use_ref_model": False}, "use_ref_model=False"),
         ({"loss_type": "cispo"}, "epsilon_high >= 1"),
         ({"delta": 1.1, "epsilon_high": 0.2}, "delta=1.1: must be at least"),
-        ({"delta": 3.0, "loss_type": "sapo"}, "no meaning for sapo and cispo"),
+        ({"delta": 1.2, "loss_type": "cispo", "epsilon_high": 1.3}, "at least the upper bound of the ratio, 1.3"),
         ({"config": LossConfig(), "epsilon_low": 0.1}, "epsilon_low: these are fields of config"),
         ({"config": LossConfig(), "loss_type": "cispo"}, "loss_type='cispo': these are fields of config"),
         ({"config": LossConfig(importance_cap=2.0)}, "as vllm_is_ratio"),

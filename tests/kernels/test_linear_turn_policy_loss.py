@@ -18,6 +18,7 @@ from atpo_kernels.linear_logprob import tiles, torch_impl
 from atpo_kernels.linear_turn_policy_loss.tiles import plan_chunks
 from tests.helpers.error_bounds import assert_no_less_precise, head_bounds
 from tests.helpers.kernel_cases import LargestOutput, loss_case, random_head, turn_offsets
+from tests.helpers.turn_loss_cases import turn_clip
 
 LEVELS, CLIPS = get_args(RatioLevel), get_args(ClipFamily)
 CHUNK = 8
@@ -59,7 +60,9 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
     lengths=st.lists(st.integers(0, 2 * CHUNK + 3), min_size=1, max_size=6),
     level=st.sampled_from(LEVELS),
     clip=st.sampled_from(CLIPS),
-    extra=st.sampled_from([{}, {"kl": "k3", "kl_coef": 0.2}, {"entropy_coef": 0.1}, {"importance_cap": 1.1}]),
+    extra=st.sampled_from(
+        [{}, {"kl": "k3", "kl_coef": 0.2}, {"entropy_coef": 0.1}, {"importance_cap": 1.1}, {"dual_cap": 1.2}]
+    ),
     seed=st.integers(0, 99),
 )
 def test_equals_the_definition(lengths: list[int], level: Any, clip: Any, extra: dict[str, Any], seed: int) -> None:
@@ -68,6 +71,15 @@ def test_equals_the_definition(lengths: list[int], level: Any, clip: Any, extra:
     config = LossConfig(level=level, clip=clip, clip_low=0.1, clip_high=0.1, **extra)
     ours, definition = (run(head, keywords, temperature=0.8, config=config, impl=i) for i in ("torch", "reference"))
     assert_equal(ours, definition)
+
+
+@pytest.mark.parametrize("level", ["token", "turn"])
+def test_clip_ranges_of_turns(level: Any) -> None:
+    """Fails if a chunk takes the clip ranges of the first turns instead of its own."""
+    lengths = [3, 20, 1, 6, 0, 7]
+    head, keywords = case(lengths, 0)
+    keywords |= turn_clip(len(lengths))
+    assert_equal(*(run(head, keywords, temperature=0.8, level=level, impl=i) for i in ("torch", "reference")))
 
 
 def test_advantages_by_turn_and_on_policy() -> None:

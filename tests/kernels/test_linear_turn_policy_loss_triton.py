@@ -25,7 +25,7 @@ from tests.helpers.kernel_cases import (
     run_linear_loss,
     turn_offsets,
 )
-from tests.helpers.turn_loss_cases import linear_loss_bounds
+from tests.helpers.turn_loss_cases import linear_loss_bounds, turn_clip
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 16
@@ -39,7 +39,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "kl": {"kl": "k3", "kl_coef": 0.2},
     "entropy": {"entropy_coef": 0.1},  # no row may be left out
     "importance": {"importance_cap": 1.1},
-    "cispo": {"clip": "cispo"},
+    "cispo": {"clip": "cispo", "dual_cap": 1.2},
 }
 
 
@@ -82,6 +82,19 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, name: str) -> None:
     bounds = linear_loss_bounds(head, keywords, exact, dtype, **BOUNDS, **CONFIGS[name])
     for e, o, p, bound in zip(exact, ours, plain, bounds, strict=True):
         assert_no_less_precise(p, o, e, bound)
+
+
+def test_clip_ranges_of_turns_and_dual_cap() -> None:
+    """Fails if a range of turns takes the clip ranges of the first, or a chunk forgets the cap."""
+    head, keywords = loss_case(LENGTHS, width=16, vocab=70, seed=2)
+    head, keywords = head.rounded(torch.float32), keywords | turn_clip(len(LENGTHS))
+    exact, ours = (
+        run_linear_loss(head, keywords, d, DEVICE, impl=impl, dual_cap=1.2)
+        for d, impl in ((torch.float64, "reference"), (torch.float32, "triton"))
+    )
+    bounds = linear_loss_bounds(head, keywords, exact, torch.float32, dual_cap=1.2)
+    for o, e, bound in zip(ours, exact, bounds, strict=True):
+        assert_within(o, e, bound.worst)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

@@ -23,6 +23,8 @@ def loop_f(rho: Tensor, logprob: Tensor, advantage: float, c: LossConfig) -> Ten
     """f(rho, A) of one token, with the gradient that the clip family defines."""
     low, high = 1 - c.clip_low, 1 + c.clip_high
     clipped = rho.clamp(low, high)
+    if c.dual_cap is not None and advantage < 0 and float(rho) > c.dual_cap:
+        return torch.tensor(-advantage * c.dual_cap, dtype=rho.dtype) + 0 * logprob
     if c.clip == "cispo":
         return -advantage * clipped.detach() * logprob
     if c.clip == "sapo":
@@ -30,10 +32,7 @@ def loop_f(rho: Tensor, logprob: Tensor, advantage: float, c: LossConfig) -> Ten
         return -advantage * 4 / tau * torch.sigmoid(tau * (rho - 1))
     if c.clip == "soft" or (c.clip == "soft_high" and advantage > 0):
         clipped = clipped.detach() * rho / rho.detach()
-    loss = torch.maximum(-advantage * rho, -advantage * clipped)
-    if c.clip == "dual" and advantage < 0:
-        loss = torch.minimum(loss, torch.tensor(-advantage * c.dual_cap, dtype=loss.dtype))
-    return loss
+    return torch.maximum(-advantage * rho, -advantage * clipped)
 
 
 def loop_kl(logprob: Tensor, ref: Tensor, mode: str) -> Tensor:
@@ -72,9 +71,7 @@ def loop_loss(b: dict[str, Tensor], c: LossConfig, reduction: str) -> Tensor:
                 group = {"token": [t], "turn": turn, "sequence": [x for y in turns for x in y]}[c.level]
                 mean = sum(float(logprob.detach()[i, x]) - float(b["old_logprob"][i, x]) for x in group) / len(group)
                 lp = logprob[i, t]
-                rho = (
-                    torch.exp(torch.tensor(min(mean, c.max_log_ratio), dtype=torch.float64)) * (lp - lp.detach()).exp()
-                )
+                rho = (mean + lp - lp.detach()).exp() if mean <= c.max_log_ratio else torch.exp(0 * lp + c.max_log_ratio)
                 f = loop_f(rho, lp, float(b["advantages"][i, t]), c)
                 if c.importance_cap is not None:
                     f = f * (b["old_logprob"] - b["rollout_logprob"])[i, t].exp().clamp(max=c.importance_cap)
@@ -116,10 +113,20 @@ def ours_and_loop(b: dict[str, Tensor], c: LossConfig, reduction: Any) -> list[l
 @pytest.mark.parametrize(("level", "clip"), list(product(LEVELS, CLIPS)))
 def test_padded_batch_equals_the_loop(level: Any, clip: Any) -> None:
     """Fails on an error in ratio level, clip family, aggregation, or their gradients."""
-    config = LossConfig(level=level, clip=clip, **BOUNDS)
+    config = LossConfig(level=level, clip=clip, **BOUNDS | {"dual_cap": None})
     for reduction in REDUCTIONS:
         for ours, loop in zip(*ours_and_loop(padded_case(4, 9), config, reduction), strict=True):
             torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("level", "clip"), list(product(LEVELS, CLIPS)))
+def test_dual_cap_and_cap_of_the_log_ratio_equal_the_loop(level: Any, clip: Any) -> None:
+    """Fails if the cap of A < 0 is lost beside a family, reaches A > 0, or a ratio over a cap has a gradient."""
+    config = LossConfig(level=level, clip=clip, **BOUNDS, max_log_ratio=0.6)
+    b = padded_case(4, 9)
+    b["logprob"][0, :] += 0.5  # ratios beyond both caps, also of whole rows and turns
+    for ours, loop in zip(*ours_and_loop(b, config, "seq-mean-token-mean"), strict=True):
+        torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kl", [x for x in KLS if x != "none"])
@@ -285,12 +292,12 @@ def test_garbage_in_padding_is_not_seen(garbage: float, clip: Any) -> None:
 def test_gradcheck_where_the_gradient_is_a_true_derivative() -> None:
     """Fails if value and coefficient disagree; levels and clips with a stop-gradient have no such derivative."""
     b = padded_case(2, 5)
-    for clip in ("hard", "dual", "sapo"):
+    for clip, cap in (("hard", None), ("hard", 1.5), ("sapo", None)):
 
-        def loss(logprob: Tensor, entropy: Tensor, clip: Any = clip) -> Tensor:
+        def loss(logprob: Tensor, entropy: Tensor, clip: Any = clip, cap: float | None = cap) -> Tensor:
             inputs = b | {"logprob": logprob, "entropy": entropy}
-            options: dict[str, Any] = {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.2}
-            return turn_policy_loss(**inputs, level="token", clip=clip, **options, **BOUNDS).loss
+            options: dict[str, Any] = BOUNDS | {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.2, "dual_cap": cap}
+            return turn_policy_loss(**inputs, level="token", clip=clip, **options).loss
 
         assert torch.autograd.gradcheck(loss, [b[k].clone().requires_grad_() for k in ("logprob", "entropy")])
 

@@ -22,10 +22,20 @@ from bench.kernels.operators import variants
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.kernel_cases import NoHostSync, turn_offsets
-from tests.helpers.turn_loss_cases import BOUNDS, EVERY_TERM, assert_precise, converted, packed_case, padded_case, run
+from tests.helpers.turn_loss_cases import (
+    BOUNDS,
+    EVERY_TERM,
+    assert_precise,
+    converted,
+    packed_case,
+    padded_case,
+    run,
+    turn_clip,
+)
 
 LEVELS, CLIPS, REDUCTIONS, KLS = (get_args(x) for x in (RatioLevel, ClipFamily, Reduction, KLEstimator))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPS = [*((clip, 1.5) for clip in CLIPS), ("hard", None)]  # clip family, dual cap
 BLOCK = 32
 # Empty turns, also the first and the last; one token; less than a block, a block, more than one; longer than two.
 LENGTHS = [0, 5, 1, BLOCK, 0, BLOCK + 1, 2 * BLOCK + 7, 3, 0]
@@ -46,16 +56,26 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize(("level", "clip"), list(product(LEVELS, CLIPS)))
-def test_padded_clips(level: Any, clip: Any) -> None:
-    """Fails on an error in a ratio level or a clip: its value, its slope, or where it counts as clipped."""
-    assert_precise(padded_case(3, 9), level=level, clip=clip, **EVERY_TERM)
+@pytest.mark.parametrize(("level", "clip"), list(product(LEVELS, CAPS)))
+def test_padded_clips(level: Any, clip: tuple[Any, float | None]) -> None:
+    """Fails on an error in a ratio level, a clip or a cap: its value, its slope, or where it counts as clipped."""
+    case = padded_case(3, 9)
+    case["logprob"][0] += 0.5  # a row beyond both caps
+    assert_precise(case, level=level, clip=clip[0], dual_cap=clip[1], max_log_ratio=0.6, **EVERY_TERM)
 
 
-@pytest.mark.parametrize(("level", "clip"), list(product(LEVELS, CLIPS)))
-def test_packed_clips(level: Any, clip: Any) -> None:
+@pytest.mark.parametrize(("level", "clip"), list(product(LEVELS, CAPS)))
+def test_packed_clips(level: Any, clip: tuple[Any, float | None]) -> None:
     """The same for packed turns, some longer than a block, and with the trajectories of level sequence."""
-    assert_precise(packed_case(LENGTHS), level=level, clip=clip, **EVERY_TERM)
+    assert_precise(packed_case(LENGTHS), level=level, clip=clip[0], dual_cap=clip[1], **EVERY_TERM)
+
+
+@pytest.mark.parametrize(("level", "clip"), [("turn", "hard"), ("token", "soft_high"), ("turn", "cispo")])
+def test_clip_ranges_of_turns(level: Any, clip: Any) -> None:
+    """Fails if a turn gets another's clip range, low and high are mixed up, or a range hides the number beside it."""
+    ranges = turn_clip(len(LENGTHS))
+    assert_precise(packed_case(LENGTHS) | ranges, level=level, clip=clip)
+    assert_precise(packed_case(LENGTHS) | {"clip_high": ranges["clip_high"]}, level=level, clip=clip)
 
 
 @pytest.mark.parametrize(("kl", "dtype"), list(product(KLS, DTYPES)), ids=str)

@@ -38,11 +38,12 @@ def small_blocks() -> Any:
     lengths=st.lists(st.one_of(st.integers(0, 2), st.integers(0, 3 * BLOCK)), max_size=7),
     level=st.sampled_from(get_args(RatioLevel)),
     clip=st.sampled_from(get_args(ClipFamily)),
+    cap=st.sampled_from([None, 1.3]),
     seed=SEEDS,
 )
-def test_random_packed_turns(lengths: list[int], level: Any, clip: Any, seed: int) -> None:
+def test_random_packed_turns(lengths: list[int], level: Any, clip: Any, cap: float | None, seed: int) -> None:
     """Fails if a turn (empty, of one token, longer than a block, the last) is summed or averaged wrongly."""
-    assert_precise(packed_case(lengths, seed), level=level, clip=clip, **EVERY_TERM)
+    assert_precise(packed_case(lengths, seed), level=level, clip=clip, dual_cap=cap, **EVERY_TERM)
 
 
 @QUICK

@@ -285,8 +285,8 @@ def test_spread_rows() -> None:
 def test_entropy_advantage_is_for_token_weights() -> None:
     rows = pack_trees([forked()], TURN, 8)
     assert apply_entropy_advantage(rows, [torch.zeros(5)], TURN) == rows
-    with pytest.raises(ValueError, match="sequence"):
-        apply_entropy_advantage(rows, [torch.zeros(5)], TURN.with_(level="sequence", entropy_advantage=0.2))
+    with pytest.raises(ValueError, match="entropy_advantage=0.2 .* level 'sequence'"):
+        TURN.with_(level="sequence", entropy_advantage=0.2)
 
 
 def returning(results: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -28,10 +28,11 @@ from tests.helpers.flat_reference import (
 from tests.helpers.strategies import VOCAB, forests, special_forest
 
 LEVELS = ("token", "turn", "sequence")
-CLIPS = ("hard", "dual", "soft", "soft_high", "sapo", "cispo")
+CLIPS = ("hard", "soft", "soft_high", "sapo", "cispo")
+CAPS = (None, 1.3)  # of the dual clip
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean")
 # ranges that leave ratios inside, below, above, and above the dual cap; see `on_policy_with_noise`
-RANGES = {"clip_low": 0.1, "clip_high": 0.15, "dual_cap": 1.3, "max_length": 11}
+RANGES = {"clip_low": 0.1, "clip_high": 0.15, "max_length": 11}
 
 
 def on_policy_with_noise(trees: Sequence[TurnTree], model: ToyModel) -> None:
@@ -67,9 +68,19 @@ def longest_path(trees: Sequence[TurnTree]) -> int:
 # Fails when: a weight misses a trajectory or its multiplicity, signs of advantages cancel before they are summed, a
 # turn's ratio takes a neighbour's tokens, a predictor of a first token is not the parent's last, positions or
 # visibility leak between siblings, a path table points to the wrong turns, or a clip mode differs for one sign.
-@pytest.mark.parametrize(("level", "clip", "aggregation"), list(itertools.product(LEVELS, CLIPS, AGGREGATIONS)))
-def test_every_objective(forest: list[TurnTree], model: ToyModel, level: str, clip: str, aggregation: str) -> None:
-    objective = Objective.preset("at2po", level=level, clip=clip, aggregation=aggregation, **RANGES)
+@pytest.mark.parametrize(("level", "clip", "cap"), list(itertools.product(LEVELS, CLIPS, CAPS)))
+def test_every_objective(
+    forest: list[TurnTree], model: ToyModel, level: str, clip: str, cap: float | None
+) -> None:
+    objective = Objective.preset("at2po", level=level, clip=clip, dual_cap=cap, **RANGES)
+    flat = flat_loss(model, flatten(forest), objective)
+    assert_equal(packed_loss(model, pack_trees(forest, objective, 1000, dtype=DOUBLE), objective), flat, model)
+
+
+# Fails when a weight counts the wrong trajectories, turns or tokens.
+@pytest.mark.parametrize(("level", "aggregation"), list(itertools.product(LEVELS, AGGREGATIONS)))
+def test_every_aggregation(forest: list[TurnTree], model: ToyModel, level: str, aggregation: str) -> None:
+    objective = Objective.preset("at2po", level=level, aggregation=aggregation, **RANGES)
     flat = flat_loss(model, flatten(forest), objective)
     assert_equal(packed_loss(model, pack_trees(forest, objective, 1000, dtype=DOUBLE), objective), flat, model)
 
@@ -106,17 +117,18 @@ def test_any_budget_gives_the_same_sum(forest: list[TurnTree], model: ToyModel, 
     trees=forests(),
     level=st.sampled_from(LEVELS),
     clip=st.sampled_from(CLIPS),
+    cap=st.sampled_from(CAPS),
     aggregation=st.sampled_from(AGGREGATIONS),
     slack=st.integers(0, 30),
     prune=st.booleans(),
 )
 def test_random_forests(
-    trees: list[TurnTree], level: str, clip: str, aggregation: str, slack: int, prune: bool
+    trees: list[TurnTree], level: str, clip: str, cap: float | None, aggregation: str, slack: int, prune: bool
 ) -> None:
     """Any forest, objective and budget: the same loss and gradients."""
     model = ToyModel(VOCAB)
     on_policy_with_noise(trees, model)
-    objective = Objective.preset("at2po", level=level, clip=clip, aggregation=aggregation, **RANGES)
+    objective = Objective.preset("at2po", level=level, clip=clip, dual_cap=cap, aggregation=aggregation, **RANGES)
     rows = pack_trees(trees, objective, longest_path(trees) + slack, dtype=DOUBLE, prune=prune)
     assert_equal(packed_loss(model, rows, objective), flat_loss(model, flatten(trees), objective), model)
 

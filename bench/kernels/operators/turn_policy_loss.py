@@ -5,36 +5,38 @@ Every ratio level, clip, KL estimator, reduction and block size occurs; their pr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
+from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure, TurnClip
 from atpo_kernels.records import LeafPaths, LossConfig, TokenWeights
 from atpo_kernels.turn_policy_loss.launch import Launch, PackedLoss, padded_launches
 from bench.kernels.operators import DTYPE_NAMES, Variant
 
 _TYPES = DTYPE_NAMES | {torch.float64: "fp64", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
 _EVERYTHING: dict[str, Any] = {"kl": "k3", "kl_coef": 0.1, "entropy_coef": 0.1, "importance_cap": 2.0}
-# configuration, reduction (None: weights), mean length of a turn, dtype of log-probs, whether there is a mask
-_PACKED: tuple[tuple[dict[str, Any], str | None, int, torch.dtype, bool], ...] = (
-    ({}, None, 50, torch.float32, False),
-    ({}, "sum", 150, torch.float32, False),
-    ({}, "sum", 2000, torch.float32, False),
-    ({"clip": "dual", **_EVERYTHING}, "turn-mean", 150, torch.bfloat16, True),
-    ({"clip": "dual", **_EVERYTHING}, "none", 2000, torch.float32, True),
-    ({"level": "token", "clip": "soft_high", "kl": "k1", "kl_coef": 0.1}, "token-mean", 150, torch.float16, False),
-    ({"level": "sequence", "clip": "soft"}, None, 150, torch.float32, False),
-    ({"level": "sequence", "clip": "cispo", **_EVERYTHING}, None, 2000, torch.float32, True),
+# configuration, reduction (None: weights), mean length of a turn, dtype of log-probs, a "mask", "clip" ranges by turn
+_PACKED: tuple[tuple[dict[str, Any], str | None, int, torch.dtype, str], ...] = (
+    ({}, None, 50, torch.float32, ""),
+    ({}, "sum", 150, torch.float32, ""),
+    ({"level": "token", "dual_cap": 3.0}, None, 150, torch.float32, "clip"),
+    ({}, "sum", 2000, torch.float32, ""),
+    ({"dual_cap": 3.0, **_EVERYTHING}, "turn-mean", 150, torch.bfloat16, "mask"),
+    ({"dual_cap": 3.0, **_EVERYTHING}, "none", 2000, torch.float32, "mask"),
+    ({"level": "token", "clip": "soft_high", "kl": "k1", "kl_coef": 0.1}, "token-mean", 150, torch.float16, ""),
+    ({"level": "sequence", "clip": "soft"}, None, 150, torch.float32, ""),
+    ({"level": "sequence", "clip": "cispo", **_EVERYTHING}, None, 2000, torch.float32, "mask"),
 )
 # configuration, reduction (None: weights), length of a row, dtype of log-probs, turns by "mask", by "ids", or no mask
 _PADDED: tuple[tuple[dict[str, Any], str | None, int, torch.dtype, str], ...] = (
     ({}, "seq-mean-token-mean", 200, torch.float32, "mask"),
     ({}, "seq-mean-token-mean", 1000, torch.float32, "mask"),
     ({}, "seq-mean-token-mean", 4000, torch.float32, "mask"),
-    ({"clip": "dual", **_EVERYTHING}, "turn-mean", 1000, torch.bfloat16, "ids"),
-    ({"clip": "dual", **_EVERYTHING}, "turn-mean", 4000, torch.float32, "ids"),
+    ({"dual_cap": 3.0, **_EVERYTHING}, "turn-mean", 1000, torch.bfloat16, "ids"),
+    ({"dual_cap": 3.0, **_EVERYTHING}, "turn-mean", 4000, torch.float32, "ids"),
     ({"clip": "cispo", "kl": "low_var", "kl_coef": 0.1}, None, 4000, torch.float32, "ids"),
     ({"level": "token", "clip": "sapo", "kl": "k2", "kl_coef": 0.1}, "token-mean", 1000, torch.float16, "mask"),
     ({"level": "token", "clip": "hard"}, "none", 1000, torch.float32, "none"),
@@ -74,17 +76,20 @@ def _triton_type(value: Tensor | int | float) -> str:
 
 def _packed() -> list[tuple[Launch, str]]:
     found = []
-    for fields, reduction, length, dtype, masked in _PACKED:
+    for fields, reduction, length, dtype, given in _PACKED:
         config = LossConfig(**fields)
         logprob = _meta(length, dtype=dtype)
         entries = _meta(1, dtype=torch.int32)
         structure = Structure(
             turn_offsets=_meta(2, dtype=torch.int32),
-            mask=_meta(length, dtype=torch.bool) if masked else None,
+            mask=_meta(length, dtype=torch.bool) if given == "mask" else None,
             paths=LeafPaths(_meta(2, dtype=torch.int32), entries, _meta(1), _meta(1)),
         )
-        loss = PackedLoss.prepare(_arguments(logprob, (1,), structure, reduction, config))
-        label = _label(config, reduction, dtype, loss.constants["BLOCK"])
+        arguments = _arguments(logprob, (1,), structure, reduction, config)
+        if given == "clip":
+            arguments = replace(arguments, turn_clip=TurnClip(_meta(1), _meta(1)))
+        loss = PackedLoss.prepare(arguments)
+        label = _label(config, reduction, dtype, loss.constants["BLOCK"]) + ", clip by turn" * (given == "clip")
         launches = loss.launches(0, 1, logprob, _meta(length, dtype=dtype) if config.needs_entropy else None)
         found += [(launch, label) for launch in [*launches, loss.last_launch()]]
     return found
@@ -123,7 +128,8 @@ def _arguments(
 def _label(config: LossConfig, reduction: str | None, dtype: torch.dtype, block: int) -> str:
     extras = f", {config.kl}" if config.needs_reference else ""
     name = str(dtype).removeprefix("torch.")
-    return f"{config.level} {config.clip}{extras}, {reduction or 'weights'}, {name}, blocks of {block}"
+    dual = "" if config.dual_cap is None else " dual"
+    return f"{config.level} {config.clip}{dual}{extras}, {reduction or 'weights'}, {name}, blocks of {block}"
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,13 +5,12 @@ See docs/design.md#gradient-in-the-forward.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
+from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure, loss_config
 from atpo_kernels.checks import check_arguments, check_linear
 from atpo_kernels.choices import Reduction
 from atpo_kernels.devices import kernel_context
@@ -39,6 +38,8 @@ def linear_turn_policy_loss(
     rollout_logprob: Tensor | None = None,  # (A,)
     reduction: Reduction | None = None,
     denominator: float | Tensor | None = None,
+    clip_low: float | Tensor | None = None,  # () or (N,)
+    clip_high: float | Tensor | None = None,  # () or (N,)
     config: LossConfig | None = None,
     impl: str = "auto",
     **overrides: Any,
@@ -63,7 +64,7 @@ def linear_turn_policy_loss(
     Raises ValueError as `linear_logprob` and `turn_policy_loss` do.
     """
     check_linear("linear_turn_policy_loss", hidden, weight, targets, bias, temperature)
-    config = replace(config or LossConfig(), **overrides)
+    config, turn_clip = loss_config(config, clip_low, clip_high, overrides)
     reduction = reduction or "sum"
     if reduction not in get_args(Reduction) or reduction == "none":
         raise ValueError(
@@ -75,7 +76,7 @@ def linear_turn_policy_loss(
     inputs = LossInputs(unknown, old_logprob, ref_logprob, rollout_logprob, unknown)
     structure = Structure(turn_offsets.to(hidden.device, non_blocking=True), paths=paths)
     averaging = Averaging(reduction, denominator=denominator)
-    arguments = LossArguments(inputs, advantages, weights, structure, averaging, config)
+    arguments = LossArguments(inputs, advantages, weights, structure, averaging, config, turn_clip)
     check_arguments(arguments)
     known_paths = {"torch": linear_turn_policy_loss_torch, "reference": linear_turn_policy_loss_reference}
     run = choose("linear_turn_policy_loss", impl, hidden.device, known_paths, hidden.dtype)

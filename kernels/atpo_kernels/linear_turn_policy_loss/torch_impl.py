@@ -129,4 +129,5 @@ def _part(tokens: LossTokens, chunk: Chunk) -> LossTokens:
         ref_logprob=cut(tokens.ref_logprob),
         rollout_logprob=cut(tokens.rollout_logprob),
         entropy=cut(tokens.entropy),
+        bounds=None if tokens.bounds is None else (tokens.bounds[0][chunk.rows], tokens.bounds[1][chunk.rows]),
     )

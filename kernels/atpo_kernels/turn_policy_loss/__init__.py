@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure
+from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure, loss_config
 from atpo_kernels.autograd import attach_gradients
 from atpo_kernels.checks import check_arguments
 from atpo_kernels.choices import Reduction, check_choice
@@ -37,6 +36,8 @@ def turn_policy_loss(
     reduction: Reduction | None = None,
     max_length: int | None = None,
     denominator: float | Tensor | None = None,
+    clip_low: float | Tensor | None = None,  # () or, packed, (N,)
+    clip_high: float | Tensor | None = None,  # () or, packed, (N,)
     config: LossConfig | None = None,
     impl: str = "auto",
     **overrides: Any,
@@ -58,7 +59,8 @@ def turn_policy_loss(
         seq-mean-token-mean      1/B sum 1/|y| sum      the default of padded batches, and the published one
         token-mean               1/sum|y|
         seq-mean-token-sum       1/B
-        seq-mean-token-sum-norm  1/(B max_length)       max_length defaults to T
+        seq-mean-token-sum-norm  1/(B max_length)       TRL's dr_grpo; verl divides by max_length only, which is
+                                                        denominator=1; max_length defaults to T
         turn-mean                1/(B K |a|)
         sum                      the default with `weights` and on packed turns
         none                     loss by token in the shape of logprob, 0 where masked
@@ -69,7 +71,8 @@ def turn_policy_loss(
 
     Level "sequence" on packed turns needs `weights` and `paths`; its policy term uses the weights in `paths`.
     `old_logprob=None` takes the current log-probs: every ratio is 1.
-    `config` (default LossConfig()) holds the loss; `overrides` are fields of it, as in `clip_low=0.2`.
+    `config` (default LossConfig()) holds the loss; `overrides` are fields of it, as in `dual_cap=3.0`. So are `clip_low`
+    and `clip_high`, which on packed turns may also be tensors: one clip range for each turn.
     Inputs outside the mask may be anything, inf and nan included. bfloat16 and float16 are computed in float32,
     float64 in float64. Nothing waits for the device. `impl`: "auto" (Triton on CUDA, but for float64; else "torch"),
     "torch", "reference" (autograd), "triton": two kernel launches.
@@ -78,14 +81,14 @@ def turn_policy_loss(
     way through the entropy; `metrics`, detached 0-dim tensors. All but ratio_max, turns and tokens are means over the
     action tokens with W0 > 0: average over rows or ranks with `tokens` as weight. clipped_low (clipped_high): share of
     these tokens for which the lower (upper) bound takes the place of the ratio: W- > 0 and ratio < 1 - clip_low (W+ > 0
-    and ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; 0 for sapo. approx_kl: k3 of old
+    and ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; sapo has the cap only. approx_kl: k3 of old
     against new. ratio_mean, ratio_max, and entropy and ref_kl where given and used. At level "sequence" on packed
     turns, ratio and clipping of a token are means over the trajectories through it.
 
-    Raises ValueError for shapes, names or combinations that do not fit, on the CPU also for turn_offsets that do not
-    end at A and turn_ids that are out of range or interrupted.
+    Raises ValueError for shapes, names or combinations that do not fit (clip ranges of turns with level "sequence", say),
+    on the CPU also for turn_offsets that do not end at A and turn_ids that are out of range or interrupted.
     """
-    config = replace(config or LossConfig(), **overrides)
+    config, turn_clip = loss_config(config, clip_low, clip_high, overrides)
     if reduction is None:
         reduction = "sum" if weights is not None or turn_offsets is not None else "seq-mean-token-mean"
     check_choice("turn_policy_loss: reduction", reduction, Reduction)
@@ -94,7 +97,7 @@ def turn_policy_loss(
         turn_offsets = turn_offsets.to(logprob.device, non_blocking=True)
     structure = Structure(turn_offsets, mask, turn_ids, paths)
     averaging = Averaging(reduction, max_length, denominator)
-    arguments = LossArguments(tensors, advantages, weights, structure, averaging, config)
+    arguments = LossArguments(tensors, advantages, weights, structure, averaging, config, turn_clip)
     check_arguments(arguments)
     implementations = {"torch": turn_policy_loss_torch, "reference": turn_policy_loss_reference}
     run = choose("turn_policy_loss", impl, logprob.device, implementations, logprob.dtype)

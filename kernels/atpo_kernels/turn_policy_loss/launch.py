@@ -93,8 +93,8 @@ def token_pointers(arguments: LossArguments) -> dict[str, Tensor | None]:
     return {name: plain(tensor) for name, tensor in found.items()}
 
 
-def loss_scalars(config: LossConfig) -> dict[str, float]:
-    """List the numbers of the configuration under the names that the kernels give them."""
+def loss_scalars(config: LossConfig) -> dict[str, float | None]:
+    """List the numbers of the configuration under the names that the kernels give them; None for what is off."""
     numbers = {
         "low": 1 - config.clip_low,
         "high": 1 + config.clip_high,
@@ -106,7 +106,7 @@ def loss_scalars(config: LossConfig) -> dict[str, float]:
         "kl_coef": config.kl_coef,
         "entropy_coef": config.entropy_coef,
     }
-    return {name: float(number) for name, number in numbers.items()}
+    return {name: None if number is None else float(number) for name, number in numbers.items()}
 
 
 def loss_constants(arguments: LossArguments) -> dict[str, Any]:
@@ -286,6 +286,8 @@ class PackedLoss:
         shared |= dict.fromkeys(_TABLES) if tables is None else tables.tables()
         shared |= {
             "turn_offsets": turn_offsets.contiguous(),
+            "turn_clip_low": plain(arguments.turn_clip.low),
+            "turn_clip_high": plain(arguments.turn_clip.high),
             "denominator": denominator,
             "scale": scale,
             "columns": turns,

@@ -32,23 +32,42 @@ def evaluate_reference(tokens: LossTokens, config: LossConfig, by_token: bool) -
     return Evaluation(value if by_token else value.sum(), grads[0], grad_entropy, loss_metrics(tokens, terms, config))
 
 
-def clipped_loss(ratio: Tensor, logprob: Tensor, pos: Tensor, neg: Tensor, config: LossConfig) -> Tensor:
+def clipped_loss(
+    ratio: Tensor,  # (n,) as below
+    logprob: Tensor,
+    pos: Tensor,
+    neg: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    config: LossConfig,
+) -> Tensor:
     """Compute -W+ g+(rho) + W- g-(rho), literally."""
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    clipped = ratio.clamp(low, high)
+    gain_pos, gain_neg = _gains(ratio, logprob, *bounds, config)
+    if config.dual_cap is not None:
+        gain_neg = torch.where(ratio > config.dual_cap, torch.full_like(ratio, config.dual_cap), gain_neg)
+    return neg * gain_neg - pos * gain_pos
+
+
+def _gains(
+    ratio: Tensor, logprob: Tensor, low: Tensor, high: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:  # (n,) each
+    """Compute g+(rho) and g-(rho) of the clip family."""
     if config.clip == "cispo":
-        return (neg - pos) * clipped.detach() * logprob
+        gain = torch.minimum(torch.maximum(ratio, low), high).detach() * logprob
+        return gain, gain
     if config.clip == "sapo":
         tau_pos, tau_neg = config.sapo_tau_pos, config.sapo_tau_neg
         gain_pos = 4 / tau_pos * torch.sigmoid(tau_pos * (ratio - 1))
-        return neg * 4 / tau_neg * torch.sigmoid(tau_neg * (ratio - 1)) - pos * gain_pos
-    bound_high = high * ratio / ratio.detach() if config.clip in ("soft", "soft_high") else torch.full_like(ratio, high)
-    bound_low = low * ratio / ratio.detach() if config.clip == "soft" else torch.full_like(ratio, low)
-    gain_pos = torch.where(ratio > high, bound_high, ratio)
-    gain_neg = torch.where(ratio < low, bound_low, ratio)
-    if config.clip == "dual":
-        gain_neg = torch.where(gain_neg > config.dual_cap, torch.full_like(ratio, config.dual_cap), gain_neg)
-    return neg * gain_neg - pos * gain_pos
+        return gain_pos, 4 / tau_neg * torch.sigmoid(tau_neg * (ratio - 1))
+    bound_high = high * ratio / ratio.detach() if config.clip in ("soft", "soft_high") else high
+    bound_low = low * ratio / ratio.detach() if config.clip == "soft" else low
+    return torch.where(ratio > high, bound_high, ratio), torch.where(ratio < low, bound_low, ratio)
+
+
+def _bounds(tokens: LossTokens, config: LossConfig) -> tuple[Tensor, Tensor]:  # (A,) each
+    """Return the lower and the upper bound of every token's ratio."""
+    if tokens.bounds is not None:
+        return tokens.bounds
+    return torch.full_like(tokens.logprob, 1 - config.clip_low), torch.full_like(tokens.logprob, 1 + config.clip_high)
 
 
 def reference_kl(logprob: Tensor, ref_logprob: Tensor, config: LossConfig) -> Tensor:
@@ -71,17 +90,18 @@ def _loss_by_token(
     value, shown = 0 * logprob, torch.zeros_like(logprob).repeat(3, 1)
     times = torch.zeros_like(logprob)
     trust = torch.ones_like(logprob)
+    every_low, every_high = _bounds(tokens, config)
     if config.importance_cap is not None:
         assert tokens.rollout_logprob is not None
         trust = (tokens.old_logprob - tokens.rollout_logprob).exp().clamp(max=config.importance_cap)
     for members, pos, neg in _ratio_groups(tokens):
-        log_ratio = (logprob - tokens.old_logprob)[members].detach().mean().clamp(max=config.max_log_ratio)
+        log_ratio = (logprob - tokens.old_logprob)[members].detach().mean()
         straight = logprob[members] - logprob[members].detach()
-        ratio = torch.exp(log_ratio) * torch.exp(straight)
-        value = value.index_put(
-            (members,), trust[members] * clipped_loss(ratio, logprob[members], pos, neg, config), accumulate=True
-        )
-        shown[:, members] += _marks(ratio.detach(), pos, neg, config)
+        ratio = (log_ratio + straight).clamp(max=config.max_log_ratio).exp()
+        bounds = every_low[members], every_high[members]
+        loss = clipped_loss(ratio, logprob[members], pos, neg, bounds, config)
+        value = value.index_put((members,), trust[members] * loss, accumulate=True)
+        shown[:, members] += _marks(ratio.detach(), pos, neg, bounds, config)
         times[members] += 1
     shown = shown / times.clamp(min=1)
     kl = None
@@ -112,14 +132,15 @@ def _ratio_groups(tokens: LossTokens) -> list[tuple[Tensor, Tensor, Tensor]]:
     return groups
 
 
-def _marks(ratio: Tensor, pos: Tensor, neg: Tensor, config: LossConfig) -> Tensor:
-    """Stack (3, n): ratio, whether the lower bound replaces it, whether the upper bound does."""
-    low, high = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
-    if config.clip == "cispo":
+def _marks(ratio: Tensor, pos: Tensor, neg: Tensor, bounds: tuple[Tensor, Tensor], config: LossConfig) -> Tensor:
+    """Stack (3, n): ratio, whether the lower bound replaces it, whether the upper bound or the cap does."""
+    low, high = ratio < bounds[0], ratio > bounds[1]
+    if config.clip == "sapo":
+        low, high = torch.zeros_like(low), torch.zeros_like(high)
+    elif config.clip == "cispo":
         low, high = low & (pos + neg > 0), high & (pos + neg > 0)
     else:
         low, high = low & (neg > 0), high & (pos > 0)
-    if config.clip == "dual":
+    if config.dual_cap is not None:
         high = high | ((neg > 0) & (ratio > config.dual_cap))
-    bounded = float(config.clip != "sapo")
-    return torch.stack([ratio, low * bounded, high * bounded])
+    return torch.stack([ratio, low, high])

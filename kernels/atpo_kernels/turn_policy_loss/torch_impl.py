@@ -1,8 +1,8 @@
 """`turn_policy_loss` in vectorised PyTorch: value and exact derivative of every token in closed form, no host sync.
 
 The derivative is the straight-through one: with u the log-ratio averaged over a token, a turn or a sequence,
-rho = exp(min(u, max_log_ratio)) has d rho / d logprob = rho for each of its tokens, also above the cap
-(docs/design.md#objective).
+rho = exp(min(u, max_log_ratio)) has d rho / d logprob = rho for each of its tokens, and 0 over the cap
+(docs/design.md#ratio-levels).
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from atpo_kernels.arguments import LossArguments
 from atpo_kernels.choices import KLEstimator
 from atpo_kernels.records import LeafPaths, LossConfig
 from atpo_kernels.tokens import LossTokens, loss_tokens
+
+
+Bounds = tuple[Tensor | float, Tensor | float]
+"""Lower and upper bound of the ratio: numbers, or (A,) each."""
 
 
 @dataclass(slots=True)
@@ -45,7 +49,8 @@ class TokenTerms:
 class Surrogate:
     """Clip family g(rho) for both signs of the advantage, and its derivative by logprob; all of the shape of rho.
 
-    The loss is -W+ * gain_pos + W- * gain_neg. With clip "cispo" the gains are still to be multiplied by logprob.
+    The loss is -W+ * gain_pos + W- * gain_neg. With clip "cispo" the derivatives times logprob are still to be added to
+    the gains.
     """
 
     gain_pos: Tensor
@@ -111,7 +116,7 @@ def token_terms(tokens: LossTokens, config: LossConfig) -> TokenTerms:
     policy = _path_term(tokens, delta, tokens.paths, config) if tokens.paths else _group_term(tokens, delta, config)
     trust = _importance(tokens, config)
     gain, grad = (policy.gain, policy.grad) if trust is None else (policy.gain * trust, policy.grad * trust)
-    value = gain * tokens.logprob if config.clip == "cispo" else gain
+    value = gain + grad * tokens.logprob if config.clip == "cispo" else gain
     kl = None
     if config.needs_reference:
         assert tokens.ref_logprob is not None
@@ -126,20 +131,26 @@ def token_terms(tokens: LossTokens, config: LossConfig) -> TokenTerms:
     return TokenTerms(value, grad, grad_entropy, policy.ratio, policy.clipped_low, policy.clipped_high, kl)
 
 
-def surrogate(ratio: Tensor, config: LossConfig) -> Surrogate:
-    """Compute g+ and g- of the clip family."""
-    low, high = 1 - config.clip_low, 1 + config.clip_high
+def surrogate(ratio: Tensor, bounds: Bounds, config: LossConfig) -> Surrogate:
+    """Compute g+ and g- of the clip family, with the dual cap of g-."""
+    found = _family(ratio, *bounds, config)
+    if config.dual_cap is not None:
+        capped = ratio > config.dual_cap
+        found.gain_neg = found.gain_neg.masked_fill(capped, config.dual_cap)
+        found.grad_neg = found.grad_neg.masked_fill(capped, 0)
+    return found
+
+
+def _family(ratio: Tensor, low: Tensor | float, high: Tensor | float, config: LossConfig) -> Surrogate:
+    """Compute g+ and g- of the clip family without a dual cap."""
     if config.clip == "sapo":
         return Surrogate(*_gate(ratio, config.sapo_tau_pos), *_gate(ratio, config.sapo_tau_neg))
     if config.clip == "cispo":
-        clipped = ratio.clamp(low, high)
-        return Surrogate(clipped, clipped, clipped, clipped)
+        clipped, nothing = ratio.clamp_min(low).clamp_max(high), torch.zeros_like(ratio)
+        return Surrogate(nothing, clipped, nothing, clipped)
     gain_pos, gain_neg = ratio.clamp_max(high), ratio.clamp_min(low)
     grad_pos = gain_pos if config.clip in ("soft", "soft_high") else ratio.masked_fill(ratio > high, 0)
     grad_neg = gain_neg if config.clip == "soft" else ratio.masked_fill(ratio < low, 0)
-    if config.clip == "dual":
-        grad_neg = grad_neg.masked_fill(ratio > config.dual_cap, 0)
-        gain_neg = gain_neg.clamp_max(config.dual_cap)
     return Surrogate(gain_pos, grad_pos, gain_neg, grad_neg)
 
 
@@ -185,7 +196,8 @@ def _gate(ratio: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 def _group_term(tokens: LossTokens, delta: Tensor, config: LossConfig) -> PolicyTerm:
     """Evaluate ratio levels token and turn, and sequence where a token belongs to one sequence."""
     mean = delta if tokens.group is None else mean_by_group(delta, tokens, tokens.group, tokens.num_groups)
-    return _weighted(_ratio(mean, config), tokens.weights.pos, tokens.weights.neg, config)
+    bounds = _config_bounds(config) if tokens.bounds is None else tokens.bounds
+    return _weighted(mean, tokens.weights.pos, tokens.weights.neg, bounds, config)
 
 
 def _path_term(tokens: LossTokens, delta: Tensor, paths: LeafPaths, config: LossConfig) -> PolicyTerm:
@@ -199,10 +211,11 @@ def _path_term(tokens: LossTokens, delta: Tensor, paths: LeafPaths, config: Loss
     leaves = paths.offsets.numel() - 1
     by_turn = delta.new_zeros(2, tokens.num_turns).index_add_(1, tokens.turn, torch.stack([delta, _ones(tokens)]))
     by_leaf = delta.new_zeros(2, leaves).index_add_(1, leaf, by_turn[:, turns])
-    ratio = _ratio(by_leaf[0] / by_leaf[1].clamp_min(1), config)[leaf]
+    log_ratio = (by_leaf[0] / by_leaf[1].clamp_min(1))[leaf]
     weight_pos, weight_neg = (w.detach().to(delta.dtype) for w in (paths.weight_pos, paths.weight_neg))
-    term = _weighted(ratio, weight_pos, weight_neg, config)
-    parts = torch.stack([term.gain, term.grad, term.ratio, term.clipped_low, term.clipped_high, torch.ones_like(ratio)])
+    term = _weighted(log_ratio, weight_pos, weight_neg, _config_bounds(config), config)
+    ones = torch.ones_like(log_ratio)
+    parts = torch.stack([term.gain, term.grad, term.ratio, term.clipped_low, term.clipped_high, ones])
     sums = delta.new_zeros(6, tokens.num_turns).index_add_(1, turns, parts)
     sums[2:5] /= sums[5].clamp_min(1)
     on_tokens = sums[:5, tokens.turn]
@@ -211,32 +224,39 @@ def _path_term(tokens: LossTokens, delta: Tensor, paths: LeafPaths, config: Loss
     return PolicyTerm(*on_tokens.unbind())
 
 
-def _weighted(ratio: Tensor, weight_pos: Tensor, weight_neg: Tensor, config: LossConfig) -> PolicyTerm:
+def _weighted(
+    log_ratio: Tensor, weight_pos: Tensor, weight_neg: Tensor, bounds: Bounds, config: LossConfig
+) -> PolicyTerm:
     """Weigh both signs of the advantage together."""
-    g = surrogate(ratio, config)
+    ratio = log_ratio.clamp_max(config.max_log_ratio).exp()
+    g = surrogate(ratio, bounds, config)
     gain = weight_neg * g.gain_neg - weight_pos * g.gain_pos
     grad = weight_neg * g.grad_neg - weight_pos * g.grad_pos
-    low, high = _clipped(ratio, weight_pos > 0, weight_neg > 0, config)
+    if config.clip != "cispo":  # whose gradient does not go through the ratio
+        grad = grad.masked_fill(log_ratio > config.max_log_ratio, 0)
+    low, high = _clipped(ratio, weight_pos > 0, weight_neg > 0, bounds, config)
     return PolicyTerm(gain, grad, ratio, low.to(ratio.dtype), high.to(ratio.dtype))
 
 
-def _clipped(ratio: Tensor, positive: Tensor, negative: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Say where the lower and the upper bound replace rho in a term of weight > 0. A sapo gate has no bounds."""
-    if config.clip == "sapo":
-        none = torch.zeros_like(positive)
-        return none, none
-    below, above = ratio < 1 - config.clip_low, ratio > 1 + config.clip_high
-    if config.clip == "cispo":
-        return below & (positive | negative), above & (positive | negative)
-    high = above & positive
-    if config.clip == "dual":
-        high = high | (negative & (ratio > config.dual_cap))
-    return below & negative, high
+def _clipped(
+    ratio: Tensor, positive: Tensor, negative: Tensor, bounds: Bounds, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Say where the lower bound replaces rho in a term of weight > 0, and where the upper one or the cap does."""
+    below, above = ratio < bounds[0], ratio > bounds[1]
+    if config.clip == "sapo":  # a gate has no bounds
+        below, above = torch.zeros_like(below), torch.zeros_like(above)
+    elif config.clip == "cispo":
+        below, above = below & (positive | negative), above & (positive | negative)
+    else:
+        below, above = below & negative, above & positive
+    if config.dual_cap is not None:
+        above = above | (negative & (ratio > config.dual_cap))
+    return below, above
 
 
-def _ratio(log_ratio: Tensor, config: LossConfig) -> Tensor:
-    """Exponentiate an averaged log-ratio, capped at `max_log_ratio`."""
-    return log_ratio.clamp_max(config.max_log_ratio).exp()
+def _config_bounds(config: LossConfig) -> tuple[float, float]:
+    """Return the lower and the upper bound of the ratio that hold for every token."""
+    return 1 - config.clip_low, 1 + config.clip_high
 
 
 def _importance(tokens: LossTokens, config: LossConfig) -> Tensor | None:

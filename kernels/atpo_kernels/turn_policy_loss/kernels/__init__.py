@@ -7,7 +7,8 @@ family (docs/design.md#objective):
     rho = exp(min(mean of logprob - old_logprob over the group, max_log_ratio))
     grad_logprob = trust (W- rho g-'(rho) - W+ rho g+'(rho)) + kl_coef W0 dKL/dlogprob
 
-The ratio is differentiated straight through: d rho / d logprob = rho for each token of its group. `terms` has these
+The ratio is differentiated straight through: d rho / d logprob = rho for each token of its group, 0 over the cap. What
+is None (a pointer, dual_cap) is left out when a kernel is compiled. `terms` has these
 formulas, `packed` and `padded` bring them to the tokens of a turn or row, `paths` has ratio level "sequence" on packed
 turns, and `sums` the loss and the metrics of all tokens.
 

@@ -23,7 +23,7 @@ from atpo_kernels.turn_policy_loss.kernels.terms import clamp_min, policy_term
 @triton.jit(do_not_specialize=["first_turn", "columns"])
 def _turns_kernel(
     logprob, entropy, old_logprob, ref_logprob, rollout_logprob, mask, advantages, weight_pos, weight_neg, weight_all,
-    denominator, turn_offsets, entry_offsets, entries, entry_leaf, leaf_log_ratio, path_pos, path_neg,
+    turn_clip_low, turn_clip_high, denominator, turn_offsets, entry_offsets, entries, entry_leaf, leaf_log_ratio, path_pos, path_neg,
     grad_logprob, grad_entropy, value, partial, first_turn, columns, scale,
     low, high, dual_cap, tau_pos, tau_neg, max_log_ratio, importance_cap, kl_coef, entropy_coef,
     LEVEL: tl.constexpr, CLIP: tl.constexpr, KL: tl.constexpr, REDUCTION: tl.constexpr, BY_TOKEN: tl.constexpr,
@@ -48,6 +48,10 @@ def _turns_kernel(
             turn, entry_offsets, entries, entry_leaf, leaf_log_ratio, path_pos, path_neg,
             low, high, dual_cap, tau_pos, tau_neg, max_log_ratio, CLIP,
         )  # fmt: skip
+    if turn_clip_low is not None:
+        low = 1 - tl.load(turn_clip_low + turn).to(tl.float32)
+    if turn_clip_high is not None:
+        high = 1 + tl.load(turn_clip_high + turn).to(tl.float32)
     # 4. the tokens
     sums = no_sums()
     for start in range(0, length, BLOCK):

@@ -17,13 +17,16 @@ def policy_term(
 ):  # fmt: skip
     """Compute gain, grad, ratio, clipped_low and clipped_high, both signs of the advantage together.
 
-    low and high are the bounds of the ratio themselves, 1 - clip_low and 1 + clip_high. The last two results are 0 or
-    1: whether a bound takes the place of the ratio.
+    low and high are the bounds of the ratio themselves, 1 - clip_low and 1 + clip_high; dual_cap may be None. The last
+    two results are 0 or 1: whether a bound takes the place of the ratio. With CLIP "cispo", grad times the log-prob is
+    still to be added to gain.
     """
     ratio = tl.exp(clamp_max(log_ratio, max_log_ratio))
     gain_pos, grad_pos, gain_neg, grad_neg = surrogate(ratio, low, high, dual_cap, tau_pos, tau_neg, CLIP)
     gain = weight_neg * gain_neg - weight_pos * gain_pos
     grad = weight_neg * grad_neg - weight_pos * grad_pos
+    if CLIP != "cispo":  # whose gradient does not go through the ratio
+        grad = tl.where(log_ratio > max_log_ratio, 0.0, grad)
     below, above = clipped(ratio, weight_pos > 0, weight_neg > 0, low, high, dual_cap, CLIP)
     return gain, grad, ratio, tl.where(below, 1.0, 0.0), tl.where(above, 1.0, 0.0)
 
@@ -43,7 +46,7 @@ def token_terms(
         grad *= trust
     value = gain
     if CLIP == "cispo":
-        value = gain * logprob
+        value = gain + grad * logprob
     kl = tl.zeros_like(weight_all)
     if ref_logprob is not None:
         kl, kl_grad = kl_terms(logprob, ref_logprob, KL)
@@ -58,13 +61,16 @@ def token_terms(
 
 @triton.jit
 def surrogate(ratio, low, high, dual_cap, tau_pos, tau_neg, CLIP: tl.constexpr):
-    """Compute g+ and g- of the clip family and their derivatives by logprob: gain_pos, grad_pos, gain_neg, grad_neg."""
+    """Compute g+ and g- of the clip family, with the cap of g-, and their derivatives by logprob.
+
+    In the order gain_pos, grad_pos, gain_neg, grad_neg.
+    """
     if CLIP == "sapo":
         gain_pos, grad_pos = gate(ratio, tau_pos)
         gain_neg, grad_neg = gate(ratio, tau_neg)
     elif CLIP == "cispo":
-        gain_pos = clamp_max(clamp_min(ratio, low), high)
-        grad_pos, gain_neg, grad_neg = gain_pos, gain_pos, gain_pos
+        grad_pos = clamp_max(clamp_min(ratio, low), high)
+        gain_pos, gain_neg, grad_neg = tl.zeros_like(ratio), tl.zeros_like(ratio), grad_pos
     else:
         gain_pos, gain_neg = clamp_max(ratio, high), clamp_min(ratio, low)
         grad_pos, grad_neg = tl.where(ratio > high, 0.0, ratio), tl.where(ratio < low, 0.0, ratio)
@@ -72,15 +78,18 @@ def surrogate(ratio, low, high, dual_cap, tau_pos, tau_neg, CLIP: tl.constexpr):
             grad_pos = gain_pos
         if CLIP == "soft":
             grad_neg = gain_neg
-        if CLIP == "dual":
-            grad_neg = tl.where(ratio > dual_cap, 0.0, grad_neg)
-            gain_neg = clamp_max(gain_neg, dual_cap)
+    if dual_cap is not None:
+        grad_neg = tl.where(ratio > dual_cap, 0.0, grad_neg)
+        gain_neg = tl.where(ratio > dual_cap, dual_cap, gain_neg)
     return gain_pos, grad_pos, gain_neg, grad_neg
 
 
 @triton.jit
 def clipped(ratio, positive, negative, low, high, dual_cap, CLIP: tl.constexpr):
-    """Say where the lower and the upper bound replace the ratio in a term of weight > 0. A sapo gate has no bounds."""
+    """Say where the lower bound replaces the ratio in a term of weight > 0, and where the upper one or the cap does.
+
+    A sapo gate has no bounds.
+    """
     below, above = ratio < low, ratio > high
     if CLIP == "sapo":
         clipped_low, clipped_high = below & ~below, above & ~above
@@ -88,8 +97,8 @@ def clipped(ratio, positive, negative, low, high, dual_cap, CLIP: tl.constexpr):
         clipped_low, clipped_high = below & (positive | negative), above & (positive | negative)
     else:
         clipped_low, clipped_high = below & negative, above & positive
-        if CLIP == "dual":
-            clipped_high = clipped_high | (negative & (ratio > dual_cap))
+    if dual_cap is not None:
+        clipped_high = clipped_high | (negative & (ratio > dual_cap))
     return clipped_low, clipped_high
 
 
