@@ -31,8 +31,8 @@ MethodName = Literal[
 """Methods by name; what each of them sets is in `atpo_fast.config.methods.METHODS`."""
 CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"]
 """How rewards become advantages: `at2po` per turn, the others per trajectory."""
-Preset = Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]
-"""Published objective; what each of them sets is in `atpo_fast.objective.objective.PRESETS`."""
+Preset = Literal["at2po", "atpo", "ppo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]
+"""Published objective; what each of them sets is in `atpo_fast.common.presets.PRESETS`."""
 TurnValue = Literal["child_softmax", "child_mean", "leaf_mean"]
 """How the value of an inner turn follows from those of its children or leaves."""
 TurnAdvantage = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]

@@ -86,14 +86,16 @@ _METHODS = (
     _chains("gppo", "GPPO", f"arXiv:2508.07629; {_ATPO_CODE}", objective="gppo"),
     _chains("sapo", "SAPO", f"arXiv:2511.20347; {_ATPO_CODE}", objective="sapo"),
     _chains("cispo", "CISPO", "arXiv:2506.13585; verl at b178a3c", objective="cispo"),
-    _chains("rloo", "RLOO", "arXiv:2402.14740", credit="rloo", objective="grpo"),
-    _chains("reinforce++", "REINFORCE++ with baseline", "arXiv:2501.03262; verl", credit="reinforce++", objective="grpo"),
-    _chains("passk", "pass@k training", "arXiv:2508.10751", credit="passk", objective="dapo"),
+    _chains("rloo", "RLOO", "arXiv:2402.14740", credit="rloo", objective="ppo"),
+    _chains(
+        "reinforce++", "REINFORCE++ with baseline", "arXiv:2501.03262; verl", credit="reinforce++", objective="ppo"
+    ),
+    _chains("passk", "pass@k training", "arXiv:2508.10751", credit="passk", objective="ppo"),
     _chains(
         "react",
         "ReAct",
         "arXiv:2210.03629",
-        objective="grpo",
+        objective="ppo",
         more={"rollout.initial_chains": 1},
         departs="trains nothing: for `atpo-fast eval` with model.path",
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from atpo_fast.common.presets import PRESETS
 from atpo_fast.tree.packed_rows import PackedTrees
 from atpo_kernels import LeafPaths, LossConfig, TokenWeights, TurnLoss, turn_policy_loss
 from atpo_kernels.choices import Aggregation, Denominator, check_choice
@@ -60,7 +61,7 @@ class Objective:
         """
         if name not in PRESETS:
             raise ValueError(f"unknown objective {name!r}: must be one of {', '.join(PRESETS)}")
-        return PRESETS[name].with_(**overrides)
+        return cls().with_(**{**PRESETS[name], **overrides})
 
     def with_(self, **overrides: Any) -> Objective:
         """Copy with some fields of this class or of its `LossConfig` replaced."""
@@ -99,27 +100,3 @@ def token_weights(row: PackedTrees) -> TokenWeights:
 def leaf_paths(row: PackedTrees) -> LeafPaths:
     """Collect the path tables of a row."""
     return LeafPaths(row.path_offsets, row.path_turns, row.path_weight_pos, row.path_weight_neg)
-
-
-def _preset(aggregation: Aggregation = "token-mean", entropy_advantage: float = 0.0, **loss: Any) -> Objective:
-    return Objective(loss_config=LossConfig(**loss), aggregation=aggregation, entropy_advantage=entropy_advantage)
-
-
-_BY_TRAJECTORY: Aggregation = "seq-mean-token-mean"
-_PPO: dict[str, Any] = {"level": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_cap": 3.0}
-_KL: dict[str, Any] = {"kl": "low_var", "kl_coef": 0.001}
-
-PRESETS: dict[str, Objective] = {
-    "at2po": _preset(_BY_TRAJECTORY, level="turn", clip_low=3e-3, clip_high=4e-3),
-    "atpo": _preset(_BY_TRAJECTORY, level="turn", clip_low=3e-3, clip_high=4e-3),
-    "grpo": _preset(**_PPO, **_KL),
-    "dapo": _preset(level="token", clip_low=0.2, clip_high=0.28, dual_cap=10.0),
-    "gspo": _preset(_BY_TRAJECTORY, level="sequence", clip_low=3e-4, clip_high=4e-4),
-    "aepo": _preset(**_PPO, clip="soft_high", entropy_advantage=0.2),
-    "arpo": _preset(**_PPO),
-    "tree_grpo": _preset(**_PPO, **_KL, entropy_coef=0.001),
-    "gppo": _preset(level="token", clip="soft", clip_low=0.2, clip_high=0.28, dual_cap=3.0),
-    "sapo": _preset(_BY_TRAJECTORY, level="token", clip="sapo", sapo_tau_pos=1.0, sapo_tau_neg=1.05),
-    "cispo": _preset(level="token", clip="cispo", clip_low=1.0, clip_high=0.28),
-}
-"""What each published objective sets; docs/methods.md#presets says where the numbers are from."""

@@ -21,7 +21,9 @@ def test_each_turn_has_its_own_range(level: Any, clip: Any, impl: str) -> None:
     case, ranges = packed_case(LENGTHS), turn_clip(len(LENGTHS))
     del case["paths"]
     for given in (ranges, {"clip_low": ranges["clip_low"]}, {"clip_high": ranges["clip_high"]}):
-        whole = turn_policy_loss(**case, **{"clip_low": 0.1, "clip_high": 0.2, **given}, level=level, clip=clip, impl=impl)
+        whole = turn_policy_loss(
+            **case, **{"clip_low": 0.1, "clip_high": 0.2, **given}, level=level, clip=clip, impl=impl
+        )
         total = torch.zeros((), dtype=torch.float64)
         for n, (start, end) in enumerate(pairwise(case["turn_offsets"].tolist())):
             mine = slice(start, end)

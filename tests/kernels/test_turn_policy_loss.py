@@ -71,7 +71,9 @@ def loop_loss(b: dict[str, Tensor], c: LossConfig, reduction: str) -> Tensor:
                 group = {"token": [t], "turn": turn, "sequence": [x for y in turns for x in y]}[c.level]
                 mean = sum(float(logprob.detach()[i, x]) - float(b["old_logprob"][i, x]) for x in group) / len(group)
                 lp = logprob[i, t]
-                rho = (mean + lp - lp.detach()).exp() if mean <= c.max_log_ratio else torch.exp(0 * lp + c.max_log_ratio)
+                rho = (
+                    (mean + lp - lp.detach()).exp() if mean <= c.max_log_ratio else torch.exp(0 * lp + c.max_log_ratio)
+                )
                 f = loop_f(rho, lp, float(b["advantages"][i, t]), c)
                 if c.importance_cap is not None:
                     f = f * (b["old_logprob"] - b["rollout_logprob"])[i, t].exp().clamp(max=c.importance_cap)
