@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.common.files import replacing
-from atpo_fast.config.methods import METHODS
+from atpo_fast.config.methods import METHODS, belongs_to_method
 from atpo_fast.config.names import KEYS, KIND_KEY, KINDS, SECTIONS, join, unknown_key
 from atpo_fast.config.renamed import OLD_SECTIONS, new_name, new_value
 from atpo_fast.config.schema import Config
@@ -40,9 +40,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     """Return the configuration of a YAML file (none: the defaults) with `a.b=value` overrides, later ones winning.
 
     Values of overrides are YAML: `null`, `1e-6`, `[a.json, b.json]`. A file may depart from another, its `base` (a path
-    relative to it). A `method` fills in its settings where it is given: over those of the base or, given as an
-    override, over those of the file, but under the other keys beside it. An engine chosen likewise takes the place of
-    the whole section before it.
+    relative to it). A `method` fills in its settings where it is given, under the other keys beside it, and takes the
+    place of all that the base (or, given as an override, the file) said about objective, credit and the shape of the
+    rollout. An engine takes the place of its section likewise.
 
     Raises:
         ConfigError: a file that is missing, empty or malformed (file and line), keys that are unknown (with the nearest
@@ -113,11 +113,11 @@ def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Settings]:
 
 
 def _with_method(settings: _Settings, layer: _Settings) -> _Settings:
-    """Return earlier settings under those of the method that `layer` chooses, without those of an earlier method."""
+    """Return earlier settings under those of the method that `layer` chooses, without what an earlier method is about."""
     chosen = layer.get("method")
     if chosen is None or chosen.value not in METHODS:
         return settings
-    kept = {name: setting for name, setting in settings.items() if not setting.of_method}
+    kept = {name: setting for name, setting in settings.items() if not (setting.of_method or belongs_to_method(name))}
     origin = f"method {chosen.value}"
     filled = METHODS[chosen.value].settings.items()
     return kept | {name: _Setting(value, origin, of_method=True) for name, value in filled}

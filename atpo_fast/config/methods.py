@@ -7,6 +7,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+_SECTIONS = ("objective", "credit")
+_SHAPE = (
+    "strategy",
+    "initial_chains",
+    "expansion_rounds",
+    "expansions_per_round",
+    "samples_per_tree",
+    "trees_per_question",
+    "branch_penalty",
+    "branch_attempts",
+    "branch_threshold",
+    "entropy_weight",
+    "streak_discount",
+    "pre_monitoring",
+)
+
+
+def belongs_to_method(name: str) -> bool:
+    """Tell whether a key says what method is run: those of objective and credit, and the shape of the rollout."""
+    section, _, key = name.partition(".")
+    return section in _SECTIONS or (section == "rollout" and key in _SHAPE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method: what the configuration's key `method` fills in."""
@@ -33,9 +56,28 @@ class Method:
         return {**parts, **self.more}
 
 
-def _chains(name: str, title: str, source: str, *, credit: str = "grpo", objective: str, **rest: Any) -> Method:
-    """Make a method that samples chains, without a tree."""
-    return Method(name=name, title=title, source=source, rollout="chain", credit=credit, objective=objective, **rest)
+def _chains(
+    name: str,
+    title: str,
+    source: str,
+    *,
+    credit: str = "grpo",
+    objective: str,
+    chains: int = 16,
+    more: Mapping[str, Any] | None = None,
+    departs: str = "",
+) -> Method:
+    """Make a method that samples chains, without a tree; 16 of them, as all published scripts do."""
+    return Method(
+        name=name,
+        title=title,
+        source=source,
+        rollout="chain",
+        credit=credit,
+        objective=objective,
+        more={"rollout.initial_chains": chains, **(more or {})},
+        departs=departs,
+    )
 
 
 _ATPO_CODE = "github.com/zzfoutofspace/ATPO at 98e60f6"
@@ -96,7 +138,7 @@ _METHODS = (
         "ReAct",
         "arXiv:2210.03629",
         objective="ppo",
-        more={"rollout.initial_chains": 1},
+        chains=1,
         departs="trains nothing: for `atpo-fast eval` with model.path",
     ),
 )

@@ -41,11 +41,14 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_a_method_stands_over_the_file_and_under_the_other_overrides(tmp_path: Path) -> None:
-    # Fails if the file's objective outvotes a method given by hand, or the method what was given beside it.
-    path = write(tmp_path / "a.yaml", "method: at2po\ncredit: {value: leaf_mean}\nobjective: {preset: at2po}\n")
-    config = load_config(path, ["objective.clip_low=0.1", "method=grpo", "credit.method=rloo"])
-    assert (config.objective.preset, config.objective.clip_low) == ("grpo", 0.1)
-    assert (config.rollout.strategy, config.credit.method, config.credit.value) == ("chain", "rloo", "leaf_mean")
+    # Fails if what the file says about its own method outvotes one given by hand (a clip range of turns for tokens), if
+    # the method outvotes what was given beside it, or takes away what is no matter of methods.
+    text = "method: at2po\nrollout: {initial_chains: 6, top_p: 0.9}\ncredit: {value: leaf_mean}\n"
+    path = write(tmp_path / "a.yaml", text + "objective: {preset: at2po, clip_low: 3e-3}\n")
+    config = load_config(path, ["objective.clip_high=0.1", "method=grpo", "credit.method=rloo"])
+    assert (config.objective.preset, config.objective.clip_low, config.objective.clip_high) == ("grpo", None, 0.1)
+    assert (config.credit.method, config.credit.value) == ("rloo", "child_softmax")
+    assert (config.rollout.strategy, config.rollout.initial_chains, config.rollout.top_p) == ("chain", 16, 0.9)
     config = load_config(write(tmp_path / "b.yaml", "objective: {preset: sapo}\nmethod: grpo\n"))
     assert (config.objective.preset, config.rollout.strategy) == ("sapo", "chain")
 
@@ -69,7 +72,7 @@ def test_departures_are_told() -> None:
         return method_lines(load_config(None, overrides))[-1]
 
     assert "but with credit.method=rloo: no method" in told("credit.method=rloo")
-    words = "rollout.strategy=chain", "credit.method=rloo", "objective.preset=ppo"
+    words = "rollout.strategy=chain", "rollout.initial_chains=16", "credit.method=rloo", "objective.preset=ppo"
     assert told(*words).endswith("this is what method=rloo sets")
     assert "but with" not in told("method=rloo")
 

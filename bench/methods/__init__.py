@@ -1,0 +1,1 @@
+"""The methods against each other, at equal budgets of tokens."""
