@@ -1,7 +1,7 @@
 """What MkDocs does beside rendering: tables of the configuration, formulas as MathML, links that leave docs/.
 
 - The line `<!-- tables of the configuration -->` becomes one table for each section of the schema, from the docstrings
-  of its fields, and `<!-- table of the presets -->` one of the objectives, so that no page falls behind the code.
+  of its fields, and `<!-- table of the methods -->` those of the methods, so that no page falls behind the code.
 - Formulas between dollar signs become MathML, which browsers render without a script.
 - Links to files beside docs/ (`../bench/RESULTS.md`) work where the repository is read; the site shows their text.
 """
@@ -18,7 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = "<!-- tables of the configuration -->"
-PRESETS = "<!-- table of the presets -->"
+METHODS = "<!-- table of the methods -->"
 _OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((?:\.\./)+[^)]*\)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
@@ -27,8 +27,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the tables and take away links that leave docs/."""
     if TABLES in markdown:
         markdown = markdown.replace(TABLES, configuration_tables())
-    if PRESETS in markdown:
-        markdown = markdown.replace(PRESETS, preset_table())
+    if METHODS in markdown:
+        markdown = markdown.replace(METHODS, method_table())
     return _OUTSIDE.sub(r"\1", markdown)
 
 
@@ -42,18 +42,16 @@ def on_page_content(content: str, **_: Any) -> str:
     return _FORMULA.sub(math, content)
 
 
-def preset_table() -> str:
-    """Markdown of the objectives' presets."""
+def method_table() -> str:
+    """Markdown of the methods: what each sets, then its source and what differs from the authors' code."""
     _find_packages()
-    from atpo_fast.objective.objective import PRESETS as presets
+    from atpo_fast.config.method_table import HEADINGS, method_rows
+    from atpo_fast.config.methods import METHODS
 
-    rows = ["| preset | ratio | clip | below, above | average | more |", "|---|---|---|---|---|---|"]
-    for name, objective in presets.items():
-        loss = objective.loss_config
-        bounds = "–" if loss.clip == "sapo" else f"{loss.clip_low:g}, {loss.clip_high:g}"
-        more = f"entropy advantage {objective.entropy_advantage:g}" if objective.entropy_advantage else ""
-        cells = [f"`{name}`", loss.level, f"`{loss.clip}`", bounds, f"`{objective.aggregation}`", more]
-        rows.append(f"| {' | '.join(cells)} |")
+    rows = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    rows += [f"| `{name}` | {' | '.join(cells)} |" for name, *cells in method_rows()]
+    rows += ["", "| method | source | what differs from the authors' code, and why |", "|---|---|---|"]
+    rows += [f"| {method.title} | {method.source} | {method.departs or '–'} |" for method in METHODS.values()]
     return "\n".join(rows)
 
 
