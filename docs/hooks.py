@@ -47,12 +47,19 @@ def preset_table() -> str:
     _find_packages()
     from atpo_fast.objective.objective import PRESETS as presets
 
-    rows = ["| preset | ratio | clip | below, above | average | more |", "|---|---|---|---|---|---|"]
+    rows = ["| preset | ratio | clip | below, above | dual cap | average | more |", "|---|---|---|---|---|---|---|"]
     for name, objective in presets.items():
         loss = objective.loss_config
         bounds = "–" if loss.clip == "sapo" else f"{loss.clip_low:g}, {loss.clip_high:g}"
-        more = f"entropy advantage {objective.entropy_advantage:g}" if objective.entropy_advantage else ""
-        cells = [f"`{name}`", loss.level, f"`{loss.clip}`", bounds, f"`{objective.aggregation}`", more]
+        dual = "–" if loss.dual_cap is None else f"{loss.dual_cap:g}"
+        terms = {
+            f"KL `{loss.kl}` {loss.kl_coef:g}": loss.needs_reference,
+            f"entropy bonus {loss.entropy_coef:g}": loss.needs_entropy,
+            f"entropy advantage {objective.entropy_advantage:g}": objective.entropy_advantage,
+            f"temperatures {loss.sapo_tau_pos:g}, {loss.sapo_tau_neg:g}": loss.clip == "sapo",
+        }
+        more = ", ".join(text for text, there in terms.items() if there)
+        cells = [f"`{name}`", loss.level, f"`{loss.clip}`", bounds, dual, f"`{objective.aggregation}`", more]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 

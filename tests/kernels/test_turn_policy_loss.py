@@ -23,7 +23,7 @@ def loop_f(rho: Tensor, logprob: Tensor, advantage: float, c: LossConfig) -> Ten
     """f(rho, A) of one token, with the gradient that the clip family defines."""
     low, high = 1 - c.clip_low, 1 + c.clip_high
     clipped = rho.clamp(low, high)
-    if c.dual_cap is not None and advantage < 0 and float(rho) > c.dual_cap:
+    if c.dual_cap is not None and advantage < 0 and bool(rho > c.dual_cap):
         return torch.tensor(-advantage * c.dual_cap, dtype=rho.dtype) + 0 * logprob
     if c.clip == "cispo":
         return -advantage * clipped.detach() * logprob
@@ -71,7 +71,9 @@ def loop_loss(b: dict[str, Tensor], c: LossConfig, reduction: str) -> Tensor:
                 group = {"token": [t], "turn": turn, "sequence": [x for y in turns for x in y]}[c.level]
                 mean = sum(float(logprob.detach()[i, x]) - float(b["old_logprob"][i, x]) for x in group) / len(group)
                 lp = logprob[i, t]
-                rho = (mean + lp - lp.detach()).exp() if mean <= c.max_log_ratio else torch.exp(0 * lp + c.max_log_ratio)
+                rho = (
+                    (mean + lp - lp.detach()).exp() if mean <= c.max_log_ratio else torch.exp(0 * lp + c.max_log_ratio)
+                )
                 f = loop_f(rho, lp, float(b["advantages"][i, t]), c)
                 if c.importance_cap is not None:
                     f = f * (b["old_logprob"] - b["rollout_logprob"])[i, t].exp().clamp(max=c.importance_cap)

@@ -69,9 +69,7 @@ def longest_path(trees: Sequence[TurnTree]) -> int:
 # turn's ratio takes a neighbour's tokens, a predictor of a first token is not the parent's last, positions or
 # visibility leak between siblings, a path table points to the wrong turns, or a clip mode differs for one sign.
 @pytest.mark.parametrize(("level", "clip", "cap"), list(itertools.product(LEVELS, CLIPS, CAPS)))
-def test_every_objective(
-    forest: list[TurnTree], model: ToyModel, level: str, clip: str, cap: float | None
-) -> None:
+def test_every_objective(forest: list[TurnTree], model: ToyModel, level: str, clip: str, cap: float | None) -> None:
     objective = Objective.preset("at2po", level=level, clip=clip, dual_cap=cap, **RANGES)
     flat = flat_loss(model, flatten(forest), objective)
     assert_equal(packed_loss(model, pack_trees(forest, objective, 1000, dtype=DOUBLE), objective), flat, model)
