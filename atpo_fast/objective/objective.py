@@ -33,8 +33,8 @@ class Objective:
         check_choice("denominator", self.denominator, Denominator)
         if self.entropy_advantage and self.loss_config.level == "sequence":
             raise ValueError(
-                f"entropy_advantage={self.entropy_advantage:g} gives every token an advantage of its own, for which the "
-                "weights of level 'sequence' have no place: set it to 0, or the level to token or turn"
+                f"entropy_advantage={self.entropy_advantage:g} gives every token an advantage of its own, for which "
+                "level='sequence' has no place: set it to 0, or the level to token or turn"
             )
 
     @property

@@ -47,9 +47,8 @@ def pack_trees(
         The rows, none when nothing has a gradient.
 
     Raises:
-        ValueError: no credit; an advantage that is not finite; clip ranges of turns that the objective has no use for; a
-            path too long for `max_tokens` and `max_prefix`; an
-            action token without any token before it.
+        ValueError: no credit; an advantage that is not finite; clip ranges of turns that the objective cannot use; a
+            path too long for `max_tokens` and `max_prefix`; an action token without any token before it.
     """
     forest = as_forest(trees)
     if not forest.trees:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from atpo_fast.common.files import replacing
 from atpo_fast.common.jsonl import plain
-from atpo_fast.tree.turn_tree import Floats, Turn, TurnTree, stored_fields
+from atpo_fast.tree.turn_tree import CLIP_RANGES, SCORES, Floats, Turn, TurnTree, stored_fields
 
 _TURN = {
     "parent": pa.int32(),
@@ -37,9 +37,7 @@ _SCHEMA = pa.schema(
         "answers": pa.list_(pa.string()),
         "meta": pa.string(),
         "turns": pa.list_(pa.struct(list(_TURN.items()))),
-        "values": pa.list_(pa.float64()),
-        "advantages": pa.list_(pa.float64()),
-        "leaf_advantages": pa.list_(pa.float64()),
+        **dict.fromkeys((*SCORES, *CLIP_RANGES), pa.list_(pa.float64())),
     }
 )
 _BATCH = 16  # number of records read at once
@@ -67,7 +65,8 @@ def iterate(folder: Path | str) -> Iterator[dict[str, Any]]:
         ValueError: a file is damaged, or not one of search trees (names the file).
     """
     for row in _rows(Path(folder), _SCHEMA.names):
-        record = {name: row[name] for name in ("question_id", "turns", "values", "advantages", "leaf_advantages")}
+        record = {name: row[name] for name in ("question_id", "turns", *SCORES)}
+        record |= {name: row.get(name) for name in CLIP_RANGES}
         yield record | {"meta": json.loads(row["meta"])}
 
 
@@ -83,8 +82,10 @@ def _rows(folder: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     for path in _files(folder):
         try:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=_BATCH, columns=columns):
-                    yield from batch.select(columns).to_pylist()
+                there = file.schema_arrow.names  # in older files without clip ranges
+                read = [name for name in columns if name in there or name not in CLIP_RANGES]
+                for batch in file.iter_batches(batch_size=_BATCH, columns=read):
+                    yield from batch.select(read).to_pylist()
         except (pa.ArrowException, KeyError) as error:
             raise ValueError(f"{path}: not a Parquet file of search trees ({error}); delete it to continue") from error
 
@@ -102,9 +103,7 @@ def _row(tree: TurnTree, texts: Sequence[tuple[str, str]] | None) -> dict[str, A
         "answers": [_utf8(str(answer)) for answer in answers] if isinstance(answers, list | tuple) else None,
         "meta": json.dumps(plain(tree.meta)),
         "turns": [_turn(turn, *pair) for turn, pair in zip(tree.turns, pairs, strict=True)],
-        "values": _list(tree.values),
-        "advantages": _list(tree.advantages),
-        "leaf_advantages": _list(tree.leaf_advantages),
+        **{name: _list(getattr(tree, name)) for name in (*SCORES, *CLIP_RANGES)},
     }
 
 

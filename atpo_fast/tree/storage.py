@@ -13,7 +13,7 @@ import numpy as np
 
 from atpo_fast.common.jsonl import append_records, iterate_records, plain, read_records
 from atpo_fast.tree import parquet
-from atpo_fast.tree.turn_tree import Floats, TokenIds, Turn, TurnTree, stored_fields
+from atpo_fast.tree.turn_tree import CLIP_RANGES, SCORES, Floats, TokenIds, Turn, TurnTree, stored_fields
 
 Texts = list[tuple[str, str]]  # (action, observation) of every turn of a tree
 
@@ -65,9 +65,7 @@ def tree_to_json(tree: TurnTree) -> dict[str, Any]:
         "question_id": tree.question_id,
         "meta": tree.meta,
         "turns": [stored_fields(turn) for turn in tree.turns],
-        "values": tree.values,
-        "advantages": tree.advantages,
-        "leaf_advantages": tree.leaf_advantages,
+        **{name: getattr(tree, name) for name in (*SCORES, *CLIP_RANGES)},
     }
     return plain(data)
 
@@ -177,9 +175,11 @@ def _build(data: dict[str, Any]) -> TurnTree:
             tree.set_reward(index, float(turn["reward"]))
         if turn["multiplicity"] != 1:
             tree.set_multiplicity(index, turn["multiplicity"])
-    for name in ("values", "advantages", "leaf_advantages"):
-        if data[name] is not None:
-            setattr(tree, name, _per_turn(data[name], len(tree), name))
+    # files of older versions have no clip ranges
+    arrays = {name: data[name] for name in SCORES} | {name: data.get(name) for name in CLIP_RANGES}
+    for name, values in arrays.items():
+        if values is not None:
+            setattr(tree, name, _per_turn(values, len(tree), name))
     return tree
 
 

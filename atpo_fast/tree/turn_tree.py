@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 TokenIds = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+SCORES = ("values", "advantages", "leaf_advantages")
+"""Arrays that credit gives a tree, one float per turn."""
+CLIP_RANGES = ("clip_low", "clip_high")
+"""Arrays that a tree has where its turns have clip ranges of their own, one float per turn."""
+
 
 @dataclass(slots=True)
 class Turn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ class LossArguments:
     structure: Structure
     averaging: Averaging
     config: LossConfig
-    turn_clip: TurnClip = TurnClip()
+    turn_clip: TurnClip = field(default_factory=TurnClip)
 
     @property
     def by_token(self) -> bool:

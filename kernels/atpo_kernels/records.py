@@ -24,8 +24,8 @@ class LossConfig:
     clip_high: float = 4e-3
     """Distance of the upper bound: the ratio is clipped above at 1 + clip_high."""
     dual_cap: float | None = None
-    """Cap c of the dual clip, greater than 1, beside any family: where A < 0 and the ratio is greater than c, the loss is
-    c*|A|, a constant without gradient. None: no cap."""
+    """Cap c of the dual clip, greater than 1, beside any family: where A < 0 and the ratio is greater than c, the loss
+    is c*|A|, a constant without gradient. None: no cap."""
     sapo_tau_pos: float = 1.0
     """Temperature of the sapo gate where A > 0."""
     sapo_tau_neg: float = 1.05

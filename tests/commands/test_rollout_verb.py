@@ -41,6 +41,7 @@ def scored_tree() -> TurnTree:
     tree.values = np.array([0.1, 1 / 3, 1.0, -1.0, 0.0])
     tree.advantages = tree.values * 1e-17
     tree.leaf_advantages = np.array([math.nan, math.nan, math.inf, -1.0, 0.0])
+    tree.clip_low, tree.clip_high = tree.values * 0.1, np.array([math.nan, 1e-17, 0.2, 0.3, 0.4])
     return tree
 
 
@@ -57,6 +58,21 @@ def test_round_trip_is_lossless(tmp_path: Path, name: str, texts: bool) -> None:
         assert_equal(tree, other)
     assert forest_questions(tmp_path / name) == {"q1": 2, "rootonly": 1}
     assert forest_questions(tmp_path / "none.jsonl") == {} == forest_questions(tmp_path / "none.parquet")
+
+
+@FORMATS
+def test_older_files_have_no_clip_ranges(tmp_path: Path, name: str) -> None:
+    # Fails if files that were written before turns could have clip ranges cannot be read any more.
+    append_forest(tmp_path / name, [make_tree()])
+    if name.endswith("parquet"):
+        (path,) = (tmp_path / name).glob("*.parquet")
+        pq.write_table(pq.read_table(path).drop_columns(["clip_low", "clip_high"]), path)
+    else:
+        data = json.loads((tmp_path / name).read_text())
+        del data["clip_low"], data["clip_high"]
+        (tmp_path / name).write_text(json.dumps(data) + "\n")
+    (again,) = read_forest(tmp_path / name)
+    assert_equal(make_tree(), again)
 
 
 @FORMATS

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from atpo_fast.tree.turn_tree import TurnTree
+from atpo_fast.tree.turn_tree import CLIP_RANGES, SCORES, TurnTree
 
 
 class Letters:
@@ -42,7 +42,7 @@ def assert_equal(one: TurnTree, other: TurnTree) -> None:
             np.testing.assert_array_equal(x, y)
         for name in ("parent", "finish_reason", "tool", "children", "reward", "multiplicity"):
             assert getattr(a, name) == getattr(b, name), name
-    for name in ("values", "advantages", "leaf_advantages"):
+    for name in (*SCORES, *CLIP_RANGES):
         x, y = getattr(one, name), getattr(other, name)
         assert (x is None) == (y is None)
         if x is not None:

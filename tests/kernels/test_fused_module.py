@@ -136,6 +136,20 @@ def test_defaults_are_the_published_loss() -> None:
     assert_equal(batch.run(loss, ref_per_token_logps=batch.ref), theirs)
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "sapo"])
+def test_delta_is_the_dual_cap(loss_type: str) -> None:
+    """Fails if delta is lost beside a loss_type, or is anything but a constant loss for A < 0 past it."""
+    batch = Batch()
+    how, fields = MEANING[loss_type]
+    names: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.15, "level": "token", **fields}
+    config = LossConfig(**names, dual_cap=1.2)
+    more: dict[str, Any] = BOUNDS | ({"epsilon_high": 1.15} if loss_type == "cispo" else {})
+    more |= {"importance_sampling_level": "token", "sapo_temperature_neg": 1.3, "delta": 1.2}
+    ours = batch.run(FusedLinearTurnPolicyLoss(loss_type=loss_type, **more), num_items_in_batch=17)
+    assert_equal(ours, expected(batch, config, **how)[0])
+    assert not torch.allclose(ours[0], expected(batch, LossConfig(**names), **how)[0][0])
+
+
 def test_advantages_by_turn() -> None:
     """Fails if the advantage of a turn is looked up by another token's turn or row."""
     batch = Batch()

@@ -21,20 +21,17 @@ def test_each_turn_has_its_own_range(level: Any, clip: Any, impl: str) -> None:
     case, ranges = packed_case(LENGTHS), turn_clip(len(LENGTHS))
     del case["paths"]
     for given in (ranges, {"clip_low": ranges["clip_low"]}, {"clip_high": ranges["clip_high"]}):
-        whole = turn_policy_loss(
-            **case, **{"clip_low": 0.1, "clip_high": 0.2, **given}, level=level, clip=clip, impl=impl
-        )
+        arguments: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.2, "level": level, "clip": clip}
+        whole = turn_policy_loss(**case, **arguments | given, impl=impl)
         total = torch.zeros((), dtype=torch.float64)
         for n, (start, end) in enumerate(pairwise(case["turn_offsets"].tolist())):
             mine = slice(start, end)
-            numbers = {"clip_low": 0.1, "clip_high": 0.2} | {name: float(x[n]) for name, x in given.items()}
-            weights = TokenWeights(*(getattr(case["weights"], name)[mine] for name in ("pos", "neg", "all")))
             alone = turn_policy_loss(
                 case["logprob"][mine],
                 case["old_logprob"][mine],
                 turn_offsets=torch.tensor([0, end - start]),
-                weights=weights,
-                config=LossConfig(level=level, clip=clip, **numbers),
+                weights=TokenWeights(*(getattr(case["weights"], name)[mine] for name in ("pos", "neg", "all"))),
+                config=LossConfig(**arguments | {name: float(x[n]) for name, x in given.items()}),
             )
             total = total + alone.loss
             torch.testing.assert_close(whole.coef[mine], alone.coef, rtol=1e-12, atol=0)

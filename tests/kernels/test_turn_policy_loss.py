@@ -23,7 +23,7 @@ def loop_f(rho: Tensor, logprob: Tensor, advantage: float, c: LossConfig) -> Ten
     """f(rho, A) of one token, with the gradient that the clip family defines."""
     low, high = 1 - c.clip_low, 1 + c.clip_high
     clipped = rho.clamp(low, high)
-    if c.dual_cap is not None and advantage < 0 and float(rho) > c.dual_cap:
+    if c.dual_cap is not None and advantage < 0 and bool(rho > c.dual_cap):
         return torch.tensor(-advantage * c.dual_cap, dtype=rho.dtype) + 0 * logprob
     if c.clip == "cispo":
         return -advantage * clipped.detach() * logprob

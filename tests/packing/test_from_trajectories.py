@@ -204,7 +204,7 @@ def test_rollout_logprobs() -> None:
     trees = special_forest()
     assign_credit(trees)
     flats = [runs_as_turns(flat) for flat in flatten(trees)]
-    objective = Objective.preset("grpo", importance_cap=1.01, **WIDE)
+    objective = Objective.preset("grpo", importance_cap=1.01, kl_coef=0.0, **WIDE)
     rows = from_trajectories(batch(flats, rollout_logprobs=[f.rollout for f in flats]), objective, 200, dtype=DOUBLE)
     model = ToyModel(VOCAB)
     assert_equal(packed_loss(model, rows, objective), flat_loss(model, flats, objective), model)

@@ -285,7 +285,7 @@ def test_spread_rows() -> None:
 def test_entropy_advantage_is_for_token_weights() -> None:
     rows = pack_trees([forked()], TURN, 8)
     assert apply_entropy_advantage(rows, [torch.zeros(5)], TURN) == rows
-    with pytest.raises(ValueError, match="entropy_advantage=0.2 .* level 'sequence'"):
+    with pytest.raises(ValueError, match=r"entropy_advantage=0\.2 .* level='sequence'"):
         TURN.with_(level="sequence", entropy_advantage=0.2)
 
 

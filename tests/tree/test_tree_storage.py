@@ -30,6 +30,7 @@ def test_round_trip_is_lossless(tmp_path: Path, scored: bool) -> None:
         tree.values = np.array([0.1, 1 / 3, 1.0, -1.0, 0.0])
         tree.advantages = tree.values.copy()
         tree.leaf_advantages = np.array([math.nan, math.nan, 1.0, -1.0, 0.0])
+        tree.clip_low, tree.clip_high = np.array([math.nan, 0.1, 0.2, 1 / 3, 0.0]), np.full(5, 0.1)
     append_forest(tmp_path / "forest.jsonl", [tree, tree])
     append_forest(tmp_path / "forest.jsonl", [tree])
     trees = read_forest(tmp_path / "forest.jsonl")

@@ -71,8 +71,8 @@ def turn_policy_loss(
 
     Level "sequence" on packed turns needs `weights` and `paths`; its policy term uses the weights in `paths`.
     `old_logprob=None` takes the current log-probs: every ratio is 1.
-    `config` (default LossConfig()) holds the loss; `overrides` are fields of it, as in `dual_cap=3.0`. So are `clip_low`
-    and `clip_high`, which on packed turns may also be tensors: one clip range for each turn.
+    `config` (default LossConfig()) holds the loss; `overrides` are fields of it, as in `dual_cap=3.0`. So are
+    `clip_low` and `clip_high`, which on packed turns may also be tensors: one clip range for each turn.
     Inputs outside the mask may be anything, inf and nan included. bfloat16 and float16 are computed in float32,
     float64 in float64. Nothing waits for the device. `impl`: "auto" (Triton on CUDA, but for float64; else "torch"),
     "torch", "reference" (autograd), "triton": two kernel launches.
@@ -81,12 +81,12 @@ def turn_policy_loss(
     way through the entropy; `metrics`, detached 0-dim tensors. All but ratio_max, turns and tokens are means over the
     action tokens with W0 > 0: average over rows or ranks with `tokens` as weight. clipped_low (clipped_high): share of
     these tokens for which the lower (upper) bound takes the place of the ratio: W- > 0 and ratio < 1 - clip_low (W+ > 0
-    and ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; sapo has the cap only. approx_kl: k3 of old
-    against new. ratio_mean, ratio_max, and entropy and ref_kl where given and used. At level "sequence" on packed
-    turns, ratio and clipping of a token are means over the trajectories through it.
+    and ratio > 1 + clip_high, or ratio > dual_cap with W- > 0); any sign for cispo; sapo has the cap only. approx_kl:
+    k3 of old against new. ratio_mean, ratio_max, and entropy and ref_kl where given and used. At level "sequence" on
+    packed turns, ratio and clipping of a token are means over the trajectories through it.
 
-    Raises ValueError for shapes, names or combinations that do not fit (clip ranges of turns with level "sequence", say),
-    on the CPU also for turn_offsets that do not end at A and turn_ids that are out of range or interrupted.
+    Raises ValueError for shapes, names or combinations that do not fit, such as clip ranges of turns with level
+    "sequence"; on the CPU also for turn_offsets that do not end at A and turn_ids that are out of range or interrupted.
     """
     config, turn_clip = loss_config(config, clip_low, clip_high, overrides)
     if reduction is None:

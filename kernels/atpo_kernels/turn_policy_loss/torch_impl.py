@@ -17,7 +17,6 @@ from atpo_kernels.choices import KLEstimator
 from atpo_kernels.records import LeafPaths, LossConfig
 from atpo_kernels.tokens import LossTokens, loss_tokens
 
-
 Bounds = tuple[Tensor | float, Tensor | float]
 """Lower and upper bound of the ratio: numbers, or (A,) each."""
 

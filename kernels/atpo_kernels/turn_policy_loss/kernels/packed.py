@@ -23,7 +23,8 @@ from atpo_kernels.turn_policy_loss.kernels.terms import clamp_min, policy_term
 @triton.jit(do_not_specialize=["first_turn", "columns"])
 def _turns_kernel(
     logprob, entropy, old_logprob, ref_logprob, rollout_logprob, mask, advantages, weight_pos, weight_neg, weight_all,
-    turn_clip_low, turn_clip_high, denominator, turn_offsets, entry_offsets, entries, entry_leaf, leaf_log_ratio, path_pos, path_neg,
+    turn_clip_low, turn_clip_high, denominator, turn_offsets,
+    entry_offsets, entries, entry_leaf, leaf_log_ratio, path_pos, path_neg,
     grad_logprob, grad_entropy, value, partial, first_turn, columns, scale,
     low, high, dual_cap, tau_pos, tau_neg, max_log_ratio, importance_cap, kl_coef, entropy_coef,
     LEVEL: tl.constexpr, CLIP: tl.constexpr, KL: tl.constexpr, REDUCTION: tl.constexpr, BY_TOKEN: tl.constexpr,
