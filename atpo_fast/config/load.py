@@ -113,7 +113,7 @@ def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Settings]:
 
 
 def _with_method(settings: _Settings, layer: _Settings) -> _Settings:
-    """Return earlier settings under those of the method that `layer` chooses, without what an earlier method is about."""
+    """Return the settings under those of the method that `layer` chooses, without what an earlier one is about."""
     chosen = layer.get("method")
     if chosen is None or chosen.value not in METHODS:
         return settings

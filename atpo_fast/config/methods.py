@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 _SECTIONS = ("objective", "credit")
 _SHAPE = (
     "strategy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from atpo_fast.common.choices import Preset
-from atpo_fast.objective.objective import PRESETS
+from atpo_fast.common.presets import PRESETS
 
 
 def test_every_preset_can_be_configured() -> None:

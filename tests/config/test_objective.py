@@ -6,7 +6,7 @@ import pytest
 
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.config import load_config
-from atpo_fast.objective.objective import PRESETS
+from atpo_fast.objective import Objective
 from atpo_fast.train.from_config import make_objective
 
 
@@ -24,7 +24,7 @@ def test_a_cap_of_zero_is_none() -> None:
     overrides = ["objective.preset=aepo", "objective.dual_cap=0", "objective.entropy_advantage=0"]
     objective = make_objective(load_config(None, overrides))
     assert objective.loss_config.dual_cap is None and objective.entropy_advantage == 0
-    assert make_objective(load_config(None, overrides[:1])).loss_config == PRESETS["aepo"].loss_config
+    assert make_objective(load_config(None, overrides[:1])).loss_config == Objective.preset("aepo").loss_config
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -127,7 +128,7 @@ def _launcher(
     if before is not None:
         os.setsid()
         before()
-    running = {}
+    running: dict[Any, ForkProcess] = {}
     for rank in range(ranks):
         process = FORK.Process(target=_in_group, args=(function, arguments, rank, ranks, port))
         process.start()

@@ -43,6 +43,7 @@ METHODS = {
     "gspo": Method(level="sequence", low=3e-4, high=4e-4, by_trajectory=True),
     "aepo": Method(cap=3.0, soft_above=True, by_entropy=0.2),
     "arpo": Method(cap=3.0),
+    "ppo": Method(cap=3.0),
     "tree_grpo": Method(cap=3.0, kl=1e-3, entropy=1e-3),
     "gppo": Method(high=0.28, cap=3.0, soft_above=True, soft_below=True),
     "sapo": Method(gate=(1.0, 1.05), by_trajectory=True),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atpo_fast import Objective, TurnTree, pack_trees
-from atpo_fast.objective.objective import PRESETS
+from atpo_fast.common.presets import PRESETS
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage
 from atpo_fast.policy.head import PolicyHead
 from tests.helpers.slow_objective import METHODS, Batch, Method, Place, regions, slow_loss
@@ -108,7 +108,7 @@ def assert_same(batch: Batch, objective: Objective, method: Method) -> set[tuple
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_is_the_published_loss(name: str, seed: int) -> None:
     method = METHODS[name]
-    cases = assert_same(random_batch(method, seed), PRESETS[name], method)
+    cases = assert_same(random_batch(method, seed), Objective.preset(name), method)
     wanted = {(sign, region) for sign in "+-" for region in regions(method)}
     wanted |= {("kl", "bounded"), ("kl", "free")} if method.kl else set()
     wanted |= {("changed sign", "+"), ("changed sign", "-")} if method.by_entropy else set()
@@ -131,7 +131,7 @@ def test_clip_ranges_of_turns(name: str) -> None:
     method = METHODS[name]
     batch = random_batch(method, 2)
     before = slow_loss(batch, method).by_logprob
-    assert_same(with_ranges(batch, 3), PRESETS[name], method)
+    assert_same(with_ranges(batch, 3), Objective.preset(name), method)
     assert slow_loss(batch, method).by_logprob != before
 
 
@@ -140,13 +140,15 @@ def test_head_reads_the_clip_ranges() -> None:
     torch.manual_seed(0)
     batch = with_ranges(random_batch(METHODS["at2po"], 0), 1)
     head = PolicyHead(nn.Linear(4, VOCAB, dtype=DOUBLE))
-    for row in pack_trees(batch.trees, PRESETS["at2po"], 40, dtype=DOUBLE):
+    for row in pack_trees(batch.trees, Objective.preset("at2po"), 40, dtype=DOUBLE):
         assert row.clip_low is not None and len(row.clip_low) == row.num_turns
         hidden = torch.randn(row.num_actions, 4, dtype=DOUBLE)
         logprob, entropy = head(hidden, row)
         row.old_logprob = (logprob + 0.3 * torch.randn(row.num_actions, dtype=DOUBLE)).detach()
-        expected = PRESETS["at2po"].evaluate(logprob, row, entropy)
-        torch.testing.assert_close(head(hidden, row, PRESETS["at2po"]).coef, expected.coef, rtol=1e-12, atol=1e-14)
+        expected = Objective.preset("at2po").evaluate(logprob, row, entropy)
+        torch.testing.assert_close(
+            head(hidden, row, Objective.preset("at2po")).coef, expected.coef, rtol=1e-12, atol=1e-14
+        )
 
 
 # Fails when ranges that an objective cannot use, or that are no ranges, are packed in silence.
@@ -154,16 +156,16 @@ def test_refused_ranges() -> None:
     batch = with_ranges(random_batch(METHODS["at2po"], 0), 1)
     for name, why in (("gspo", "ratio level sequence"), ("sapo", "clip sapo")):
         with pytest.raises(ValueError, match=f"clip_low for each turn, which {why} cannot use"):
-            pack_trees(batch.trees, PRESETS[name], 100)
+            pack_trees(batch.trees, Objective.preset(name), 100)
     for wrong in (np.full(10, -0.1), np.zeros(3)):
         batch.trees[1].clip_low = wrong
         with pytest.raises(ValueError, match=r"tree 1 \('q1'\): clip_low must be one number of at least 0"):
-            pack_trees(batch.trees, PRESETS["at2po"], 100)
+            pack_trees(batch.trees, Objective.preset("at2po"), 100)
 
 
 # Fails when a row without such ranges carries tensors for nothing.
 def test_no_ranges_no_fields() -> None:
-    rows = pack_trees(random_batch(METHODS["at2po"], 0).trees, PRESETS["at2po"], 40)
+    rows = pack_trees(random_batch(METHODS["at2po"], 0).trees, Objective.preset("at2po"), 40)
     assert all(row.clip_low is None and row.clip_high is None for row in rows)
 
 
