@@ -12,7 +12,7 @@ from atpo_fast.credit import trajectory_credit
 from atpo_fast.credit.trajectory_credit import Leaves
 from atpo_fast.credit.turn_credit import turn_advantages, turn_values
 from atpo_fast.tree import Forest, TurnTree, as_forest
-from atpo_fast.tree.forest import Floats, Ints
+from atpo_fast.tree.forest import Floats, Ints, group_sum
 
 METHODS: tuple[str, ...] = get_args(CreditMethod)
 VALUES: tuple[str, ...] = get_args(TurnValue)
@@ -92,7 +92,8 @@ def _reward(tree: TurnTree, leaf: int) -> float:
 def _trajectory_advantages(forest: Forest, reward: Floats, method: str, k: int) -> Floats:
     """Compute one advantage per leaf, (S,), by a method of trajectories."""
     tree = forest.tree[forest.leaves]
-    leaves = Leaves(reward, forest.multiplicity, tree, _question_numbers(forest.trees)[tree])
+    tokens = group_sum(forest.path_leaf, forest.action_length[forest.path_turns], len(forest.leaves))
+    leaves = Leaves(reward, forest.multiplicity, tree, _question_numbers(forest.trees)[tree], tokens)
     methods: dict[str, Callable[[Leaves], Floats]] = {
         "grpo": trajectory_credit.grpo,
         "tree_grpo": trajectory_credit.tree_grpo,

@@ -6,7 +6,8 @@ import numpy as np
 
 from atpo_fast.tree.forest import Floats, Ints, group_sum
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to a standard deviation
+WHITEN_EPSILON = 1e-8  # added to a variance over tokens
 
 
 def group_mean_std(
