@@ -13,6 +13,17 @@ from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimat
 
 
 @dataclass(config=STRICT, kw_only=True)
+class OverlongConfig:
+    """Penalty on long trajectories (DAPO's overlong shaping), in training only."""
+
+    buffer: int = Field(default=0, ge=0)
+    """Number of tokens before rollout.max_response_tokens over which the penalty grows from 0 to `factor`; tool results
+    count as response. 0: no penalty."""
+    factor: float = Field(default=1.0, gt=0)
+    """Penalty of a trajectory of rollout.max_response_tokens tokens."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class RewardConfig:
     """Outcome reward of a trajectory."""
 
@@ -24,6 +35,8 @@ class RewardConfig:
     """Bonus added to F1 when both tools were used (the published rule); only with search and python together."""
     turn_cost: float = Field(default=0.0, ge=0)
     """Cost subtracted per tool call."""
+    overlong: OverlongConfig = Field(default_factory=OverlongConfig)
+    """Penalty on long trajectories."""
 
 
 @dataclass(config=STRICT, kw_only=True)
