@@ -11,11 +11,15 @@ GradientCheckpointing = Literal["none", "layer", "mlp"]
 """What a backward computes again instead of keeping it: nothing, whole decoder layers, or the MLP of each."""
 Liger = Literal["auto", "off"]
 """Whether Liger's kernels run the layers that they fit, or never."""
-CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"]
-"""How rewards become advantages: `at2po` per turn, the others per trajectory."""
+CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk", "treepo", "gtpo", "igpo", "a2tgpo"]
+"""How rewards become advantages: `at2po`, `gtpo`, `igpo` and `a2tgpo` per turn, the others per trajectory."""
 Preset = Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]
 """Published objective; what each of them sets is in `atpo_fast.objective.objective.PRESETS`."""
 TurnValue = Literal["child_softmax", "child_mean", "leaf_mean"]
 """How the value of an inner turn follows from those of its children or leaves."""
 TurnAdvantage = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]
 """How the advantage of a turn follows from the values."""
+AncestorWeight = Literal["leaves", "equal"]
+"""Weight of the comparison with the leaves below an ancestor (treepo)."""
+SharedTurns = Literal["each", "once"]
+"""Whether a turn that lies on several trajectories counts in each of them, or once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from atpo_fast.config.data import DataConfig
 from atpo_fast.config.engines import EngineConfig, ServerConfig, VLLMConfig
-from atpo_fast.config.method import ObjectiveConfig, RewardConfig
+from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.train import TrainConfig
 
@@ -26,6 +26,15 @@ def check_overlong(reward: RewardConfig, rollout: RolloutConfig) -> None:
         raise ValueError(
             f"reward.overlong.buffer={reward.overlong.buffer} must be smaller than rollout.max_response_tokens="
             f"{rollout.max_response_tokens}, or every trajectory is penalised"
+        )
+
+
+def check_turn_rewards(reward: RewardConfig, credit: CreditConfig) -> None:
+    """Check that rewards of turns reach the credit."""
+    if reward.turn_penalty and credit.method != "gtpo":
+        raise ValueError(
+            f"reward.turn_penalty={reward.turn_penalty:g} rewards turns, which credit.method={credit.method} does not "
+            "read: set credit.method=gtpo, or leave it out"
         )
 
 

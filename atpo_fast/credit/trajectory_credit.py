@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atpo_fast.credit.standardize import EPSILON, WHITEN_EPSILON, group_mean_std
-from atpo_fast.tree.forest import Floats, Ints
+from atpo_fast.credit.standardize import EPSILON, group_mean_std, standardize, whiten
+from atpo_fast.tree.forest import Floats, Forest, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ def grpo(leaves: Leaves) -> Floats:
 
     A question with one leaf counts with mean 0 and std 1, as in the published code: its advantage is R / (1 + 1e-6).
     """
-    return _standardize(leaves.reward, leaves.multiplicity, leaves.question)
+    return standardize(leaves.reward, leaves.multiplicity, leaves.question)
 
 
 def tree_grpo(leaves: Leaves) -> Floats:
@@ -35,7 +35,7 @@ def tree_grpo(leaves: Leaves) -> Floats:
     Both terms start from the raw reward and take the sample std. A tree with one leaf counts in its second term with
     mean 0 and std 1, that is R / (1 + 1e-6).
     """
-    return grpo(leaves) + _standardize(leaves.reward, leaves.multiplicity, leaves.tree)
+    return grpo(leaves) + standardize(leaves.reward, leaves.multiplicity, leaves.tree)
 
 
 def rloo(leaves: Leaves) -> Floats:
@@ -53,7 +53,31 @@ def reinforce_plus_plus(leaves: Leaves) -> Floats:
     list of trees given to `assign_credit`.
     """
     mean, _, size = group_mean_std(leaves.reward, leaves.multiplicity, leaves.question, ddof=1)
-    return _whiten(leaves.reward - np.where(size > 1, mean, 0.0), leaves)
+    return whiten(leaves.reward - np.where(size > 1, mean, 0.0), leaves.multiplicity * leaves.tokens)
+
+
+def treepo(leaves: Leaves, forest: Forest, ancestors: str) -> Floats:
+    """Compare each leaf with the leaves below each of its ancestors, then whiten over all action tokens: (S,).
+
+    TreePO (arXiv:2508.17445): A = sum of w_g (R - mean_g) over the ancestors g of the leaf, divided by the sum of w_g.
+    The root stands for all leaves of the question, whichever tree they are in. Other ancestors with a single leaf below
+    do not count. `ancestors` says what w_g is: the number of `leaves` below g, or `equal` weights.
+    """
+    equal, size = ancestors == "equal", leaves.multiplicity
+    mean, _, size_of_question = group_mean_std(leaves.reward, size, leaves.question, ddof=1)
+    centred = leaves.reward - mean  # exactly 0 where all are equal, and so are the means below
+    below = forest.sum_leaves_below(size)
+    mean_below = forest.sum_leaves_below(size * centred) / np.maximum(below, 1.0)
+    counts = (below > 1) & (forest.parent >= 0)
+    weight = np.where(counts, 1.0 if equal else below, 0.0)
+    weighted = weight * mean_below
+    for level in forest.levels[1:]:
+        above = forest.parent[level]
+        weight[level] += weight[above]
+        weighted[level] += weighted[above]
+    parent = forest.parent[forest.leaves]
+    whole = 1.0 if equal else size_of_question  # the question's own mean is 0 here
+    return whiten(centred - weighted[parent] / (weight[parent] + whole), size * leaves.tokens)
 
 
 def pass_at_k(leaves: Leaves, k: int) -> Floats:
@@ -67,19 +91,6 @@ def pass_at_k(leaves: Leaves, k: int) -> Floats:
         member = np.flatnonzero(leaves.question == question)
         advantage[member] = _pass_at_k_of_group(leaves.reward[member], leaves.multiplicity[member].astype(np.int64), k)
     return advantage
-
-
-def _standardize(values: Floats, multiplicity: Floats, group: Ints) -> Floats:
-    """Standardise (S,) `values` within groups, with the sample std; a group of one has mean 0 and std 1: (S,)."""
-    mean, std, size = group_mean_std(values, multiplicity, group, ddof=1)
-    alone = size <= 1
-    return (values - np.where(alone, 0.0, mean)) / (np.where(alone, 1.0, std) + EPSILON)
-
-
-def _whiten(values: Floats, leaves: Leaves) -> Floats:
-    """Whiten the (S,) values that all action tokens of a trajectory carry, over the tokens of the batch: (S,)."""
-    mean, std, _ = group_mean_std(values, leaves.multiplicity * leaves.tokens, np.zeros_like(leaves.tree), ddof=1)
-    return (values - mean) / np.sqrt(std**2 + WHITEN_EPSILON)
 
 
 def _pass_at_k_of_group(reward: Floats, multiplicity: Ints, k: int) -> Floats:

@@ -11,9 +11,9 @@ from atpo_fast.tree.forest import Floats, Forest
 def turn_values(forest: Forest, reward: Floats, *, leaf_norm: bool, value: str) -> Floats:
     """Compute the value of every turn, (N,), from the (S,) `reward` of the leaves.
 
-    With `leaf_norm` rewards are standardised within the tree by the population std. A leaf of multiplicity m counts as m
-    siblings of equal reward and entropy, as the copies of leaves do that the published code adds to its trees: in that
-    mean and std, and in the value of every turn above. Turns without a leaf below have value 0.
+    With `leaf_norm` rewards are standardised within the tree by the population std. A leaf of multiplicity m counts as
+    m siblings of equal reward and entropy, like the copies that the published code adds to its trees: in that mean and
+    std, and in the value of every turn above. Turns without a leaf below have value 0.
     """
     z = _standardized(forest, reward) if leaf_norm else reward
     if value == "leaf_mean":

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config import OverlongConfig, RewardConfig
@@ -42,8 +43,8 @@ class LeafScore:
     """The score of one leaf.
 
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
-    stands in the box. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong` is
-    the part of `reward` that the length took, 0 or less.
+    stands in the box. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
+    is the part of `reward` that the length took, 0 or less.
     """
 
     turn: int
@@ -68,7 +69,8 @@ def score_trees(
 ) -> list[list[LeafScore]]:
     """Score every leaf of every tree, in the order of `tree.leaves`, and set its reward on the tree.
 
-    Each turn is decoded once. A tree without leaves gives an empty list.
+    Sets `tree.turn_rewards` too where turns have a `turn_penalty`. Each turn is decoded once. A tree
+    without leaves gives an empty list.
 
     Args:
         trees: unscored trees.
@@ -103,6 +105,16 @@ def format_ok(text: str) -> bool:
         return False
     span = _answer_span(text)
     return span is not None and "\\boxed{" in span and "}" in span
+
+
+def turn_format_ok(text: str, called: bool) -> bool:
+    """Check the format of one turn: its thoughts are closed, and it either calls a tool or answers, not both.
+
+    GTPO (arXiv:2511.14846) penalises turns with a broken format; what a turn's format is here is a choice of ours.
+    """
+    thoughts = text.count(open_tag(TAGS.think))
+    answered = text.count(open_tag(TAGS.answer)) == text.count(close_tag(TAGS.answer)) == 1
+    return 0 < thoughts == text.count(close_tag(TAGS.think)) and called != answered
 
 
 def extract_answer(text: str) -> str | None:
@@ -151,6 +163,9 @@ def _score_tree(
     limit: int | None,
 ) -> list[LeafScore]:
     texts = _turn_texts(tree, tokenizer)
+    if reward.turn_penalty:
+        broken = [not turn_format_ok(text, turn.tool is not None) for text, turn in zip(texts, tree.turns, strict=True)]
+        tree.turn_rewards = np.array([0.0, *broken[1:]]) * -reward.turn_penalty
     scores = []
     for leaf in tree.leaves:
         path = tree.path(leaf)[1:]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from atpo_fast.common.errors import CheckpointError, DynamicSamplingError
 from atpo_fast.config import DynamicSamplingConfig
-from atpo_fast.tree.storage import append_forest, read_forest
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import draw_questions
 from atpo_fast.train.scoring import Group, score
+from atpo_fast.tree.storage import append_forest, read_forest
 
 _SURPLUS = "surplus.jsonl"
 

@@ -1,8 +1,9 @@
 """The RL loop: roll out, score, credit, pack, update, sync (docs/design.md#loop).
 
 One step rolls out `questions_per_step` questions over all ranks (with dynamic sampling, as many as it takes for so many
-that vary) and takes one optimizer step per mini-batch of `questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are
-the same everywhere and the denominators are global without further communication.
+that vary) and takes one optimizer step per mini-batch of `questions_per_minibatch`. Every rank then holds the whole
+forest, so that credit, packing and the split of rows are the same everywhere and the denominators are global without
+further communication.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkp
 from atpo_fast.train.dynamic_sampling import Filled, describe, fill, read_surplus, sampling_metrics
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
+from atpo_fast.train.information_gain import measure_gold
 from atpo_fast.train.minibatches import pack_minibatches, trees_per_minibatch
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
@@ -37,7 +39,6 @@ from atpo_fast.train.weights import load_policy
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
-
 
 TOTALS = ("unique", "flat", "trained", "prefilled", "decoded", "cache_hit", "pruned", "skipped_backward")
 
@@ -132,6 +133,9 @@ class Trainer:
         self.state.cursor += sum(batch.draw.count for batch in batches)
         staleness = max((self.state.step - group.weights_step for group in filled.groups), default=0)
         self._roll_out_ahead()
+        if self.config.credit.needs_gold:
+            with run.timer.phase("gain"):
+                measure_gold(run, self.zero, [scored for group in filled.groups for scored in group.trees])
         with run.timer.phase("credit"):
             forest = as_forest([scored.tree for group in filled.groups for scored in group.trees])
             assign_credit(forest, **self.config.credit.arguments)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from atpo_fast.data.questions import Question
 
 
-class Draw(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Draw:
     """The questions that all ranks roll out together: `count` of them, from place `first` of the order of questions."""
 
     step: int  # the step that they are for

@@ -217,6 +217,8 @@ def test_multiplicity_is_copies_of_the_leaf(tree: TurnTree, method: str, value: 
         turn = tree.turns[leaf]
         for _ in range(turn.multiplicity - 1):
             copied.set_reward(copied.add_turn(turn.parent, turn.action_ids, turn.logprobs), turn.reward or 0.0)
+    gold = -np.random.default_rng(len(tree)).random(len(tree))
+    tree.gold_logprob, copied.gold_logprob = gold, np.append(gold, np.full(len(copied) - len(tree), np.nan))
     assign_credit([tree], method, value=value)
     assign_credit([copied], method, value=value)
     assert tree.values is not None and copied.values is not None
@@ -225,10 +227,12 @@ def test_multiplicity_is_copies_of_the_leaf(tree: TurnTree, method: str, value: 
     assert copied.advantages[: len(tree)] == pytest.approx(tree.advantages, abs=1e-9)
 
 
-# Fails when a zero std or an empty tree gives nan, inf or rounding noise instead of 0.
-@pytest.mark.parametrize("method", METHODS)
+# Fails when a zero std or an empty tree gives nan, inf or rounding noise instead of 0. (gtpo and igpo compare the turns
+# of one trajectory too, of which the last is nearest to the outcome.)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("gtpo", "igpo")])
 def test_no_signal_is_exactly_zero(method: str) -> None:
     equal, empty = small_tree("1", (0.1, 0.1, 0.1)), TurnTree([1])
+    equal.gold_logprob, empty.gold_logprob = np.zeros(len(equal)), np.zeros(len(empty))
     assign_credit([equal, empty], method)
     for tree in (equal, empty):
         assert tree.advantages is not None and (tree.advantages == 0).all()

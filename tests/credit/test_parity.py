@@ -35,8 +35,9 @@ def random_forest(seed: int) -> list[TurnTree]:
     for question in "aabcabddd":
         tree = TurnTree([1, 2], question_id=question)
         for n in range(int(rng.integers(1, 9))):
-            action = int(rng.integers(0 if n else 1, 5))
-            tree.add_turn(int(rng.integers(0, n + 1)), rng.integers(0, 9, action), -rng.random(action), [3])
+            parent = int(rng.integers(0, n + 1))
+            action = int(rng.integers(0 if parent else 1, 5))
+            tree.add_turn(parent, rng.integers(0, 9, action), -rng.random(action), [3])
         for leaf in tree.leaves:
             tree.set_reward(leaf, float(rng.choice([-1.0, 0.0, 0.3, 1.0])))
             tree.set_multiplicity(leaf, int(rng.choice([1, 1, 1, 2, 4])))
@@ -63,6 +64,8 @@ def z_score(value: float, group: Sequence[float]) -> float:
     """Standardise by the sample std; a group of one has mean 0 and std 1."""
     if len(group) == 1:
         return value / (1 + E)
+    if len(set(group)) == 1:
+        return 0.0  # not a rounding of 1e-16 over 1e-6
     mean = math.fsum(group) / len(group)
     std = math.sqrt(math.fsum((x - mean) ** 2 for x in group) / (len(group) - 1))
     return (value - mean) / (std + E)
@@ -101,8 +104,28 @@ def reinforce_plus_plus(all_: list[Trajectory]) -> list[float]:
     return whitened(all_, centred)
 
 
+def treepo(all_: list[Trajectory], ancestors: str) -> list[float]:
+    advantages = []
+    for y in all_:
+        groups = [[o.reward for o in all_ if o.question == y.question]]
+        for n in y.path[:-1]:
+            below = [o.reward for o in all_ if o.tree == y.tree and n in o.path]
+            groups += [below] if len(below) > 1 else []
+        weights = [len(group) if ancestors == "leaves" else 1 for group in groups]
+        terms = [w * (y.reward - math.fsum(g) / len(g)) for w, g in zip(weights, groups, strict=True)]
+        advantages.append(math.fsum(terms) / sum(weights))
+    return whitened(all_, advantages)
+
+
 Loop = Callable[[list[Trajectory]], list[float]]
-LOOPS: dict[str, Loop] = {"grpo": grpo, "tree_grpo": tree_grpo, "rloo": rloo, "reinforce++": reinforce_plus_plus}
+LOOPS: dict[str, Loop] = {
+    "grpo": grpo,
+    "tree_grpo": tree_grpo,
+    "rloo": rloo,
+    "reinforce++": reinforce_plus_plus,
+    "treepo": lambda all_: treepo(all_, "leaves"),
+    "treepo, equal": lambda all_: treepo(all_, "equal"),
+}
 
 
 # Fails when a question's trees are not compared with each other, a copy does not count, or a sample is a population.
@@ -110,7 +133,8 @@ LOOPS: dict[str, Loop] = {"grpo": grpo, "tree_grpo": tree_grpo, "rloo": rloo, "r
 def test_trajectory_credit(method: str) -> None:
     for seed in SEEDS:
         trees = random_forest(seed)
-        assign_credit(trees, method)
+        name, _, ancestors = method.partition(", ")
+        assign_credit(trees, name, ancestors=ancestors or "leaves")
         all_ = written_out(trees)
         for y, expected in zip(all_, LOOPS[method](all_), strict=True):
             leaf_advantages = trees[y.tree].leaf_advantages
@@ -137,8 +161,8 @@ def test_turn_values(value: str) -> None:
         assign_credit(trees, value=value)
         for tree in trees:
             copies = [tree.turns[n].reward or 0.0 for n in tree.leaves for _ in range(tree.turns[n].multiplicity)]
-            std = float(np.std(copies)) if len(set(copies)) > 1 else 0.0
-            rewards = {n: ((tree.turns[n].reward or 0.0) - np.mean(copies)) / (std + E) for n in tree.leaves}
+            std = float(np.std(copies))
+            mean = math.fsum(copies) / len(copies) if len(set(copies)) > 1 else copies[0]
+            rewards = {n: ((tree.turns[n].reward or 0.0) - mean) / (std + E) for n in tree.leaves}
             expected = [value_of(tree, n, rewards, value) for n in range(len(tree))]
-            # a group of equal rewards has deviations of some 1e-16 here, which the tiny std of 1e-6 magnifies
-            assert tree.values == pytest.approx(expected, abs=1e-12 if std else 1e-9), seed
+            assert tree.values == pytest.approx(expected, abs=1e-12), seed

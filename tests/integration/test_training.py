@@ -77,13 +77,14 @@ def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
             assert found[step][name] == pytest.approx(record[name], rel=1e-6), (step, name)
 
 
-# Untrained answers in a tiny world: which questions vary is luck, so the step goes on with what there is. Fails when ranks
-# decide differently (they would wait for each other for ever), the cursor or the surplus is lost by a resume, or
-# questions rolled out ahead are those of another place. At a learning rate of almost 0 the weights stay the same.
+# Nothing is answered yet, so length alone makes rewards differ, for some questions. Fails when ranks decide each for
+# itself (they would wait for each other for ever), the cursor or the surplus is lost by a resume, or what is rolled out
+# ahead are questions of another place. At a learning rate of almost 0 the weights stay the same.
 def test_dynamic_sampling(config: Path, tmp_path: Path) -> None:
     on = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.max_refills=2", "optim.lr=1e-12"]
     on += ["train.dynamic_sampling.surplus=keep", "train.dynamic_sampling.on_exhausted=continue"]
-    on += ["rollout.schedule=synchronous", "reward.turn_cost=0.1", "reward.metric=f1", "cold_start.steps=60"]
+    on += ["rollout.schedule=synchronous", "reward.overlong.buffer=150"]
+    on += ["rollout.strategy=chain", "rollout.initial_chains=2"]
     output = run(config, *on, "train.max_staleness=1")
     expected = records(tmp_path / "run", "train")
     assert output.count("dynamic sampling:") == 3

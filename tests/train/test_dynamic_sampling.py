@@ -40,9 +40,7 @@ def group(place: int, *rewards: float, trees: int = 1, copies: int = 1, em: floa
             leaf = tree.add_turn(0, [2], [-0.5])
             tree.set_reward(leaf, reward)
             scores.append(
-                LeafScore(
-                    turn=leaf, reward=reward, em=em, f1=em, format_ok=True, tool_calls=0, turns=1, answer=None
-                )
+                LeafScore(turn=leaf, reward=reward, em=em, f1=em, format_ok=True, tool_calls=0, turns=1, answer=None)
             )
         if tree.leaves:
             tree.set_multiplicity(tree.leaves[-1], copies)
