@@ -18,6 +18,7 @@ from atpo_fast.environment.reward import (
     format_ok,
     normalise_answer,
     score_trees,
+    turn_format_ok,
 )
 from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result
 from atpo_fast.tree.turn_tree import TurnTree
@@ -165,6 +166,19 @@ def test_long_trajectories_cost_in_training_only(
         assert score.reward == tree.turns[score.turn].reward == pytest.approx(-2.0 + expected, abs=1e-15)
     with pytest.raises(ValueError, match="max_response_tokens"):
         score_trees([tree], [QUESTION], tokenizer, reward)
+
+
+# Turns that call or answer, with closed thoughts, are well-formed. Fails when the penalty goes to the outcome, or
+# validation of the answer decides about turns before it.
+def test_turns_with_a_broken_format_cost(tokenizer: PreTrainedTokenizerFast) -> None:
+    tree = _tree(tokenizer, (SEARCH, format_result("x")), ("<search> b </search>", format_result("x")), (ANSWER, ""))
+    reward = RewardConfig(turn_penalty=0.25)
+    ((score,),) = score_trees([tree], [QUESTION], tokenizer, reward)
+    assert tree.turn_rewards is not None and tree.turn_rewards.tolist() == [0.0, 0.0, -0.25, 0.0]
+    assert score.reward == 1.0
+    assert not turn_format_ok("<think> a </think>", called=False)
+    assert not turn_format_ok(ANSWER, called=True)
+    assert not turn_format_ok("<think> <think> a </think> <search> b </search>", called=True)
 
 
 def test_tags_inside_results_do_not_count(tokenizer: PreTrainedTokenizerFast) -> None:
