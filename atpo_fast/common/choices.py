@@ -26,14 +26,22 @@ MethodName = Literal[
     "rloo",
     "reinforce++",
     "passk",
+    "treepo",
+    "gtpo",
+    "igpo",
+    "a2tgpo",
     "react",
 ]
 """Methods by name; what each of them sets is in `atpo_fast.config.methods.METHODS`."""
-CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk"]
-"""How rewards become advantages: `at2po` per turn, the others per trajectory."""
+CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk", "treepo", "gtpo", "igpo", "a2tgpo"]
+"""How rewards become advantages: `at2po`, `gtpo`, `igpo` and `a2tgpo` per turn, the others per trajectory."""
 Preset = Literal["at2po", "atpo", "ppo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]
 """Published objective; what each of them sets is in `atpo_fast.common.presets.PRESETS`."""
 TurnValue = Literal["child_softmax", "child_mean", "leaf_mean"]
 """How the value of an inner turn follows from those of its children or leaves."""
 TurnAdvantage = Literal["node_value", "diff_parent", "diff_global", "diff_localglobal"]
 """How the advantage of a turn follows from the values."""
+AncestorWeight = Literal["leaves", "equal"]
+"""Weight of the comparison with the leaves below an ancestor (treepo)."""
+SharedTurns = Literal["each", "once"]
+"""Whether a turn that lies on several trajectories counts in each of them, or once."""

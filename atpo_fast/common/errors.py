@@ -52,6 +52,12 @@ class MismatchError(AtpoError, RuntimeError):
     exit_code = BAD_INPUT
 
 
+class DynamicSamplingError(AtpoError, RuntimeError):
+    """Too few questions have trajectories that differ; the message says how many, and what to change."""
+
+    exit_code = BAD_INPUT
+
+
 class EngineError(AtpoError, RuntimeError):
     """An inference engine cannot do what a rollout needs, for a reason outside of this program; the message says why,
     and what to do."""

@@ -9,13 +9,13 @@ from atpo_fast.config.data import DataConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig, ServerConfig, VLLMConfig
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
-from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
+from atpo_fast.config.method import CreditConfig, ObjectiveConfig, OverlongConfig, RewardConfig
 from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.schema import Config
 from atpo_fast.config.section import as_dict
 from atpo_fast.config.tools import MCPServerConfig, ToolsConfig
-from atpo_fast.config.train import ColdStartConfig, EvalConfig, OptimConfig, TrainConfig
+from atpo_fast.config.train import ColdStartConfig, DynamicSamplingConfig, EvalConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "ColdStartConfig",
@@ -23,6 +23,7 @@ __all__ = [
     "ConfigError",
     "CreditConfig",
     "DataConfig",
+    "DynamicSamplingConfig",
     "EngineConfig",
     "EvalConfig",
     "LoggingConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "OverlongConfig",
     "PagedConfig",
     "RewardConfig",
     "RolloutConfig",

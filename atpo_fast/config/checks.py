@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from atpo_fast.config.data import DataConfig
 from atpo_fast.config.engines import EngineConfig, ServerConfig, VLLMConfig
-from atpo_fast.config.method import ObjectiveConfig
+from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.train import TrainConfig
 
@@ -20,6 +20,24 @@ def check_row(data: DataConfig, rollout: RolloutConfig, train: TrainConfig) -> N
         )
 
 
+def check_overlong(reward: RewardConfig, rollout: RolloutConfig) -> None:
+    """Check that there are response lengths without a penalty."""
+    if reward.overlong.buffer >= rollout.max_response_tokens:
+        raise ValueError(
+            f"reward.overlong.buffer={reward.overlong.buffer} must be smaller than rollout.max_response_tokens="
+            f"{rollout.max_response_tokens}, or every trajectory is penalised"
+        )
+
+
+def check_turn_rewards(reward: RewardConfig, credit: CreditConfig) -> None:
+    """Check that rewards of turns reach the credit."""
+    if reward.turn_penalty and credit.method != "gtpo":
+        raise ValueError(
+            f"reward.turn_penalty={reward.turn_penalty:g} rewards turns, which credit.method={credit.method} does not "
+            "read: set credit.method=gtpo, or leave it out"
+        )
+
+
 def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
     """Check that importance weights have two different log-probs to compare, and that older samples are weighed."""
     from_rollout, cap = train.old_logprobs == "rollout", objective.importance_cap
@@ -32,6 +50,12 @@ def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
         raise ValueError(
             "train.max_staleness=1 learns from older weights' samples: set objective.importance_cap, or "
             "train.old_logprobs=rollout"
+        )
+    sampling = train.dynamic_sampling
+    if sampling.enabled and sampling.surplus == "keep" and not from_rollout and cap is None:
+        raise ValueError(
+            "train.dynamic_sampling.surplus=keep learns from older weights' samples: set objective.importance_cap, or "
+            "train.old_logprobs=rollout, or surplus=discard"
         )
 
 

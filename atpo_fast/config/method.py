@@ -7,9 +7,20 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from atpo_fast.common.choices import CreditMethod, Preset, TurnAdvantage, TurnValue
+from atpo_fast.common.choices import AncestorWeight, CreditMethod, Preset, SharedTurns, TurnAdvantage, TurnValue
 from atpo_fast.config.section import STRICT, as_dict
 from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
+
+
+@dataclass(config=STRICT, kw_only=True)
+class OverlongConfig:
+    """Penalty on long trajectories (DAPO's overlong shaping), in training only."""
+
+    buffer: int = Field(default=0, ge=0)
+    """Number of tokens before rollout.max_response_tokens over which the penalty grows from 0 to `factor`; tool results
+    count as response. 0: no penalty."""
+    factor: float = Field(default=1.0, gt=0)
+    """Penalty of a trajectory of rollout.max_response_tokens tokens."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -24,6 +35,10 @@ class RewardConfig:
     """Bonus added to F1 when both tools were used (the published rule); only with search and python together."""
     turn_cost: float = Field(default=0.0, ge=0)
     """Cost subtracted per tool call."""
+    turn_penalty: float = Field(default=0.0, ge=0)
+    """Penalty on each turn that breaks the format of a turn, as a reward of that turn (gtpo, published 0.1)."""
+    overlong: OverlongConfig = Field(default_factory=OverlongConfig)
+    """Penalty on long trajectories."""
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -31,7 +46,8 @@ class CreditConfig:
     """Credit assignment: from leaf rewards to advantages."""
 
     method: CreditMethod = "at2po"
-    """Method of credit. at2po: per turn. The others: per trajectory."""
+    """Method of credit. at2po, gtpo, igpo, a2tgpo: per turn. The others: per trajectory. igpo and a2tgpo forward every
+    batch once more, for the probability of the gold answer after each turn."""
     leaf_norm: bool = True
     """Whether leaf rewards are standardised within the tree first (at2po)."""
     value: TurnValue = "child_softmax"
@@ -40,6 +56,20 @@ class CreditConfig:
     """Advantage of a turn (at2po)."""
     pass_at_k: int = Field(default=4, ge=1)
     """Number k of the tries of which one has to succeed (passk)."""
+    discount: float | None = Field(default=None, gt=0, le=1)
+    """Factor of a reward that is one turn further away (gtpo, igpo, a2tgpo); none: 0.9 for gtpo, else 1."""
+    ancestors: AncestorWeight = "leaves"
+    """Weight of a leaf's comparison with those below an ancestor (treepo). leaves: their number. equal: always 1."""
+    clip_spread: float = Field(default=0.5, ge=0, lt=1)
+    """Share by which the clip range of a turn is widened or narrowed at most (a2tgpo)."""
+    shared_turns: SharedTurns = "each"
+    """Weight of a turn that lies on several trajectories. each: it counts in each of them. once: it counts once, shared
+    among them."""
+
+    @property
+    def needs_gold(self) -> bool:
+        """Whether the method reads how probable the gold answer is after each turn."""
+        return self.method in ("igpo", "a2tgpo")
 
     @property
     def arguments(self) -> dict[str, Any]:

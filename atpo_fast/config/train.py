@@ -47,13 +47,36 @@ class ColdStartConfig:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class DynamicSamplingConfig:
+    """Dynamic sampling (DAPO): train only on questions whose trajectories differ, and replace the others."""
+
+    enabled: bool = False
+    """Whether questions without variance are dropped and the next ones rolled out in their place."""
+    metric: Literal["reward", "em", "f1"] = "reward"
+    """Score that has to vary over the trajectories of a question. reward: what is trained on, with every penalty. em,
+    f1: that of the answer alone."""
+    questions_per_rollout: int | None = Field(default=None, ge=1)
+    """Number of questions rolled out at a time, over all ranks; none: train.questions_per_step, which surplus=keep does
+    not let it exceed."""
+    max_refills: int = Field(default=9, ge=0)
+    """Number of further roll-outs in a step, at most."""
+    surplus: Literal["discard", "keep"] = "discard"
+    """What becomes of questions beyond train.questions_per_step. keep: the next step begins with them, so their samples
+    are older than its weights; needs old_logprobs=rollout, or objective.importance_cap with old_logprobs=recompute."""
+    on_exhausted: Literal["stop", "continue"] = "stop"
+    """What happens when too few questions vary after the last refill. stop: the run saves and ends with a message.
+    continue: the step trains on those there are."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class TrainConfig:
     """The RL loop: batch sizes, old log-probs, evaluation and checkpoints."""
 
     steps: int = Field(default=100, ge=1)
     """Number of rollout batches; a batch is one step, whatever its number of mini-batches."""
     questions_per_step: int = Field(default=64, ge=1)
-    """Number of questions rolled out per step, over all ranks."""
+    """Number of questions trained on per step, over all ranks; they are all that are rolled out, but for dynamic
+    sampling."""
     questions_per_minibatch: int = Field(default=8, ge=1)
     """Number of questions per optimizer step, over all ranks."""
     row_tokens: int = Field(default=16384, ge=16)
@@ -83,12 +106,21 @@ class TrainConfig:
     must: fail when there is none. never: begin again; the earlier run's folder is renamed."""
     save_trees: int = Field(default=2, ge=0)
     """Number of trees per step written out for the report."""
+    dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)
+    """Dynamic sampling of questions."""
 
     def __post_init__(self) -> None:
         if self.questions_per_step % self.questions_per_minibatch:
             raise ValueError(
                 f"train.questions_per_step={self.questions_per_step} must be a multiple of "
                 f"train.questions_per_minibatch={self.questions_per_minibatch}"
+            )
+        sampling = self.dynamic_sampling
+        at_once = sampling.questions_per_rollout or 0
+        if sampling.enabled and sampling.surplus == "keep" and at_once > self.questions_per_step:
+            raise ValueError(
+                f"train.dynamic_sampling.questions_per_rollout={at_once} may leave more than one step's questions to "
+                f"keep: with surplus=keep it must be at most train.questions_per_step={self.questions_per_step}"
             )
 
 

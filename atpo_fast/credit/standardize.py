@@ -6,7 +6,8 @@ import numpy as np
 
 from atpo_fast.tree.forest import Floats, Ints, group_sum
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to a standard deviation
+WHITEN_EPSILON = 1e-8  # added to a variance over tokens
 
 
 def group_mean_std(
@@ -31,3 +32,16 @@ def group_mean_std(
     squares = group_sum(index, multiplicity * (centred - shift[index]) ** 2)
     std = np.sqrt(squares / np.maximum(size - ddof, 1.0))
     return (origin + shift)[index], std[index], size[index]
+
+
+def standardize(values: Floats, multiplicity: Floats, group: Ints) -> Floats:
+    """Standardise (S,) `values` within groups, with the sample std; a group of one has mean 0 and std 1: (S,)."""
+    mean, std, size = group_mean_std(values, multiplicity, group, ddof=1)
+    alone = size <= 1
+    return (values - np.where(alone, 0.0, mean)) / (np.where(alone, 1.0, std) + EPSILON)
+
+
+def whiten(values: Floats, tokens: Floats) -> Floats:
+    """Whiten (S,) `values`, each carried by its (S,) number of `tokens`, over tokens, by the sample variance: (S,)."""
+    mean, std, _ = group_mean_std(values, tokens, np.zeros(len(values), dtype=np.int64), ddof=1)
+    return (values - mean) / np.sqrt(std**2 + WHITEN_EPSILON)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atpo_fast.credit.standardize import EPSILON, group_mean_std
-from atpo_fast.tree.forest import Floats, Ints
+from atpo_fast.credit.standardize import EPSILON, group_mean_std, standardize, whiten
+from atpo_fast.tree.forest import Floats, Forest, Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,22 +18,24 @@ class Leaves:
     multiplicity: Floats  # (S,) how often each counts
     tree: Ints  # (S,) number of the leaf's tree
     question: Ints  # (S,) number of its question, of which there may be several trees
+    tokens: Floats  # (S,) action tokens of its trajectory
 
 
 def grpo(leaves: Leaves) -> Floats:
-    """Standardise rewards over the question's leaves, with the sample std (arXiv:2402.03300): (S,). One leaf gets 0."""
-    return _standardize(leaves.reward, leaves.multiplicity, leaves.question)
+    """Standardise rewards over the question's leaves, with the sample std: (S,) (arXiv:2402.03300).
+
+    A question with one leaf counts with mean 0 and std 1, as in the published code: its advantage is R / (1 + 1e-6).
+    """
+    return standardize(leaves.reward, leaves.multiplicity, leaves.question)
 
 
 def tree_grpo(leaves: Leaves) -> Floats:
-    """Standardise over the question's leaves and then again over the tree's: (S,) (arXiv:2509.21240, `tree_2norm`).
+    """Add the reward standardised over the question's leaves and that over its own tree's: (S,) (arXiv:2509.21240).
 
-    A tree with a single leaf keeps the question-level advantage, as in the published code.
+    Both terms start from the raw reward and take the sample std. A tree with one leaf counts in its second term with
+    mean 0 and std 1, that is R / (1 + 1e-6).
     """
-    over_question = grpo(leaves)
-    over_tree = _standardize(over_question, leaves.multiplicity, leaves.tree)
-    _, _, size = group_mean_std(over_question, leaves.multiplicity, leaves.tree, ddof=1)
-    return np.where(size > 1, over_tree, over_question)
+    return grpo(leaves) + standardize(leaves.reward, leaves.multiplicity, leaves.tree)
 
 
 def rloo(leaves: Leaves) -> Floats:
@@ -43,13 +45,39 @@ def rloo(leaves: Leaves) -> Floats:
 
 
 def reinforce_plus_plus(leaves: Leaves) -> Floats:
-    """Subtract the question's mean, then standardise over all leaves of the batch, with the sample std: (S,).
+    """Subtract the question's mean, then whiten over all action tokens of the batch: (S,).
 
-    REINFORCE++ with baseline (arXiv:2501.03262, section on multiple samples per prompt). The batch is the list of
-    trees given to `assign_credit`.
+    REINFORCE++ with baseline (arXiv:2501.03262), as verl computes it: every action token carries the centred reward of
+    its trajectory, and A = (x - mean) / sqrt(var + 1e-8) with the sample variance over tokens, so a long trajectory
+    weighs more in mean and variance than a short one. The baseline of a question with one leaf is 0. The batch is the
+    list of trees given to `assign_credit`.
     """
-    mean, _, _ = group_mean_std(leaves.reward, leaves.multiplicity, leaves.question, ddof=1)
-    return _standardize(leaves.reward - mean, leaves.multiplicity, np.zeros_like(leaves.question))
+    mean, _, size = group_mean_std(leaves.reward, leaves.multiplicity, leaves.question, ddof=1)
+    return whiten(leaves.reward - np.where(size > 1, mean, 0.0), leaves.multiplicity * leaves.tokens)
+
+
+def treepo(leaves: Leaves, forest: Forest, ancestors: str) -> Floats:
+    """Compare each leaf with the leaves below each of its ancestors, then whiten over all action tokens: (S,).
+
+    TreePO (arXiv:2508.17445): A = sum of w_g (R - mean_g) over the ancestors g of the leaf, divided by the sum of w_g.
+    The root stands for all leaves of the question, whichever tree they are in. Other ancestors with a single leaf below
+    do not count. `ancestors` says what w_g is: the number of `leaves` below g, or `equal` weights.
+    """
+    equal, size = ancestors == "equal", leaves.multiplicity
+    mean, _, size_of_question = group_mean_std(leaves.reward, size, leaves.question, ddof=1)
+    centred = leaves.reward - mean  # exactly 0 where all are equal, and so are the means below
+    below = forest.sum_leaves_below(size)
+    mean_below = forest.sum_leaves_below(size * centred) / np.maximum(below, 1.0)
+    counts = (below > 1) & (forest.parent >= 0)
+    weight = np.where(counts, 1.0 if equal else below, 0.0)
+    weighted = weight * mean_below
+    for level in forest.levels[1:]:
+        above = forest.parent[level]
+        weight[level] += weight[above]
+        weighted[level] += weighted[above]
+    parent = forest.parent[forest.leaves]
+    whole = 1.0 if equal else size_of_question  # the question's own mean is 0 here
+    return whiten(centred - weighted[parent] / (weight[parent] + whole), size * leaves.tokens)
 
 
 def pass_at_k(leaves: Leaves, k: int) -> Floats:
@@ -63,11 +91,6 @@ def pass_at_k(leaves: Leaves, k: int) -> Floats:
         member = np.flatnonzero(leaves.question == question)
         advantage[member] = _pass_at_k_of_group(leaves.reward[member], leaves.multiplicity[member].astype(np.int64), k)
     return advantage
-
-
-def _standardize(values: Floats, multiplicity: Floats, group: Ints) -> Floats:
-    mean, std, _ = group_mean_std(values, multiplicity, group, ddof=1)
-    return (values - mean) / (std + EPSILON)
 
 
 def _pass_at_k_of_group(reward: Floats, multiplicity: Ints, k: int) -> Floats:

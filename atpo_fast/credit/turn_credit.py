@@ -11,9 +11,9 @@ from atpo_fast.tree.forest import Floats, Forest
 def turn_values(forest: Forest, reward: Floats, *, leaf_norm: bool, value: str) -> Floats:
     """Compute the value of every turn, (N,), from the (S,) `reward` of the leaves.
 
-    With `leaf_norm` rewards are standardised within the tree by the population std. Multiplicity counts trajectories:
-    in that mean and std, and in `leaf_mean`; the child values weigh turns of the tree, each once, as the published code
-    does, whose copies of a leaf are not in the tree. Turns without a leaf below have value 0.
+    With `leaf_norm` rewards are standardised within the tree by the population std. A leaf of multiplicity m counts as
+    m siblings of equal reward and entropy, like the copies that the published code adds to its trees: in that mean and
+    std, and in the value of every turn above. Turns without a leaf below have value 0.
     """
     z = _standardized(forest, reward) if leaf_norm else reward
     if value == "leaf_mean":
@@ -21,6 +21,7 @@ def turn_values(forest: Forest, reward: Floats, *, leaf_norm: bool, value: str) 
         return forest.sum_leaves_below(forest.multiplicity * z) / np.maximum(leaves, 1.0)
     has_leaf = forest.sum_leaves_below(forest.multiplicity) > 0
     weight = np.where(has_leaf, _child_softmax(forest) if value == "child_softmax" else 1.0, 0.0)
+    weight[forest.leaves] *= forest.multiplicity
     total = forest.sum_children(weight)
     values = np.zeros(len(forest.parent))
     values[forest.leaves] = z

@@ -7,7 +7,10 @@
 3. Exact match and F1 against the best of the accepted answers, both normalised.
 4. F1 = 0 earns 0. Otherwise the metric (exact match or F1), or F1 + `tool_bonus` when both search and python were used.
 
-In validation step 1 costs nothing; only an answer that cannot be read earns the penalty.
+5. `reward.overlong` subtracts from any of these up to `factor`, linearly over the last `buffer` tokens before the limit
+   of the response, tool results included (DAPO, arXiv:2503.14476).
+
+In validation steps 1 and 5 cost nothing; only an answer that cannot be read earns the penalty of step 1.
 
 One difference is deliberate. The published check runs over the whole response, so a retrieved passage that happens to
 hold a tag changes its verdict. Here the text of results is left out: only what the policy wrote counts, and the
@@ -20,11 +23,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config import RewardConfig
+from atpo_fast.config import OverlongConfig, RewardConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.tags import TAGS, close_tag, format_result, open_tag
 from atpo_fast.tree.turn_tree import TurnTree
@@ -39,7 +43,8 @@ class LeafScore:
     """The score of one leaf.
 
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
-    stands in the box. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt.
+    stands in the box. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
+    is the part of `reward` that the length took, 0 or less.
     """
 
     turn: int
@@ -50,6 +55,7 @@ class LeafScore:
     tool_calls: int
     turns: int
     answer: str | None
+    overlong: float = 0.0
 
 
 def score_trees(
@@ -59,18 +65,31 @@ def score_trees(
     reward: RewardConfig,
     *,
     validation: bool = False,
+    max_response_tokens: int | None = None,
 ) -> list[list[LeafScore]]:
     """Score every leaf of every tree, in the order of `tree.leaves`, and set its reward on the tree.
 
-    Each turn is decoded once. `questions[i]` belongs to `trees[i]`; a tree without leaves gives an empty list.
+    Sets `tree.turn_rewards` too where turns have a `turn_penalty`. Each turn is decoded once. A tree
+    without leaves gives an empty list.
+
+    Args:
+        trees: unscored trees.
+        questions: `questions[i]` belongs to `trees[i]`.
+        tokenizer: decodes the turns.
+        reward: the rule.
+        validation: whether format and length cost nothing.
+        max_response_tokens: longest trajectory after the prompt, which `reward.overlong` needs.
 
     Raises:
-        ValueError: not as many questions as trees.
+        ValueError: not as many questions as trees, or no `max_response_tokens` where it is needed.
     """
     if len(trees) != len(questions):
         raise ValueError(f"{len(trees)} trees were given with {len(questions)} questions")
+    if reward.overlong.buffer and max_response_tokens is None:
+        raise ValueError("reward.overlong compares lengths with the limit of a response: give max_response_tokens")
+    limit = None if validation or not reward.overlong.buffer else max_response_tokens
     return [
-        _score_tree(tree, question, tokenizer, reward, validation)
+        _score_tree(tree, question, tokenizer, reward, validation, limit)
         for tree, question in zip(trees, questions, strict=True)
     ]
 
@@ -86,6 +105,16 @@ def format_ok(text: str) -> bool:
         return False
     span = _answer_span(text)
     return span is not None and "\\boxed{" in span and "}" in span
+
+
+def turn_format_ok(text: str, called: bool) -> bool:
+    """Check the format of one turn: its thoughts are closed, and it either calls a tool or answers, not both.
+
+    GTPO (arXiv:2511.14846) penalises turns with a broken format; what a turn's format is here is a choice of ours.
+    """
+    thoughts = text.count(open_tag(TAGS.think))
+    answered = text.count(open_tag(TAGS.answer)) == text.count(close_tag(TAGS.answer)) == 1
+    return 0 < thoughts == text.count(close_tag(TAGS.think)) and called != answered
 
 
 def extract_answer(text: str) -> str | None:
@@ -120,16 +149,33 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
     return max((_f1(predicted, normalise_answer(answer)) for answer in answers), default=0.0)
 
 
+def overlong_penalty(tokens: int, limit: int, overlong: OverlongConfig) -> float:
+    """Compute what `tokens` of response are penalised for under a limit: 0 or less, `-factor` at the limit itself."""
+    return min(0.0, -(tokens - (limit - overlong.buffer)) / overlong.buffer * overlong.factor)
+
+
 def _score_tree(
-    tree: TurnTree, question: Question, tokenizer: PreTrainedTokenizerBase, reward: RewardConfig, validation: bool
+    tree: TurnTree,
+    question: Question,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: RewardConfig,
+    validation: bool,
+    limit: int | None,
 ) -> list[LeafScore]:
     texts = _turn_texts(tree, tokenizer)
+    if reward.turn_penalty:
+        broken = [not turn_format_ok(text, turn.tool is not None) for text, turn in zip(texts, tree.turns, strict=True)]
+        tree.turn_rewards = np.array([0.0, *broken[1:]]) * -reward.turn_penalty
     scores = []
     for leaf in tree.leaves:
         path = tree.path(leaf)[1:]
         calls = sum(tree.turns[n].tool is not None for n in path)
         response = "".join(texts[n] for n in path)
         score = _score_response(response, question, reward, validation, turn=leaf, tool_calls=calls, turns=len(path))
+        if limit is not None:
+            tokens = sum(len(tree.turns[n].action_ids) + len(tree.turns[n].observation_ids) for n in path)
+            penalty = overlong_penalty(tokens, limit, reward.overlong)
+            score = replace(score, reward=score.reward + penalty, overlong=penalty)
         tree.set_reward(leaf, score.reward)
         scores.append(score)
     return scores

@@ -12,7 +12,8 @@ from atpo_fast.tree.forest import Floats, Forest
 def turn_clip_ranges(forest: Forest, objective: Objective) -> dict[str, Floats]:
     """Collect `clip_low` and `clip_high` of all turns, (N,) each; what no tree has is not among them.
 
-    Turns of trees without such a range, and those whose entry is nan, get the objective's.
+    Turns of trees without such a range, and those whose entry is nan, get the objective's. A tree's `clip_scale`
+    multiplies both.
 
     Raises ValueError, naming the tree, for ranges that are negative or not one per turn, and under an objective that
     has no clip range for a turn: ratio level `sequence`, or the sapo gate.
@@ -20,7 +21,7 @@ def turn_clip_ranges(forest: Forest, objective: Objective) -> dict[str, Floats]:
     config = objective.loss_config
     found = {}
     for name, usual in (("clip_low", config.clip_low), ("clip_high", config.clip_high)):
-        if all(getattr(tree, name) is None for tree in forest.trees):
+        if all(getattr(tree, name) is None and tree.clip_scale is None for tree in forest.trees):
             continue
         if config.level == "sequence" or config.clip == "sapo":
             why = "ratio level sequence" if config.level == "sequence" else "clip sapo"
@@ -31,9 +32,10 @@ def turn_clip_ranges(forest: Forest, objective: Objective) -> dict[str, Floats]:
 
 
 def _of_tree(tree: TurnTree, name: str, usual: float, title: str) -> Floats:
-    values = getattr(tree, name)
-    if values is None:
-        return np.full(len(tree), usual)
+    given = getattr(tree, name)
+    values = np.full(len(tree), usual) if given is None else np.asarray(given, dtype=np.float64)
+    if tree.clip_scale is not None and len(tree.clip_scale) == len(values):
+        values = np.where(np.isnan(values), usual, values) * tree.clip_scale
     if len(values) != len(tree) or (values < 0).any():
         raise ValueError(f"tree {title}: {name} must be one number of at least 0 for each of its {len(tree)} turns")
     return np.where(np.isnan(values), usual, values)

@@ -1,7 +1,8 @@
 """Weights of the de-duplicated loss (docs/design.md#deduplication).
 
 The weight of an action token t of trajectory l is `scale[l] * share[t]`: `scale` depends on the trajectory and on the
-denominators, `share` is 1 but for `turn-mean`.
+denominators, `share` is 1 but for `turn-mean` and for turns with a `turn_weight`. Such a turn counts with that part of
+its tokens, and as that part of a turn, in each trajectory and in the denominators.
 """
 
 from __future__ import annotations
@@ -43,15 +44,20 @@ def trajectory_scale(
     rows = int(group.max(initial=0)) + 1
     if objective.aggregation == "token-mean":
         total = group_sum(group, multiplicity * tokens, rows)[group]
-        return 1.0 / np.maximum(total * rows, 1.0)
+        return 1.0 / _or_one(total * rows)
     trajectories = group_sum(group, multiplicity, rows)[group] * rows
     per_trajectory = {
-        "seq-mean-token-mean": np.maximum(tokens, 1.0),
+        "seq-mean-token-mean": _or_one(tokens),
         "seq-mean-token-sum": np.ones_like(tokens),
         "seq-mean-token-sum-norm": np.full_like(tokens, objective.max_length),
-        "turn-mean": np.maximum(turns, 1.0),
+        "turn-mean": _or_one(turns),
     }
     return 1.0 / (trajectories * per_trajectory[objective.aggregation])
+
+
+def _or_one(count: Floats) -> Floats:
+    """Return counts, which may be fractions, with 1 where nothing was counted."""
+    return np.where(count > 0, count, 1.0)
 
 
 def tree_weights(forest: Forest, objective: Objective) -> Weigh:
@@ -61,9 +67,9 @@ def tree_weights(forest: Forest, objective: Objective) -> Weigh:
     """
     advantage, leaf_advantage, per_leaf = _advantages(forest)
     path_leaf, path_turns = forest.path_leaf, forest.path_turns
-    tokens = group_sum(path_leaf, forest.action_length[path_turns], len(forest.leaves))
-    turns = np.diff(forest.path_offsets).astype(np.float64)
-    share = np.ones(len(forest.parent))
+    share = np.concatenate([np.ones(len(t)) if t.turn_weight is None else t.turn_weight for t in forest.trees])
+    tokens = group_sum(path_leaf, (share * forest.action_length)[path_turns], len(forest.leaves))
+    turns = group_sum(path_leaf, share[path_turns], len(forest.leaves))
     if objective.aggregation == "turn-mean":
         share /= np.maximum(forest.action_length, 1)
     count = forest.sum_leaves_below(forest.multiplicity)

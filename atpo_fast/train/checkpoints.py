@@ -2,6 +2,7 @@
 
     checkpoints/step_000050/deepspeed/...   model, optimizer, as DeepSpeed writes them
     checkpoints/step_000050/hf/             safetensors, config, tokenizer
+    checkpoints/step_000050/surplus.jsonl   trees that dynamic sampling has kept for the next step, if any
     checkpoints/step_000050/state.json      step, cursor, totals; written last, so its presence means complete
 
 Everything is written into a folder with a leading dot that is renamed when complete.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +24,9 @@ import torch
 from atpo_fast.common.errors import CheckpointError
 from atpo_fast.common.files import partial_path, replacing
 from atpo_fast.policy import Policy
+from atpo_fast.train.dynamic_sampling import write_surplus
 from atpo_fast.train.run import Run
+from atpo_fast.train.scoring import Group
 from atpo_fast.train.weights import export_model
 
 
@@ -36,6 +40,8 @@ class TrainState:
     cold_start_em: float | None = None
     eval_em: float | None = None
     eval_step: int = -1  # step of the evaluation behind `eval_em`
+    cursor: int = 0  # place of the next question in the order of questions (`atpo_fast.train.schedule.Draw`)
+    kept: list[list[int]] = field(default_factory=list)  # surplus: (place, weights_step, trees) of each group
     totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
 
     def summary(self, seconds: float) -> dict[str, Any]:
@@ -52,6 +58,7 @@ class TrainState:
             "cache_hit_tokens": int(totals.get("cache_hit", 0)),
             "unique_tokens": int(totals.get("unique", 0)),
             "flat_tokens": int(totals.get("flat", 0)),
+            "trained_tokens": int(totals.get("trained", 0)),
             "pruned_tokens": int(totals.get("pruned", 0)),
             "skipped_backward_tokens": int(totals.get("skipped_backward", 0)),
             "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
@@ -84,15 +91,20 @@ def checkpoint_to_resume(run: Run) -> Path | None:
     return found[-1]
 
 
-def save_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: TrainState) -> Path:
+def save_checkpoint(
+    run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: TrainState, surplus: Sequence[Group] = ()
+) -> Path:
     """Write `checkpoints/step_N` of `state.step` and delete the oldest beyond `train.keep_checkpoints`.
+
+    `surplus` are the groups that dynamic sampling has kept for the next step.
 
     Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were.
     """
     final = run.folder / "checkpoints" / f"step_{state.step:06d}"
+    state.kept = [[group.place, group.weights_step, len(group.trees)] for group in surplus]
     try:
         with replacing(final) if run.is_main else nullcontext(partial_path(final)) as partial:
-            _write(run, zero, policy, state, partial)
+            _write(run, zero, policy, state, surplus, partial)
         if run.is_main:
             _delete_old(run.folder, run.config.train.keep_checkpoints)
     except (OSError, RuntimeError) as error:
@@ -106,7 +118,14 @@ def save_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, s
     return final
 
 
-def _write(run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: TrainState, folder: Path) -> None:
+def _write(
+    run: Run,
+    zero: deepspeed.DeepSpeedEngine,
+    policy: Policy,
+    state: TrainState,
+    surplus: Sequence[Group],
+    folder: Path,
+) -> None:
     """Write a checkpoint into `folder`; every rank calls, and has its part of the optimizer."""
     if run.is_main:
         folder.mkdir()
@@ -116,6 +135,7 @@ def _write(run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: Tra
     export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
     run.barrier()
     if run.is_main:
+        write_surplus(folder, surplus)
         (folder / "state.json").write_text(json.dumps(asdict(state) | {"ranks": run.world}, indent=1))
 
 
@@ -130,6 +150,7 @@ def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path)
             f"{checkpoint} was written by another number of ranks than {run.world}; set ranks as before, or start a "
             f"new run_dir from its weights with model.path={checkpoint / 'hf'}"
         )
+    state.setdefault("cursor", state["step"] * run.config.train.questions_per_step)  # written before there was one
     path, client = zero.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:
         raise CheckpointError(

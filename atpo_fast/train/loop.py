@@ -1,8 +1,9 @@
 """The RL loop: roll out, score, credit, pack, update, sync (docs/design.md#loop).
 
-One step rolls out `questions_per_step` questions over all ranks and takes one optimizer step per mini-batch of
-`questions_per_minibatch`. Every rank then holds the whole forest, so that credit, packing and the split of rows are
-the same everywhere and the denominators are global without further communication.
+One step rolls out `questions_per_step` questions over all ranks (with dynamic sampling, as many as it takes for so many
+that vary) and takes one optimizer step per mini-batch of `questions_per_minibatch`. Every rank then holds the whole
+forest, so that credit, packing and the split of rows are the same everywhere and the denominators are global without
+further communication.
 """
 
 from __future__ import annotations
@@ -15,27 +16,31 @@ from pathlib import Path
 
 import deepspeed
 
-from atpo_fast.common.errors import StopRequested
+from atpo_fast.common.errors import DynamicSamplingError, StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage
 from atpo_fast.policy import score_rows
 from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
+from atpo_fast.train.dynamic_sampling import Filled, describe, fill, read_surplus, sampling_metrics
 from atpo_fast.train.evaluate import evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
-from atpo_fast.train.minibatches import pack_minibatches
+from atpo_fast.train.information_gain import measure_gold
+from atpo_fast.train.minibatches import pack_minibatches, trees_per_minibatch
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
-from atpo_fast.train.schedule import draw_questions, step_seed
-from atpo_fast.train.scoring import ScoredTree, score
+from atpo_fast.train.schedule import Draw, draw_questions, sampling_seed
+from atpo_fast.train.scoring import Group, score_batch
 from atpo_fast.train.step import optimizer_step, with_logprob
-from atpo_fast.train.step_metrics import rollout_metrics
+from atpo_fast.train.step_metrics import add_up, rollout_metrics
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
 from atpo_fast.train.weights import load_policy
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
+
+TOTALS = ("unique", "flat", "trained", "prefilled", "decoded", "cache_hit", "pruned", "skipped_backward")
 
 
 class Trainer:
@@ -50,8 +55,9 @@ class Trainer:
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
         self.sampler = Sampler(run, start, self.zero.device)
-        self.batches = BatchSampler(self.sampler, self._questions, lambda step: step_seed(run.config.seed, step))
+        self.batches = BatchSampler(self.sampler, self._questions, lambda draw: sampling_seed(run.config.seed, draw))
         self.state = TrainState()
+        self.surplus: list[Group] = []  # groups that dynamic sampling has kept for the next step
         if resume_from is None:
             run.logger.truncate_after(-1)
         else:
@@ -59,6 +65,7 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> None:
         self.state = load_checkpoint(self.run, self.zero, checkpoint)
+        self.surplus = read_surplus(self.run, checkpoint, self.state.kept)
         self._begun = time.monotonic() - self.state.seconds
         self.sampler.sync(self.policy)
         self.run.logger.truncate_after(self.state.step)
@@ -75,6 +82,9 @@ class Trainer:
         """Run to the last step; False when stopped early (a checkpoint was saved)."""
         try:
             self._run()
+        except DynamicSamplingError:  # raised on every rank too
+            self.save()
+            raise
         except StopRequested:  # raised on every rank, and only while the weights are those of the last finished step
             self.save()
             self.run.progress.message(f"stopped after step {self.state.step}; the same command continues from here")
@@ -102,7 +112,7 @@ class Trainer:
         """Write a checkpoint of the last finished step."""
         self.state.seconds = time.monotonic() - self._begun
         with self.run.timer.phase("checkpoint"):
-            save_checkpoint(self.run, self.zero, self.policy, self.state)
+            save_checkpoint(self.run, self.zero, self.policy, self.state, self.surplus)
 
     def _evaluate(self) -> None:
         means = evaluate_step(self.run, self.sampler, self.state.step)
@@ -112,38 +122,67 @@ class Trainer:
     def _step(self) -> None:
         """Roll out, score, credit, pack, update, sync: one batch."""
         run, begun = self.run, time.monotonic()
-        run.progress.start_phase("rollout", self.config.rollout.leaves * len(self._questions(self.state.step)))
-        batch = self.batches.take(self.state.step)
-        waited = time.monotonic() - begun
-        run.stop_together()
-        mine = score(run, batch.questions, batch.trees)
-        scored = run.gather(mine, self.config.train.questions_per_step)
-        if self.config.train.max_staleness and self.state.step + 1 < self.config.train.steps:
-            self.batches.begin(self.state.step + 1, weights_step=self.state.step)
+        batches: list[Batch] = []
+        filled = fill(
+            self.config.train.questions_per_step,
+            self.surplus,
+            lambda refill: self._roll_out_and_score(refill, batches),
+            self.config.train.dynamic_sampling,
+        )
+        self.surplus = filled.kept
+        self.state.cursor += sum(batch.draw.count for batch in batches)
+        staleness = max((self.state.step - group.weights_step for group in filled.groups), default=0)
+        self._roll_out_ahead()
+        if self.config.credit.needs_gold:
+            with run.timer.phase("gain"):
+                measure_gold(run, self.zero, [scored for group in filled.groups for scored in group.trees])
         with run.timer.phase("credit"):
-            forest = as_forest([each.tree for each in scored])
+            forest = as_forest([scored.tree for group in filled.groups for scored in group.trees])
             assign_credit(forest, **self.config.credit.arguments)
         skipped = self.policy.skipped_tokens
-        metrics, pruned = self._update(forest, batch.staleness)
-        batch.counts["tokens/skipped_backward"] = float(self.policy.skipped_tokens - skipped)
+        metrics, pruned = self._update(forest, [len(group.trees) for group in filled.groups], staleness)
+        skipped = self.policy.skipped_tokens - skipped
         with run.timer.phase("rollout_wait"):
             self.batches.join()
         self.sampler.sync(self.policy)
         self.state.step += 1
-        self._log(scored, batch, metrics, pruned, waited, begun)
+        self._log(filled, batches, metrics | {"rollout/staleness": float(staleness)}, pruned, skipped, begun)
 
-    def _questions(self, step: int) -> list[Question]:
-        """Draw this rank's questions of a step."""
-        return self.run.share(draw_questions(self.run.task.train, self.config, step))
+    def _roll_out_and_score(self, refill: int, batches: list[Batch]) -> list[Group]:
+        """Roll out and score the next questions, and gather those of all ranks; this rank's part goes to `batches`."""
+        run = self.run
+        draw = self._draw(self.state.step, refill, self.state.cursor + sum(batch.draw.count for batch in batches))
+        run.progress.start_phase("rollout", self.config.rollout.leaves * len(self._questions(draw)))
+        batches.append(self.batches.take(draw))
+        run.stop_together()
+        return run.gather(score_batch(run, batches[-1]), draw.count)
 
-    def _update(self, forest: Forest, staleness: int) -> tuple[dict[str, float], int]:
-        """Take the optimizer steps of one batch; returns (metrics of the update, tokens that packing pruned)."""
+    def _roll_out_ahead(self) -> None:
+        """Begin the next step's roll-out by the present weights, where that is wanted."""
+        following = self.state.step + 1
+        if self.config.train.max_staleness and following < self.config.train.steps:
+            self.batches.begin(self._draw(following, 0, self.state.cursor), weights_step=self.state.step)
+
+    def _draw(self, step: int, refill: int, first: int) -> Draw:
+        train = self.config.train
+        asked = train.dynamic_sampling.questions_per_rollout if train.dynamic_sampling.enabled else None
+        return Draw(step, first, asked or train.questions_per_step, refill)
+
+    def _questions(self, draw: Draw) -> list[Question]:
+        """Return this rank's questions of a draw."""
+        return self.run.share(draw_questions(self.run.task.train, self.config.seed, draw.first, draw.count))
+
+    def _update(self, forest: Forest, trees: list[int], staleness: int) -> tuple[dict[str, float], int]:
+        """Take the optimizer steps of one batch, given the number of trees of each question.
+
+        Returns (metrics of the update, tokens that packing pruned).
+        """
         run, train = self.run, self.config.train
         with run.timer.phase("pack"):
             batches = pack_minibatches(
                 forest,
                 self.objective,
-                train.questions_per_minibatch,
+                trees_per_minibatch(trees, train.questions_per_minibatch),
                 row_tokens=train.row_tokens,
                 max_prefix=self.max_prefix,
                 rank=run.rank,
@@ -193,29 +232,44 @@ class Trainer:
 
     def _log(
         self,
-        scored: Sequence[ScoredTree],
-        batch: Batch,
-        policy: dict[str, float],
+        filled: Filled,
+        batches: Sequence[Batch],
+        metrics: dict[str, float],
         pruned: int,
-        waited: float,
+        skipped: int,
         begun: float,
     ) -> None:
-        run = self.run
-        counts = run.sum_over_ranks(batch.counts)
+        """Log the metrics of a finished step, those of `_update` among them, and write some of its trees."""
+        run, train = self.run, self.config.train
+        trained = [scored.tree for group in filled.groups for scored in group.trees]
+        none = dict.fromkeys(self.sampler.counts(), 0.0)
+        counted = add_up([none, *(batch.counts for batch in batches)])
+        counts = run.sum_over_ranks(counted | {"tokens/skipped_backward": float(skipped)})
         counts["tokens/pruned"] = float(pruned)  # every rank has packed the same forest
-        metrics = rollout_metrics(scored, counts, batch.seconds, waited, time.monotonic() - begun)
-        metrics["rollout/staleness"] = float(batch.staleness)
-        metrics |= {f"time/{name}": seconds for name, seconds in batch.phases.items()}
-        metrics |= policy
-        metrics["policy/skipped_steps"] = float(self.watch.skipped_steps)
-        metrics |= {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
-        for name in ("unique", "flat", "prefilled", "decoded", "cache_hit", "pruned", "skipped_backward"):
+        counts["tokens/trained"] = float(sum(tree.unique_tokens for tree in trained) - pruned)
+        metrics = (
+            rollout_metrics(
+                [scored for group in filled.rolled_out for scored in group.trees],
+                counts,
+                sum(batch.seconds for batch in batches),
+                sum(batch.waited for batch in batches),
+                time.monotonic() - begun,
+            )
+            | {f"time/{name}": seconds for name, seconds in add_up(batch.phases for batch in batches).items()}
+            | metrics
+            | {"policy/skipped_steps": float(self.watch.skipped_steps)}
+            | {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
+        )
+        if train.dynamic_sampling.enabled:
+            metrics |= sampling_metrics(filled)
+            what = describe(filled, train.questions_per_step, train.dynamic_sampling.metric)
+            run.progress.message(f"step {self.state.step}: {what}")
+        for name in TOTALS:
             self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
         run.logger.log("train", self.state.step, metrics)
-        run.progress.step_done(self.state.step, self.config.train.steps, metrics)
-        if run.is_main and self.config.train.save_trees:
-            trees = [each.tree for each in scored[: self.config.train.save_trees]]
-            append_trees(run.folder / "trees.jsonl", trees, self.state.step, run.task.tokenizer)
+        run.progress.step_done(self.state.step, train.steps, metrics)
+        if run.is_main and train.save_trees:
+            append_trees(run.folder / "trees.jsonl", trained[: train.save_trees], self.state.step, run.task.tokenizer)
 
     @property
     def seconds(self) -> float:

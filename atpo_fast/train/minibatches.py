@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from atpo_fast.objective import Objective
@@ -22,7 +24,7 @@ class MiniBatch(NamedTuple):
 def pack_minibatches(
     forest: Forest,
     objective: Objective,
-    questions: int,
+    trees: Sequence[int],
     *,
     row_tokens: int,
     max_prefix: int = 0,
@@ -34,19 +36,28 @@ def pack_minibatches(
     Args:
         forest: the trees of all ranks after `assign_credit`.
         objective: as in `pack_trees`.
-        questions: trees of a mini-batch; the last one may have fewer.
+        trees: number of trees of each mini-batch, in the order of the forest (`trees_per_minibatch`).
         row_tokens: longest row.
         max_prefix: as in `pack_trees`.
         rank: the rank whose rows are returned.
         world: number of ranks.
 
     Raises:
-        ValueError: as `pack_trees`.
+        ValueError: as `pack_trees`; the numbers of trees do not sum to those of the forest.
     """
+    if sum(trees) != len(forest.trees):
+        raise ValueError(f"mini-batches of {sum(trees)} trees were asked of a forest of {len(forest.trees)}")
     batches = []
-    for first in range(0, len(forest.trees), questions):
-        part = forest.part(first, min(first + questions, len(forest.trees)))
+    for first, last in itertools.pairwise([0, *itertools.accumulate(trees)]):
+        part = forest.part(first, last)
         rows = pack_trees(part, objective, row_tokens, max_prefix=max_prefix)
         spread = spread_rows(rows, world) if rows else [[] for _ in range(world)]
         batches.append(MiniBatch(spread[rank], plan_passes(spread)[rank], pruned_tokens(part.trees, rows)))
     return batches
+
+
+def trees_per_minibatch(trees_of_questions: Sequence[int], questions: int) -> list[int]:
+    """Count the trees of each mini-batch of `questions` whole questions; the last one may have fewer questions."""
+    return [
+        sum(trees_of_questions[first : first + questions]) for first in range(0, len(trees_of_questions), questions)
+    ]

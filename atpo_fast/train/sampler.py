@@ -22,9 +22,10 @@ from atpo_fast.engines import make_engine
 from atpo_fast.engines.base import LeaderFailedError
 from atpo_fast.environment import make_toolbox
 from atpo_fast.policy import Policy
-from atpo_fast.rollout import TreeSearch, in_order
+from atpo_fast.rollout import TreeSearch
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.run import Run
+from atpo_fast.train.schedule import Draw
 from atpo_fast.train.weights import whole_parameters
 from atpo_fast.tree import TurnTree
 
@@ -79,7 +80,7 @@ class Sampler:
     def roll_out(
         self, questions: Sequence[Question], *, seed: int, greedy: bool = False, timer: PhaseTimer | None = None
     ) -> Iterator[tuple[int, TurnTree]]:
-        """Yield (index of the question, its search tree) as each tree is finished.
+        """Yield (index of the question, a search tree of it) as each tree is finished.
 
         Args:
             seed: seed of the sampling.
@@ -120,21 +121,22 @@ class Sampler:
 
 @dataclass(slots=True)
 class Batch:
-    """One step's questions of this rank, and their unscored trees in the same order."""
+    """This rank's questions of a draw, and the unscored trees of each, in the same order."""
 
-    step: int
+    draw: Draw
     weights_step: int  # number of steps that the policy had learned when it sampled the trees
     questions: Sequence[Question]
-    trees: list[TurnTree] = field(default_factory=list)
+    trees: list[list[TurnTree]] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)  # counts of `Sampler.counts` for this batch
     seconds: float = 0.0
+    waited: float = 0.0  # the part of `seconds` for which `take` has waited
     phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, where the batch was rolled out ahead
     error: BaseException | None = None
 
     @property
     def staleness(self) -> int:
         """Steps by which the weights that sampled the trees are older than those that learn from them."""
-        return self.step - self.weights_step
+        return self.draw.step - self.weights_step
 
 
 class BatchSampler:
@@ -142,18 +144,18 @@ class BatchSampler:
 
     Args:
         sampler: sampler that rolls out.
-        questions: function that gives this rank's questions of a step.
-        seed: function that gives the seed of a step.
+        questions: function that gives this rank's questions of a draw.
+        seed: function that gives the seed of a draw.
     """
 
-    def __init__(self, sampler: Sampler, questions: Callable[[int], Sequence[Question]], seed: Callable[[int], int]):
+    def __init__(self, sampler: Sampler, questions: Callable[[Draw], Sequence[Question]], seed: Callable[[Draw], int]):
         self._sampler, self._questions, self._seed = sampler, questions, seed
         self._ahead: tuple[Batch, Thread] | None = None
 
-    def begin(self, step: int, weights_step: int) -> None:
-        """Roll out a later step's batch in the background; call `join` before the engine is used otherwise."""
-        batch = Batch(step, weights_step, self._questions(step))
-        thread = Thread(target=self._roll_out, args=(batch, PhaseTimer()), name=f"rollout-{step}", daemon=True)
+    def begin(self, draw: Draw, weights_step: int) -> None:
+        """Roll out a later step's draw in the background; call `join` before the engine is used otherwise."""
+        batch = Batch(draw, weights_step, self._questions(draw))
+        thread = Thread(target=self._roll_out, args=(batch, PhaseTimer()), name=f"rollout-{draw.step}", daemon=True)
         self._ahead = batch, thread
         thread.start()
 
@@ -162,26 +164,29 @@ class BatchSampler:
         if self._ahead is not None:
             self._ahead[1].join()
 
-    def take(self, step: int) -> Batch:
-        """Return the batch of a step: the one begun ahead, or a new one. Raise what its roll-out raised.
+    def take(self, draw: Draw) -> Batch:
+        """Return the batch of a draw: the one begun ahead, or a new one. Raise what its roll-out raised.
 
         After StopRequested, which the ranks have to find out together, it has no trees.
         """
+        begun = time.monotonic()
         self.join()
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0].step == step:
+        if ahead is not None and ahead[0].draw == draw:
             batch = ahead[0]
         else:
-            batch = Batch(step, step, self._questions(step))
+            batch = Batch(draw, draw.step, self._questions(draw))
             self._roll_out(batch, None)
         if batch.error is not None:
             raise batch.error
+        batch.waited = time.monotonic() - begun
         return batch
 
     def _roll_out(self, batch: Batch, timer: PhaseTimer | None) -> None:
         begun, before = time.monotonic(), self._sampler.counts()
         try:
-            batch.trees = in_order(self._sampler.roll_out(batch.questions, seed=self._seed(batch.step), timer=timer))
+            finished = self._sampler.roll_out(batch.questions, seed=self._seed(batch.draw), timer=timer)
+            batch.trees = by_question(finished, len(batch.questions))
         except StopRequested:
             pass
         except BaseException as error:
@@ -189,3 +194,11 @@ class BatchSampler:
         batch.seconds = time.monotonic() - begun
         batch.counts = {name: count - before[name] for name, count in self._sampler.counts().items()}
         batch.phases = timer.pop() if timer is not None else {}
+
+
+def by_question(finished: Iterable[tuple[int, TurnTree]], questions: int) -> list[list[TurnTree]]:
+    """Collect the trees of a roll-out by their question, one list for each of `questions`."""
+    trees: list[list[TurnTree]] = [[] for _ in range(questions)]
+    for index, tree in finished:
+        trees[index].append(tree)
+    return trees

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ def rollout_metrics(
     waited: float,
     step_seconds: float,
 ) -> dict[str, float]:
-    """Compute the reward, rollout, count and token metrics of a forest.
+    """Compute the reward, rollout, count and token metrics of a forest, all that was rolled out for a step.
 
     Means are over the leaves that were kept (`rollout/turns`, `rollout/tool_calls`, ...); what was counted while the
     trees grew, pruned branches included, is in `counts`, which become metrics under their own names.
@@ -39,6 +40,7 @@ def rollout_metrics(
         "reward/em": mean([s.em for s in scores]),
         "reward/f1": mean([s.f1 for s in scores]),
         "reward/format": mean([float(s.format_ok) for s in scores]),
+        "reward/overlong": mean([s.overlong for s in scores]),
         "rollout/turns": mean([s.turns for s in scores]),
         "rollout/tool_calls": mean([s.tool_calls for s in scores]),
         "rollout/entropy": mean([turn.nll for scored in forest for turn in scored.tree.turns[1:]]),
@@ -46,7 +48,16 @@ def rollout_metrics(
         "tokens/flat": float(flat),
         "tokens/overlap": 1 - unique / flat if flat else 0.0,
         "rate/rollout_tokens_per_s": counts["tokens/decoded"] / max(rollout_seconds, 1e-9),
-        "rate/train_tokens_per_s": (unique - counts["tokens/pruned"]) / update_seconds,
+        "rate/train_tokens_per_s": counts["tokens/trained"] / update_seconds,
         "time/total": step_seconds,
         **counts,
     }
+
+
+def add_up(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add up the numbers of the same name; those that are missing are 0."""
+    total: Counter[str] = Counter()
+    for each in numbers:
+        for name, number in each.items():
+            total[name] += number  # type: ignore[assignment]
+    return dict(total)

@@ -71,7 +71,13 @@ class TurnTree:
 
     After scoring, `values` and `advantages` hold one float per turn; `leaf_advantages` (N,) is set instead of being
     None when the credit is per trajectory (entries of turns that are not leaves are nan). `clip_low` and `clip_high`
-    are set where turns have clip ranges of their own: one float per turn, nan for the objective's.
+    are set where turns have clip ranges of their own: one float per turn, nan for the objective's. Four more (N,)
+    arrays are None unless a method needs them; files do not keep them, since they follow from the tree and the policy:
+
+    * `turn_rewards`: reward of a turn itself, beside the outcome of the leaf (`gtpo`).
+    * `gold_logprob`: mean log-prob of the gold answer's tokens after the turn, nan on leaves (`igpo`, `a2tgpo`).
+    * `clip_scale`: factor of the clip range of a turn (`a2tgpo`).
+    * `turn_weight`: factor of a turn's weight in each of its trajectories (`shared_turns` of `assign_credit`).
     """
 
     def __init__(
@@ -86,6 +92,10 @@ class TurnTree:
         self.leaf_advantages: Floats | None = None
         self.clip_low: Floats | None = None
         self.clip_high: Floats | None = None
+        self.turn_rewards: Floats | None = None
+        self.gold_logprob: Floats | None = None
+        self.clip_scale: Floats | None = None
+        self.turn_weight: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.turns)

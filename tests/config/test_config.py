@@ -293,6 +293,7 @@ def test_a_row_that_cannot_hold_a_path_is_refused() -> None:
     [
         (["objective.importance_cap=2", "train.old_logprobs=rollout"], "train.old_logprobs=recompute"),
         (["train.max_staleness=1"], "objective.importance_cap"),
+        (["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.surplus=keep"], "objective.importance_cap"),
         (["train.max_staleness=1", "train.old_logprobs=rollout", "engine.name=vllm"], "engine.sleep=off"),
     ],
 )

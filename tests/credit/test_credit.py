@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from atpo_fast import TurnTree, assign_credit
 from atpo_fast.credit import METHODS
+from atpo_fast.credit.assign import VALUES
 from tests.helpers.strategies import trees
 
 E = 1e-6
@@ -38,17 +39,19 @@ def leaf_advantages(tree: TurnTree) -> list[float]:
 #   child_softmax  V(a) = 3/4 * 1 + 1/4 * 0 = 3/4   V(root) = 2/3 * 3/4 + 1/3 * 0 = 1/2
 #   child_mean     V(a) = 1/2                       V(root) = 1/4
 #   leaf_mean      V(a) = 1/2                       V(root) = 1/3
-# With d counted three times, leaves 1, 0, 0, 0 are below a, but its children are still two:
-#   leaf_mean      V(a) = 1/4   V(root) = 1/5
-# Fails when entropies of the wrong turns weigh, weights are not normalised, or multiplicity counts where it should not.
+# With d counted three times, the children of a are c, d, d, d:
+#   child_softmax  V(a) = 3/6 * 1 = 1/2   V(root) = 2/3 * 1/2 = 1/3
+#   child_mean     V(a) = 1/4             V(root) = 1/8
+#   leaf_mean      V(a) = 1/4             V(root) = 1/5
+# Fails when entropies of the wrong turns weigh, weights are not normalised, or copies are not siblings.
 @pytest.mark.parametrize(
     ("value", "copies_of_d", "root", "a"),
     [
         ("child_softmax", 1, 1 / 2, 3 / 4),
         ("child_mean", 1, 1 / 4, 1 / 2),
         ("leaf_mean", 1, 1 / 3, 1 / 2),
-        ("child_softmax", 3, 1 / 2, 3 / 4),
-        ("child_mean", 3, 1 / 4, 1 / 2),
+        ("child_softmax", 3, 1 / 3, 1 / 2),
+        ("child_mean", 3, 1 / 8, 1 / 4),
         ("leaf_mean", 3, 1 / 5, 1 / 4),
     ],
 )
@@ -120,26 +123,34 @@ def test_grpo_groups_trees_by_question() -> None:
     assert leaf_advantages(other) == [0.0, 0.0, 0.0]
 
 
-# The same six leaves. Over the question: -h, h, -h and h, h, -h with h as above. Over the tree: mean -h/3, sample
-# variance ((2h/3)^2 + (4h/3)^2 + (2h/3)^2) / 2 = 4 h^2 / 3; the second tree is the mirror image.
+# The same six leaves. Over the question: -h, h, -h and h, h, -h with h as above. Over each tree: mean 1/3, sample
+# variance 1/3, so (-1/3, 2/3, -1/3) / sqrt(1/3) and its mirror image. Fails when the second term starts from the first.
 def test_tree_grpo() -> None:
     one, two = small_tree(), small_tree(rewards=(1.0, 1.0, 0.0))
     assign_credit([one, two], "tree_grpo")
+    h, std = 0.5 / (math.sqrt(0.3) + E), math.sqrt(1 / 3) + E
+    low, high = (-1 / 3) / std, (2 / 3) / std
+    assert leaf_advantages(one) == pytest.approx([-h + low, h + high, -h + low], abs=1e-12)
+    assert leaf_advantages(two) == pytest.approx([h - low, h - low, -h - high], abs=1e-12)
+
+
+# A tree of right leaves beside one of wrong leaves: within the trees nothing differs, between them everything. Six
+# leaves, mean 1/2, sample variance 3/10. Fails when standardising within the tree takes the first term away.
+def test_tree_grpo_compares_trees() -> None:
+    right, wrong = small_tree(rewards=(1.0, 1.0, 1.0)), small_tree(rewards=(0.0, 0.0, 0.0))
+    assign_credit([right, wrong], "tree_grpo")
     h = 0.5 / (math.sqrt(0.3) + E)
-    std = math.sqrt(4 / 3) * h + E
-    low, high = (-2 * h / 3) / std, (4 * h / 3) / std
-    assert leaf_advantages(one) == pytest.approx([low, high, low], abs=1e-12)
-    assert leaf_advantages(two) == pytest.approx([-low, -low, -high], abs=1e-12)
+    assert leaf_advantages(right) + leaf_advantages(wrong) == pytest.approx([h] * 3 + [-h] * 3, abs=1e-12)
 
 
-# Trees of one leaf: the second standardisation has nothing to compare with. Rewards 0, 1: mean 1/2, std sqrt(1/2).
-def test_tree_grpo_keeps_the_question_level_of_single_leaves() -> None:
+# Trees of one leaf: the second term is the reward itself. Rewards 0, 1: mean 1/2, std sqrt(1/2).
+def test_tree_grpo_of_single_leaves() -> None:
     chains = [TurnTree([1], question_id="q") for _ in range(2)]
     for reward, tree in enumerate(chains):
         tree.set_reward(tree.add_turn(0, [2]), float(reward))
     assign_credit(chains, "tree_grpo")
     h = 0.5 / (math.sqrt(0.5) + E)
-    assert [leaf_advantages(tree)[0] for tree in chains] == pytest.approx([-h, h], abs=1e-12)
+    assert [leaf_advantages(tree)[0] for tree in chains] == pytest.approx([-h, h + 1 / (1 + E)], abs=1e-12)
 
 
 # 0 - (1 + 0)/2 = -1/2, 1 - (0 + 0)/2 = 1. With d twice: b and d 0 - (0 + 1 + 0)/3 = -1/3, c 1 - 0 = 1.
@@ -151,14 +162,16 @@ def test_rloo(copies_of_d: int, expected: list[float]) -> None:
     assert leaf_advantages(tree) == pytest.approx(expected, abs=1e-12)
 
 
-# Questions with rewards 0, 1, 0 and 3, 3, 3: centred -1/3, 2/3, -1/3, 0, 0, 0; mean 0, sample variance (2/3)/5 = 2/15.
-# Fails when the std is taken per question or before the means are subtracted.
+# Questions with rewards 0, 1, 0 and 3, 3, 3: centred -1/3, 2/3, -1/3, 0, 0, 0, on trajectories of 1, 3, 3 action tokens
+# each: mean (-1/3 + 3 * 2/3 - 3 * 1/3) / 14 = 1/21, sum of squares 1/9 + 3 * 4/9 + 3 * 1/9 = 16/9, sample variance
+# (16/9 - 14/441) / 13. Fails when leaves count alike, the std is taken per question or before the means are subtracted.
 def test_reinforce_plus_plus() -> None:
     one, two = small_tree(), small_tree("other", (3.0, 3.0, 3.0))
     assign_credit([one, two], "reinforce++")
-    std = math.sqrt(2 / 15) + E
-    assert leaf_advantages(one) == pytest.approx([(-1 / 3) / std, (2 / 3) / std, (-1 / 3) / std], abs=1e-12)
-    assert leaf_advantages(two) == pytest.approx([0, 0, 0], abs=1e-12)
+    std = math.sqrt((16 / 9 - 14 / 441) / 13 + 1e-8)
+    centred = np.array([-1 / 3, 2 / 3, -1 / 3])
+    assert leaf_advantages(one) == pytest.approx((centred - 1 / 21) / std, abs=1e-12)
+    assert leaf_advantages(two) == pytest.approx([-1 / 21 / std] * 3, abs=1e-12)
 
 
 # Rewards 0, 1, 0 and k = 2: of the 3 pairs 2 hold c, so E[best] = 2/3 and std = sqrt(2/9).
@@ -192,9 +205,9 @@ def test_pass_at_k_equals_enumeration(rewards: list[float], k: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(tree=trees(credit=False), method=st.sampled_from(METHODS))
-def test_multiplicity_is_copies_of_the_leaf(tree: TurnTree, method: str) -> None:
-    """A leaf of multiplicity m counts like m identical siblings, in every method (at2po: by the mean of leaves)."""
+@given(tree=trees(credit=False), method=st.sampled_from(METHODS), value=st.sampled_from(VALUES))
+def test_multiplicity_is_copies_of_the_leaf(tree: TurnTree, method: str, value: str) -> None:
+    """A leaf of multiplicity m counts like m identical siblings, in every method and in every value of at2po."""
     copied = TurnTree(tree.turns[0].observation_ids, question_id=tree.question_id)
     for n, turn in enumerate(tree.turns[1:], start=1):
         copied.add_turn(turn.parent, turn.action_ids, turn.logprobs, turn.observation_ids)
@@ -204,23 +217,40 @@ def test_multiplicity_is_copies_of_the_leaf(tree: TurnTree, method: str) -> None
         turn = tree.turns[leaf]
         for _ in range(turn.multiplicity - 1):
             copied.set_reward(copied.add_turn(turn.parent, turn.action_ids, turn.logprobs), turn.reward or 0.0)
-    assign_credit([tree], method, value="leaf_mean")
-    assign_credit([copied], method, value="leaf_mean")
+    gold = -np.random.default_rng(len(tree)).random(len(tree))
+    tree.gold_logprob, copied.gold_logprob = gold, np.append(gold, np.full(len(copied) - len(tree), np.nan))
+    assign_credit([tree], method, value=value)
+    assign_credit([copied], method, value=value)
     assert tree.values is not None and copied.values is not None
     assert tree.advantages is not None and copied.advantages is not None
     assert copied.values[: len(tree)] == pytest.approx(tree.values, abs=1e-9)
     assert copied.advantages[: len(tree)] == pytest.approx(tree.advantages, abs=1e-9)
 
 
-# Fails when a zero std, a single leaf or an empty tree gives nan, inf or rounding noise instead of 0.
-@pytest.mark.parametrize("method", METHODS)
+# Fails when a zero std or an empty tree gives nan, inf or rounding noise instead of 0. (gtpo and igpo compare the turns
+# of one trajectory too, of which the last is nearest to the outcome.)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("gtpo", "igpo")])
 def test_no_signal_is_exactly_zero(method: str) -> None:
-    equal, single, empty = small_tree("1", (0.1, 0.1, 0.1)), TurnTree([1], question_id="2"), TurnTree([1])
-    single.set_reward(single.add_turn(0, [2]), 0.7)
-    assign_credit([equal, single, empty], method)
-    for tree in (equal, single, empty):
+    equal, empty = small_tree("1", (0.1, 0.1, 0.1)), TurnTree([1])
+    equal.gold_logprob, empty.gold_logprob = np.zeros(len(equal)), np.zeros(len(empty))
+    assign_credit([equal, empty], method)
+    for tree in (equal, empty):
         assert tree.advantages is not None and (tree.advantages == 0).all()
         assert tree.values is not None and len(tree.values) == len(tree)
+
+
+# A question with one leaf: mean 0 and std 1 where the published code has it so, else nothing to compare with. With two
+# copies of the leaf it is a group of two. Fails when a lone leaf counts as a group without variance.
+@pytest.mark.parametrize(("method", "terms"), [("at2po", 0), ("grpo", 1), ("tree_grpo", 2), ("rloo", 0), ("passk", 0)])
+def test_question_with_one_leaf(method: str, terms: int) -> None:
+    single, twice = TurnTree([1], question_id="1"), TurnTree([1], question_id="2")
+    for tree in (single, twice):
+        tree.set_reward(tree.add_turn(0, [2]), 0.7)
+    twice.set_multiplicity(1, 2)
+    assign_credit([single, twice], method)
+    assert single.advantages is not None and twice.advantages is not None
+    assert single.advantages[1] == pytest.approx(terms * 0.7 / (1 + E), abs=1e-15)
+    assert twice.advantages[1] == 0
 
 
 def test_deep_chain() -> None:

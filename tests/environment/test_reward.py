@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from atpo_fast.config import RewardConfig
+from atpo_fast.config import OverlongConfig, RewardConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment.reward import (
@@ -18,6 +18,7 @@ from atpo_fast.environment.reward import (
     format_ok,
     normalise_answer,
     score_trees,
+    turn_format_ok,
 )
 from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result
 from atpo_fast.tree.turn_tree import TurnTree
@@ -147,6 +148,37 @@ def test_format_failures_cost_in_training_only(tokenizer: PreTrainedTokenizerFas
     assert _score(tokenizer, (unformatted, ""), validation=True).reward == 1.0
     unreadable = _score(tokenizer, ("<think> a </think>", ""), validation=True)
     assert (unreadable.reward, unreadable.answer, unreadable.em) == (-1.0, None, 0.0)
+
+
+# A limit of 40 tokens with a buffer of 10: the penalty begins after 30 tokens and is `factor` at 40. Fails when results
+# do not count as response, a penalty is a bonus for short answers, validation pays, or there is a floor.
+@pytest.mark.parametrize(("tokens", "penalty"), [(12, 0.0), (30, 0.0), (31, -0.05), (40, -0.5), (42, -0.6)])
+def test_long_trajectories_cost_in_training_only(
+    tokenizer: PreTrainedTokenizerFast, tokens: int, penalty: float
+) -> None:
+    tree = TurnTree(tokenizer.encode("Who?"))
+    search = tree.add_turn(0, [1] * 4, observation_ids=[1] * 5)
+    tree.set_reward(tree.add_turn(search, [1] * (tokens - 9)), 0.0)
+    reward = RewardConfig(format_penalty=-2.0, overlong=OverlongConfig(buffer=10, factor=0.5))
+    for validation, expected in ((False, penalty), (True, 0.0)):
+        ((score,),) = score_trees([tree], [QUESTION], tokenizer, reward, validation=validation, max_response_tokens=40)
+        assert score.overlong == pytest.approx(expected, abs=1e-15)
+        assert score.reward == tree.turns[score.turn].reward == pytest.approx(-2.0 + expected, abs=1e-15)
+    with pytest.raises(ValueError, match="max_response_tokens"):
+        score_trees([tree], [QUESTION], tokenizer, reward)
+
+
+# Turns that call or answer, with closed thoughts, are well-formed. Fails when the penalty goes to the outcome, or
+# validation of the answer decides about turns before it.
+def test_turns_with_a_broken_format_cost(tokenizer: PreTrainedTokenizerFast) -> None:
+    tree = _tree(tokenizer, (SEARCH, format_result("x")), ("<search> b </search>", format_result("x")), (ANSWER, ""))
+    reward = RewardConfig(turn_penalty=0.25)
+    ((score,),) = score_trees([tree], [QUESTION], tokenizer, reward)
+    assert tree.turn_rewards is not None and tree.turn_rewards.tolist() == [0.0, 0.0, -0.25, 0.0]
+    assert score.reward == 1.0
+    assert not turn_format_ok("<think> a </think>", called=False)
+    assert not turn_format_ok(ANSWER, called=True)
+    assert not turn_format_ok("<think> <think> a </think> <search> b </search>", called=True)
 
 
 def test_tags_inside_results_do_not_count(tokenizer: PreTrainedTokenizerFast) -> None:

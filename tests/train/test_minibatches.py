@@ -10,7 +10,7 @@ import pytest
 from atpo_fast import Objective, assign_credit, pack_trees
 from atpo_fast.packing import spread_rows
 from atpo_fast.policy.opened_rows.plan import plan_passes
-from atpo_fast.train.minibatches import pack_minibatches
+from atpo_fast.train.minibatches import pack_minibatches, trees_per_minibatch
 from atpo_fast.tree import Forest, as_forest
 from tests.helpers.strategies import special_forest
 
@@ -24,7 +24,7 @@ def test_trees_are_read_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Forest, "__post_init__", lambda forest: read.append(forest) or build(forest))
     forest = as_forest(special_forest())
     assign_credit(forest)
-    assert len(pack_minibatches(forest, OBJECTIVE, 2, row_tokens=64)) == 3
+    assert len(pack_minibatches(forest, OBJECTIVE, [2, 2, 1], row_tokens=64)) == 3
     assert read == [forest]
 
 
@@ -35,7 +35,7 @@ def test_minibatches_are_those_of_their_trees(world: int) -> None:
     forest = as_forest(trees)
     assign_credit(forest)
     for rank in range(world):
-        batches = pack_minibatches(forest, OBJECTIVE, 2, row_tokens=30, rank=rank, world=world)
+        batches = pack_minibatches(forest, OBJECTIVE, [2, 2, 1], row_tokens=30, rank=rank, world=world)
         for first, batch in zip((0, 2, 4), batches, strict=True):
             mine = trees[first : first + 2]
             rows = pack_trees(mine, OBJECTIVE, 30)
@@ -46,3 +46,11 @@ def test_minibatches_are_those_of_their_trees(world: int) -> None:
                 for field in fields(expected):
                     assert np.array_equal(getattr(row, field.name), getattr(expected, field.name)), field.name
     assert [len(batch.rows) > 0 for batch in batches] == [True, True, False]  # the last one's only tree has no leaf
+
+
+def test_minibatches_hold_whole_questions() -> None:
+    """Fails if trees are counted for questions, so that a question's trees come into different mini-batches."""
+    assert trees_per_minibatch([2, 2, 3, 1, 2], 2) == [4, 4, 2]
+    assert trees_per_minibatch([], 2) == []
+    with pytest.raises(ValueError, match=r"4 trees .* of 5"):
+        pack_minibatches(as_forest(special_forest()), OBJECTIVE, [2, 2], row_tokens=64)

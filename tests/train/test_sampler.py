@@ -15,7 +15,8 @@ from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import EngineCounters
 from atpo_fast.environment.reward import LeafScore
 from atpo_fast.rollout import RolloutCounters
-from atpo_fast.train.sampler import BatchSampler, Sampler
+from atpo_fast.train.sampler import BatchSampler, Sampler, by_question
+from atpo_fast.train.schedule import Draw
 from atpo_fast.train.scoring import ScoredTree
 from atpo_fast.train.step_metrics import rollout_metrics
 from atpo_fast.tree import TurnTree
@@ -43,7 +44,11 @@ class Scripted(Sampler):
 
 
 def batches(sampler: Scripted) -> BatchSampler:
-    return BatchSampler(sampler, lambda step: questions(2 + step), lambda step: 100 + step)
+    return BatchSampler(sampler, lambda draw: questions(draw.count), lambda draw: 100 + draw.step)
+
+
+def draw(step: int) -> Draw:
+    return Draw(step, first=0, count=2 + step)
 
 
 def test_a_batch_has_its_trees_in_order_and_what_was_counted_for_it() -> None:
@@ -51,28 +56,35 @@ def test_a_batch_has_its_trees_in_order_and_what_was_counted_for_it() -> None:
     # their ends.
     sampler = Scripted()
     both = batches(sampler)
-    first, second = both.take(0), both.take(1)
+    first, second = both.take(draw(0)), both.take(draw(1))
     for batch, count in ((first, 2), (second, 3)):
-        assert [tree.question_id for tree in batch.trees] == [question.id for question in batch.questions]
+        assert [[tree.question_id for tree in trees] for trees in batch.trees] == [[q.id] for q in batch.questions]
         assert batch.counts["count/trees"] == count and batch.counts["tokens/decoded"] == 10
-        assert batch.counts["count/turns"] == sum(len(tree.turns) - 1 for tree in batch.trees)
+        assert batch.counts["count/turns"] == sum(len(tree.turns) - 1 for (tree,) in batch.trees)
         assert batch.staleness == 0
     names = {f"count/{name}" for name in asdict(RolloutCounters())}
     names |= {f"tokens/{name.removesuffix('_tokens')}" for name in asdict(EngineCounters())}
     assert first.counts.keys() == names
 
 
+# Fails when a question with several trees shifts those of the next one, or the order of their ends decides.
+def test_trees_are_collected_by_question() -> None:
+    named = [TurnTree([1], question_id=name) for name in ("c", "a", "a", "c")]
+    found = by_question(zip((2, 0, 0, 2), named, strict=True), 3)
+    assert [[tree.question_id for tree in trees] for trees in found] == [["a", "a"], [], ["c", "c"]]
+
+
 def test_a_batch_ahead_is_rolled_out_on_a_thread_and_kept() -> None:
     # Fails if the caller waits for it, a batch of another step is given, or its staleness is that of a fresh one.
     sampler = Scripted()
     ahead = batches(sampler)
-    ahead.begin(1, weights_step=0)
+    ahead.begin(draw(1), weights_step=0)
     ahead.join()
-    batch = ahead.take(1)
+    batch = ahead.take(draw(1))
     assert (batch.staleness, len(batch.trees)) == (1, 3) and sampler.threads == ["rollout-1"]
-    assert ahead.take(1).staleness == 0 and len(sampler.threads) == 2  # it is given once
-    ahead.begin(2, weights_step=1)
-    assert ahead.take(5).step == 5
+    assert ahead.take(draw(1)).staleness == 0 and len(sampler.threads) == 2  # it is given once
+    ahead.begin(draw(2), weights_step=1)
+    assert ahead.take(draw(5)).draw.step == 5
 
 
 def test_errors_come_with_the_batch_and_a_stop_with_the_ranks_together() -> None:
@@ -80,11 +92,11 @@ def test_errors_come_with_the_batch_and_a_stop_with_the_ranks_together() -> None
     sampler = Scripted()
     ahead = batches(sampler)
     sampler.raises = MemoryError("no room")
-    ahead.begin(1, weights_step=0)
+    ahead.begin(draw(1), weights_step=0)
     with pytest.raises(MemoryError):
-        ahead.take(1)
+        ahead.take(draw(1))
     sampler.raises = StopRequested()
-    stopped = ahead.take(2)
+    stopped = ahead.take(draw(2))
     assert stopped.trees == [] and stopped.error is None
     assert not sampler.engine.in_flight
 
@@ -98,8 +110,9 @@ def test_counts_become_metrics_once() -> None:
     scored = ScoredTree(question, tree, [score])
     counts = SimpleNamespace(**asdict(RolloutCounters(turns=5, tool_calls=4, failed_tool_calls=3, failed_trees=1)))
     given = {f"count/{name}": float(n) for name, n in vars(counts).items()}
-    given |= {"tokens/decoded": 7.0, "tokens/pruned": 0.0}
+    given |= {"tokens/decoded": 7.0, "tokens/trained": 7.0}
     metrics = rollout_metrics([scored], given, rollout_seconds=2.0, waited=0.5, step_seconds=4.0)
     assert metrics["rate/rollout_tokens_per_s"] == 3.5 and metrics["rollout/turns"] == 1.0
+    assert metrics["rate/train_tokens_per_s"] == 2.0
     assert {name: metrics[name] for name in given} == given
     assert not any(name.endswith(("failed_trees", "failed_tool_calls")) for name in metrics.keys() - given.keys())

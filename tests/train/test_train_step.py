@@ -15,15 +15,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.commands.launcher import free_port
-from atpo_fast.config import Config, ModelConfig, OptimConfig, TrainConfig
-from atpo_fast.data.questions import Question
+from atpo_fast.config import Config, ModelConfig, OptimConfig
 from atpo_fast.engines import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged import PagedEngine
 from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.telemetry import PhaseTimer
-from atpo_fast.train.schedule import draw_questions
 from atpo_fast.train.step import optimizer_step
 from atpo_fast.train.update_metrics import MetricMean, Mismatch, MismatchError
 from atpo_fast.train.weights import whole_parameters
@@ -160,13 +158,3 @@ def test_mismatch_is_noticed() -> None:
         optimizer_step(
             engine, watch, [stale], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), Mismatch(0.1)
         )
-
-
-# Fails when an epoch repeats or omits a question, or a step depends on the steps before it in the same process.
-def test_questions_of_steps_are_epochs_of_permutations() -> None:
-    questions = [Question(id=str(i), text="?", answers=("a",)) for i in range(10)]
-    settings = Config(train=TrainConfig(questions_per_step=4, questions_per_minibatch=4))
-    drawn = [q.id for step in range(5) for q in draw_questions(questions, settings, step)]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == [str(i) for i in range(10)]
-    assert drawn[:10] != drawn[10:]
-    assert [q.id for q in draw_questions(questions, settings, 3)] == drawn[12:16]
