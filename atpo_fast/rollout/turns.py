@@ -20,6 +20,7 @@ from atpo_fast.environment.tags import (
     special_tokens,
 )
 from atpo_fast.rollout.branch import Branch
+from atpo_fast.rollout.opening_entropy import opening_entropy
 from atpo_fast.tree.turn_tree import TokenIds
 
 
@@ -38,21 +39,24 @@ class TurnWriter:
     ) -> None:
         self.tokenizer, self.names, self.rollout, self.tools = tokenizer, tuple(names), rollout, tools
         self.notice = self._encode(CALL_LIMIT_NOTICE)  # what answers calls over the limit
+        self.end_token: int = tokenizer.eos_token_id  # what ends calls over the limit, where no notice does
         self._stop = tuple(close_tag(name) for name in names)
         self._opening_tokens = len(self._encode(result_opening()))
         self._closing = self._encode(result_closing())
         self._special = special_tokens(tokenizer)
+        self._vocabulary = len(tokenizer.get_vocab())
 
-    def request(self, branch: Branch, greedy: bool) -> Request:
-        """Build the request for a branch's next turn."""
+    def request(self, branch: Branch, greedy: bool, top_logprobs: int = 0) -> Request:
+        """Build the request for a branch's next turn; `top_logprobs` candidates are told with each token."""
         search, rollout = branch.search, self.rollout
         room = search.token_limit - len(branch.prompt_ids)
         sampling = SamplingParams(
-            max_new_tokens=min(room, rollout.max_turn_tokens or room),
+            max_new_tokens=min(room, rollout.max_turn_tokens or room, branch.start.tokens or room),
             temperature=0.0 if greedy else rollout.temperature,
             top_p=1.0 if greedy else rollout.top_p,
             top_k=0 if greedy else rollout.top_k,
             stop=self._stop,
+            top_logprobs=top_logprobs,
         )
         return Request(
             prompt_ids=branch.prompt_ids.tolist(),
@@ -65,6 +69,8 @@ class TurnWriter:
     def write(self, branch: Branch, number: int, completion: Completion) -> ToolCall | None:
         """Append the turn `number` to its branch, and return the call in it."""
         turn = branch.write(number, completion)
+        if completion.top_logprobs is not None:
+            turn.entropy = opening_entropy(completion.top_logprobs, self._vocabulary)
         if completion.finish_reason != "stop":
             return None
         text = self.tokenizer.decode(

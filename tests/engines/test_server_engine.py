@@ -143,6 +143,21 @@ def test_trees_are_those_of_the_paged_engine(serve: Serve, connect: Connect, exp
     assert [len(found) for found in beginnings] == [2, 2] and not beginnings[0] & beginnings[1]
 
 
+def test_candidates_reach_the_strategy(serve: Serve, connect: Connect) -> None:
+    # ARPO's branches follow from the candidates' log-probs. Fails if a server is not asked for them, if they come of
+    # another distribution, or if others than ARPO ask. Weighed so that entropies decide, not draws alone.
+    settings = {"strategy": "arpo", "samples_per_tree": 6, "entropy_weight": 2.0}
+    server = serve()
+    trees = roll_out(connect(server), **settings)
+    assert_same(trees, roll_out(PagedEngine(make_model(), SMALL, cache_tokens=4096), **settings))
+    unweighed = roll_out(connect(server), **(settings | {"entropy_weight": 0.0}))
+    assert [as_data(tree) for tree in unweighed] != [as_data(tree) for tree in trees]
+    assert {body["logprobs"] for body in server.bodies} == {1, 10}  # 1: what the engine asks to begin with
+    server.bodies.clear()
+    roll_out(connect(server), strategy="chain")
+    assert {body["logprobs"] for body in server.bodies} == {0, 1}
+
+
 def test_logprobs_after_temperature_are_asked_for(serve: Serve, connect: Connect) -> None:
     # Fails if a server that reports log-probs at temperature 1 is taken for one that reports the policy's.
     reference = PagedEngine(make_model(), SMALL, cache_tokens=4096)

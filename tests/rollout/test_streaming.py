@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from atpo_fast.engines.base import Completion, Request, TurnKey
 from atpo_fast.environment import ToolBox, ToolCall, ToolResult, format_result
-from atpo_fast.rollout import TreeSearch, in_order, tree_search
+from atpo_fast.rollout import TreeSearch, growth, in_order
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.tree import TurnTree
 from tests.helpers.scripted_engine import (
@@ -230,7 +230,7 @@ def test_the_straggler_cap_ends_the_last_branch(
     # Fails if the cap is ignored (the tool never answers in time), takes other branches too, or is not told.
     tool = Slow("one")
     search = make_search(ScriptedEngine(one_of_three), tool, strategy="chain", straggler_seconds=0.05)
-    monkeypatch.setattr(tree_search, "time", Clock(lambda: not tool.enough.is_set()))
+    monkeypatch.setattr(growth, "time", Clock(lambda: not tool.enough.is_set()))
     with caplog.at_level(logging.WARNING):
         first, second = roll_out(search, 2)
     tool.enough.set()
@@ -265,7 +265,7 @@ def test_the_late_answer_of_a_straggler_finds_nobody(monkeypatch: pytest.MonkeyP
         return one_of_three(prompt, request)
 
     searches = make_search(ScriptedEngine(script), search, strategy="chain", straggler_seconds=0.05)
-    monkeypatch.setattr(tree_search, "time", Clock(lambda: not searches.counters.timed_out_turns))
+    monkeypatch.setattr(growth, "time", Clock(lambda: not searches.counters.timed_out_turns))
     first, second = roll_out(searches, 2)
     assert searches.counters.timed_out_turns == 1 and searches.counters.failed_tool_calls == 0
     assert len(first.turns[2].observation_ids) == 0 and len(second.turns) == 7
@@ -281,7 +281,7 @@ def test_the_straggler_cap_spares_what_is_no_straggler(monkeypatch: pytest.Monke
                 tool.enough.set()
             return not tool.enough.is_set()
 
-        monkeypatch.setattr(tree_search, "time", Clock(running))
+        monkeypatch.setattr(growth, "time", Clock(running))
         search = make_search(
             ScriptedEngine(search_then_answer),
             tool,
