@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from atpo_fast.engines.base import Request
+from atpo_fast.environment import format_result
 from atpo_fast.rollout.branch import QuestionSearch
 from atpo_fast.rollout.opening_entropy import opening_entropy
 from atpo_fast.rollout.strategies.aepo import monitored_chains
@@ -169,12 +170,12 @@ def test_a_call_over_the_limit_ends_with_the_end_token(monkeypatch: pytest.Monke
 
 
 def test_no_end_token_where_there_is_no_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fails if the trajectory becomes longer than the limit: 5 tokens, of which the call takes 5.
-    size = len(encode(TEXTS["s"]))
-    first = grow(monkeypatch, "arpo", "s", [], initial_chains=1, samples_per_tree=1, limit=0, max_response_tokens=size)
-    assert first[0].turns[1].action_ids.tolist() == encode(TEXTS["s"])
-    more = {"initial_chains": 1, "samples_per_tree": 1, "limit": 0, "max_response_tokens": size + 1}
-    assert len(grow(monkeypatch, "arpo", "s", [], **more)[0].turns[1].action_ids) == size + 1
+    # Fails if the trajectory becomes longer than the limit, or if the last token of room is left.
+    call, result = encode(TEXTS["s"]), encode(format_result("found two"))
+    for room in (0, 1):
+        limits = {"limit": 1, "max_response_tokens": 2 * len(call) + len(result) + room}
+        tree, _ = grow(monkeypatch, "arpo", "s s", [], initial_chains=1, samples_per_tree=1, **limits)
+        assert tree.turns[2].action_ids.tolist() == call + [EOS] * room
 
 
 @pytest.mark.parametrize("end", ["e", "c"])
@@ -189,12 +190,13 @@ def test_a_turn_without_a_call_ends_its_chain(monkeypatch: pytest.MonkeyPatch, e
 
 def test_aepo_discounts_a_streak_of_new_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     # 0.5 branches. After one such round 0.52 * 0.95 < 0.5 fails and 0.53 * 0.95 > 0.5 branches. After two, 0.55 * 0.9
-    # fails for all; the streak ends, and 0.5 branches again. Fails if failing rounds keep the streak, if it counts
-    # chains instead of rounds, or if the discount of a round counts its own chains.
-    draws = [[0.5], [0.52, 0.53], [0.55] * 3, [0.5, 0.1, 0.1]]
-    settings = {"initial_chains": 1, "samples_per_tree": 4, "limit": 6, "pre_monitoring": False}
-    tree, _ = grow(monkeypatch, "aepo", "s ss sss sss ....", draws, **settings)
-    assert parents(tree) == [-1, 0, 1, 1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 7]
+    # fails for all; the streak ends, and 0.5 branches again. Fails if a round without new chains keeps the streak, if
+    # chains are counted instead of rounds, or if a round's own chains count in its discount.
+    draws = [[0.5, 0.5], [0.52, 0.53, 0.1, 0.1], [0.55] * 5, [0.5]]
+    settings = {"initial_chains": 2, "samples_per_tree": 6, "limit": 6, "pre_monitoring": False}
+    tree, _ = grow(monkeypatch, "aepo", "ss ssss sssss sssss ......", draws, **settings)
+    rounds = [[-1], [0, 0], [1, 2, 1, 2], [3, 4, 5, 6, 4], [7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 12]]
+    assert parents(tree) == [parent for each in rounds for parent in each]
 
 
 def test_fresh_chains_count_in_aepos_streak(monkeypatch: pytest.MonkeyPatch) -> None:

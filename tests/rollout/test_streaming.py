@@ -94,6 +94,47 @@ def test_both_schedules_give_the_same_trees(
     assert decoded[0] == decoded[1]
 
 
+BRANCHING = st.fixed_dictionaries(
+    {
+        "strategy": st.sampled_from(["arpo", "aepo"]),
+        "initial_chains": st.integers(1, 4),
+        "samples_per_tree": st.integers(4, 9),
+        "entropy_weight": st.sampled_from([0.0, 3.0]),
+        "branch_attempts": st.integers(1, 3),
+    }
+)
+CHILDREN = st.fixed_dictionaries(
+    {
+        "strategy": st.just("tree_grpo"),
+        "trees_per_question": st.integers(2, 3),
+        "initial_chains": st.integers(2, 3),
+        "expansion_rounds": st.integers(0, 3),
+        "expansions_per_round": st.integers(0, 3),
+        "samples_per_tree": st.none() | st.just(2),
+    }
+)
+
+
+# Fails if a draw depends on what finished when, or if a branch or a child starts before the round's other turns are
+# there. Every question has its number of trajectories.
+@settings(max_examples=40, deadline=None)
+@given(BRANCHING | CHILDREN, st.integers(1, 3), st.sampled_from([64, 1500, 100_000]), st.integers(0, 10**6))
+def test_both_schedules_draw_the_same(shape: dict[str, Any], limit: int, cache_tokens: int, seed: int) -> None:
+    trees, ends = [], []
+    for schedule in ("synchronous", "streaming"):
+        engine = ScriptedEngine(by_seed, random_polls(seed), tops=lambda token: [-1.0 - token % 3] * 10)
+        settings = shape | {"limit": limit, "schedule": schedule, "cache_tokens": cache_tokens}
+        search = make_search(engine, RandomSearch(seed, longest=0.001), **settings)
+        progress: list[tuple[int, int, int]] = []
+        grown = roll_out(search, 3, seed, on_progress=lambda *now, seen=progress: seen.append(now))
+        trees.append([as_data(tree) for tree in grown])
+        ends.append((progress[-1], asdict(search.counters)))
+        assert sum(tree.num_trajectories for tree in grown) == 3 * search.rollout.leaves
+        assert progress[-1][0] == progress[-1][1] == len(grown) * search.rollout.grown_leaves
+        assert not engine.in_flight and not engine.live and len(engine.released) == len(set(engine.released))
+    assert trees[0] == trees[1] and ends[0] == ends[1]
+
+
 def test_many_questions_with_slow_tools_give_the_same_trees() -> None:
     # As above, with so many turns and waits that nearly every one is overtaken. Fails if streaming keeps the order.
     trees, orders = [], []
@@ -403,7 +444,7 @@ def test_the_cache_budget_learns_from_finished_trees() -> None:
     # Fails if the guess forgets the last roll-out, keeps one for ever, or counts less than a tree has already.
     budget = CacheBudget(cache_tokens=1000, branches=4)
     searches = make_search(ScriptedEngine(by_seed), max_response_tokens=200)._searches(
-        questions(3), prompts(questions(3)), 0
+        questions(3), prompts(questions(3)), 0, 1
     )
     first, second, third = searches
     prompt = first.prompt_tokens
