@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
 from atpo_fast.common.choices import Strategy
 from atpo_fast.config.section import STRICT
@@ -111,7 +112,8 @@ def check_strategy(rollout: RolloutConfig) -> None:
 
 def _check_unused(rollout: RolloutConfig) -> None:
     for key, strategies in _USED_BY.items():
-        value, default = getattr(rollout, key), RolloutConfig.__pydantic_fields__[key].default
+        value, default = getattr(rollout, key), RolloutConfig.__dataclass_fields__[key].default
+        default = default.default if isinstance(default, FieldInfo) else default
         if value != default and rollout.strategy not in strategies:
             raise ValueError(
                 f"rollout.{key}={value} is read by rollout.strategy={' and '.join(strategies)} only, not by "

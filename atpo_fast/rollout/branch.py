@@ -88,7 +88,8 @@ class QuestionSearch:
         """
         meta = {"question": question.text, "answers": list(question.answers)}
         tree = TurnTree(prompt, question_id=question.id, meta=meta)
-        seeds = (int(seed), question.id, repeat, *([number] if number else []))
+        seeds: tuple[int | str, ...] = (int(seed), question.id, repeat)
+        seeds += (number,) if number else ()
         rng = np.random.default_rng(hashed(*seeds, "expansion"))
         reserve = max(1, min(_RESERVE_TOKENS, room // 10))
         return cls(tree, order, seeds, len(prompt) + room, reserve, rng, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +21,9 @@ from atpo_fast.environment.tags import (
     special_tokens,
 )
 from atpo_fast.rollout.branch import Branch
-from atpo_fast.rollout.opening_entropy import opening_entropy
 from atpo_fast.tree.turn_tree import TokenIds
+
+_OPENING_TOKENS = 20  # tokens of a turn of which the opening entropy is (published)
 
 
 class TurnWriter:
@@ -102,3 +104,16 @@ class TurnWriter:
 
     def _encode(self, text: str) -> TokenIds:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+
+def opening_entropy(
+    top_logprobs: Sequence[Sequence[float]],  # for each token, those of its candidates, the sampled token among them
+    vocabulary: int,
+) -> float:
+    """Sum `-p ln p / ln(vocabulary)` over the candidates of a turn's first 20 tokens; 0 without any token.
+
+    It is a sum over tokens, not a mean, and the probabilities are not normalised: as published (ARPO,
+    arXiv:2507.19849; docs/design.md#entropy-branching).
+    """
+    logprobs = np.array([value for token in islice(top_logprobs, _OPENING_TOKENS) for value in token])
+    return float(-(np.exp(logprobs) * logprobs).sum() / np.log(vocabulary))

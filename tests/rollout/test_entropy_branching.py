@@ -11,8 +11,8 @@ import pytest
 from atpo_fast.engines.base import Request
 from atpo_fast.environment import format_result
 from atpo_fast.rollout.branch import QuestionSearch
-from atpo_fast.rollout.opening_entropy import opening_entropy
 from atpo_fast.rollout.strategies.aepo import monitored_chains
+from atpo_fast.rollout.turns import opening_entropy
 from atpo_fast.tree import TurnTree
 from tests.helpers.scripted_engine import (
     ANSWER,
@@ -238,7 +238,7 @@ def test_monitored_chains(root: float, chain: float, first: int) -> None:
 @pytest.mark.parametrize("strategy", ["arpo", "aepo"])
 def test_random_numbers_come_from_seed_question_and_round(strategy: str) -> None:
     # Fails if a generator is shared between questions or rounds: the tree of a question is the same beside others.
-    settings = {"strategy": strategy, "initial_chains": 3, "samples_per_tree": 6}
+    settings: dict[str, Any] = {"strategy": strategy, "initial_chains": 3, "samples_per_tree": 6}
     both = roll_out(make_search(ScriptedEngine(by_seed), **settings), questions(2), 1)
     (alone,) = roll_out(make_search(ScriptedEngine(by_seed), **settings), questions(1), 1)
     assert as_data(both[0]) == as_data(alone)

@@ -25,7 +25,7 @@ from tests.helpers.scripted_engine import (
 )
 
 CALL = " one<search> two</search>"
-SHAPE = {"strategy": "tree_grpo", "trees_per_question": 2, "initial_chains": 1}
+SHAPE: dict[str, Any] = {"strategy": "tree_grpo", "trees_per_question": 2, "initial_chains": 1}
 
 
 class Places:
@@ -88,7 +88,7 @@ def test_a_child_sees_the_result_and_counts_the_calls_before_it(monkeypatch: pyt
 
 def test_some_leaves_are_kept_at_random() -> None:
     # Fails if the first or the newest are kept, if fewer are, or if the trees of a question repeat each other.
-    settings = {"expansion_rounds": 2, "expansions_per_round": 2}
+    settings: dict[str, Any] = {"expansion_rounds": 2, "expansions_per_round": 2}
     whole = roll_out(make_search(ScriptedEngine(by_seed), **SHAPE, **settings), questions(4), 1)
     search = make_search(ScriptedEngine(by_seed), **SHAPE, **settings, samples_per_tree=3)
     found = list(search.roll_out(questions(4), prompts(questions(4)), seed=1))
@@ -112,6 +112,6 @@ def test_evaluation_grows_one_chain() -> None:
 
 def test_the_published_setting_has_six_leaves_a_question() -> None:
     # Fails if leaves are counted by tree: m2 n2 l1 k3.
-    shape = {"expansion_rounds": 1, "expansions_per_round": 2, "samples_per_tree": 3}
-    config = RolloutConfig(**SHAPE, **shape)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {"expansion_rounds": 1, "expansions_per_round": 2, "samples_per_tree": 3}
+    config = RolloutConfig(**SHAPE, **shape)
     assert (config.grown_leaves, config.leaves_per_tree, config.leaves) == (3, 3, 6)

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from atpo_fast.config import RolloutConfig
 from atpo_fast.rollout.branch import BranchEnd, QuestionSearch, Start
-from atpo_fast.rollout.opening_entropy import CANDIDATES
 from atpo_fast.rollout.strategies.base import OverLimit, Round, Strategy
+
+_CANDIDATES = 10  # likeliest tokens that the entropy of a token is over (published)
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +30,7 @@ class EntropyBranching(Strategy):
     active and there are fewer, a fresh one begins at the root. See docs/design.md#entropy-branching.
     """
 
-    top_logprobs: ClassVar[int] = CANDIDATES
+    top_logprobs: ClassVar[int] = _CANDIDATES
     over_limit: ClassVar[OverLimit] = "eos"
     answers_bad_calls: ClassVar[bool] = False
 
