@@ -60,7 +60,12 @@ class Draws:
 
 
 def grow(
-    monkeypatch: pytest.MonkeyPatch, strategy: str, written: str, draws: list[list[float]], **settings: Any
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    written: str,
+    draws: list[list[float]],
+    tool_calls: int | None = None,
+    **settings: Any,
 ) -> tuple[TurnTree, list[list[Request]]]:
     """Roll out a question; `written` has a letter for each turn, and a word for each round: what its chains write."""
     letters = written.replace(" ", "")
@@ -75,6 +80,7 @@ def grow(
     search = make_search(engine, strategy=strategy, **settings)
     (tree,) = roll_out(search, questions(1))
     assert not fixed.left
+    assert tool_calls in (None, search.counters.tool_calls)
     words = written.split()
     assert [len(batch) for batch in engine.batches[: len(words)]] == [len(word) for word in words]
     assert len(tree.leaves) == tree.num_trajectories == settings["samples_per_tree"]
@@ -222,7 +228,15 @@ def test_the_monitoring_round_decides_how_many_chains_begin(monkeypatch: pytest.
     others = {int(20 / (1 + exp(-0.5 * (5 * h - mean)))) + 1 for mean in (5 * h / 2, 5 * h, 0.0)}
     assert wanted not in others
     tree, batches = grow(
-        monkeypatch, "aepo", "Us U .", [], initial_chains=1, samples_per_tree=20, limit=3, max_response_tokens=400
+        monkeypatch,
+        "aepo",
+        "Us U .",
+        [],
+        initial_chains=1,
+        samples_per_tree=20,
+        limit=3,
+        max_response_tokens=400,
+        tool_calls=2,
     )
     assert [request.sampling.max_new_tokens for request in batches[0]] == [50, 400]
     assert len(batches[3]) == wanted
