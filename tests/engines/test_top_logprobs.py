@@ -72,14 +72,16 @@ def test_nothing_is_looked_up_where_nobody_asks(monkeypatch: pytest.MonkeyPatch)
     assert len(finished) == 2 and not looked and all(answer.top_logprobs is None for _, answer in finished)
 
 
-def test_candidates_survive_a_preemption() -> None:
-    # A cache too small for all: some requests begin again, in rows that others had. Fails if old candidates stay.
-    asked = [request(number, 4) for number in range(4)]
+def test_rows_that_others_had_keep_nothing_of_them() -> None:
+    # One request after another in the same row, and a cache in which some begin again. Fails if candidates of the
+    # request before, which asked for more of them, stay in the table.
+    asked = [request(number, count) for number, count in enumerate((10, 3, 6, 1))]
     roomy = PagedEngine(real_model(), SMALL, cache_tokens=4096).generate(asked)
+    lone = PagedEngine(real_model(), SMALL, cache_tokens=4096, batch_size=1)
     tight = PagedEngine(real_model(), SMALL, cache_tokens=sum(len(one.prompt_ids) for one in asked) + 30)
-    answers = tight.generate(asked)
+    for engine in (lone, tight):
+        for one, other in zip(roomy, engine.generate(asked), strict=True):
+            assert one.token_ids == other.token_ids and one.top_logprobs is not None and other.top_logprobs is not None
+            for ours, theirs in zip(one.top_logprobs, other.top_logprobs, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=1e-9)
     assert tight.counters.evicted_tokens > 0
-    for one, other in zip(roomy, answers, strict=True):
-        assert one.token_ids == other.token_ids
-        for ours, theirs in zip(one.top_logprobs or (), other.top_logprobs or (), strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-9)
