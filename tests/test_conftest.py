@@ -27,17 +27,30 @@ def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+CHILDREN = r"""
+import subprocess, sys, time
+SPIN = "import time\nwhile time.process_time() < 1.1: pass\n"
+running = []
+def test_ended():
+    subprocess.run([sys.executable, "-c", SPIN], check=True)
+def test_running():
+    code = SPIN + "print(flush=True); time.sleep(100)"
+    running.append(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE))
+    running[0].stdout.readline()
+def test_cheap():
+    time.sleep(1.1)
+def teardown_module():
+    running[0].kill()
+"""
+
+
 def test_cpu_time_is_measured_and_printed(tmp_path: Path) -> None:
     """Fails if the time of a test or of its child processes is not counted, or a cheap test is shown."""
-    child = "import subprocess, sys, time\n"
-    child += "def test_child():\n    code = 'import time\\nwhile time.process_time() < 1.1: pass'\n"
-    child += "    subprocess.run([sys.executable, '-c', code], check=True)\n"
-    child += "def test_cheap():\n    time.sleep(1.1)\n"
-    done = run(tmp_path, child)
+    done = run(tmp_path, CHILDREN)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout
-    assert [line.split("::")[1] for line in lines if "s CPU" in line] == ["test_child"]
-    assert "in 2 tests" in next(line for line in lines if "CPU-minutes in all" in line)
+    assert {line.split("::")[1] for line in lines if "s CPU" in line} == {"test_ended", "test_running"}
+    assert "in 3 tests" in next(line for line in lines if "CPU-minutes in all" in line)
 
 
 def test_slow_tests_say_why(tmp_path: Path) -> None:

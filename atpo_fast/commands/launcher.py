@@ -15,9 +15,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 import psutil
 
@@ -76,21 +77,34 @@ def launch(
     command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
     command += [f"--master_port={free_port()}", "--log_level=critical", "--module", "atpo_fast.train"]
     command += ["--verb", verb, *options, "--config", config_path, *overrides]
-    # A session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
-    child = subprocess.Popen(
-        command, env=_environment(placement), start_new_session=True, preexec_fn=_stop_with_parent(os.getpid())
-    )
-    relay = _SignalRelay(child)
+    relay = _SignalRelay(start_ranks(command, _environment(placement)))
     code = relay.wait()
     if relay.received and code != 0:
         return 128 + relay.received[0]
     return code if code >= 0 else 128 - code
 
 
+def start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> Child:
+    """Start DeepSpeed's launcher, the parent of the ranks.
+
+    It gets a session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
+    """
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=stop_with_parent(os.getpid()))
+
+
+class Child(Protocol):
+    """The parent of the ranks, as a process that can be waited for."""
+
+    pid: int
+
+    def wait(self) -> int:
+        """Wait for its end; returns the exit code."""
+
+
 class _SignalRelay:
     """A relay of SIGINT and SIGTERM to the processes of a run."""
 
-    def __init__(self, child: subprocess.Popen[bytes]):
+    def __init__(self, child: Child):
         self.received: list[int] = []
         self._child = child
 
@@ -129,7 +143,7 @@ def _environment(placement: Placement) -> dict[str, str]:
     return env
 
 
-def _stop_with_parent(parent: int) -> Callable[[], None] | None:
+def stop_with_parent(parent: int) -> Callable[[], None] | None:
     """Return a function for the child: it has the kernel send it SIGTERM when this process dies (Linux)."""
     if not sys.platform.startswith("linux"):
         return None

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +26,8 @@ from atpo_fast.train.from_config import build_model
 from atpo_fast.tree.storage import append_forest, forest_questions, iterate_forest, read_forest, read_forest_texts
 from atpo_fast.tree.turn_tree import TurnTree
 from tests.helpers.completions_server import CompletionsServer
-from tests.helpers.runs import ROOT, TINY
+from tests.helpers.forked_runs import ForkedProcess, start_command
+from tests.helpers.runs import TINY
 from tests.helpers.stored_trees import Letters, assert_equal, make_tree
 
 FORMATS = pytest.mark.parametrize("name", ["trees.jsonl", "trees.parquet"])
@@ -136,17 +134,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"config": folder / "tiny.yaml", "model": folder / "model", "tokenizer": tokenizer, "folder": folder}
 
 
-def start(tiny: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
-    """`atpo-fast rollout` as a process."""
-    common = ["--config", str(tiny["config"]), f"model.path={tiny['model']}"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "atpo_fast", "rollout", *common, *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+def start(tiny: dict[str, Any], *arguments: str) -> ForkedProcess:
+    """`atpo-fast rollout`, its processes forked from one that has imported everything."""
+    return start_command("rollout", "--config", str(tiny["config"]), f"model.path={tiny['model']}", *arguments)
 
 
 def run(tiny: dict[str, Any], *arguments: str, code: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from atpo_fast.common.errors import EngineError
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import LeaderFailedError, Request
 from atpo_fast.engines.tensor_parallel import SharedEngine
+from tests.helpers.forked_runs import fork_ranks
 from tests.helpers.scripted_engine import ScriptedEngine, as_data, by_seed, make_search, prompts, questions, roll_out
 
 
@@ -23,9 +24,10 @@ def share(rank: int) -> list[Question]:
     return questions(5)[:3] if rank == 0 else questions(5)[3:]
 
 
-def follow(rank: int, store: str, outcomes: Any) -> None:
-    """One rank: a roll-out, a failing one, and a roll-out after that."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def follow(folder: Path) -> None:
+    """One rank: a roll-out, a failing one, and a roll-out after that; what it found goes into the folder."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     broken = False
 
     def script(prompt: str, request: Request) -> str:
@@ -54,7 +56,7 @@ def follow(rank: int, store: str, outcomes: Any) -> None:
     found["submitted"] = [len(batch) for batch in part.batches]
     found["decoded"] = asdict(engine.counters)["decoded_tokens"]
     found["several"] = list(engine.for_all(["a", "b"][: rank + 1], twice))
-    outcomes[rank] = found
+    (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -67,10 +69,8 @@ def twice(items: Sequence[str]) -> Iterator[tuple[int, str]]:
 def test_the_leader_searches_for_all_ranks(tmp_path: Path) -> None:
     # Fails if trees go to the wrong rank, a part is called otherwise than the leader's, an error of the leader leaves
     # the others waiting, or requests stay in a part.
-    with mp.Manager() as manager:
-        outcomes = manager.dict()
-        mp.spawn(follow, args=(str(tmp_path / "store"), outcomes), nprocs=2)
-        leader, other = outcomes[0], outcomes[1]
+    fork_ranks(follow, 2, tmp_path)
+    leader, other = (pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in (0, 1))
     expected = [as_data(tree) for tree in roll_out(make_search(ScriptedEngine(by_seed)), questions(5))]
     for name in ("first", "again"):
         assert sorted(leader[name]) == list(enumerate(expected[:3]))

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+
+from tests.helpers.forked_runs import ForkedProcess
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 
 
 def output(example: str, *arguments: str) -> str:
-    """Return what an example prints."""
-    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example), *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Return what an example prints as a script of its own, in a fork that need not import PyTorch again."""
+    process = ForkedProcess(run_script, str(ROOT / "examples" / example), arguments)
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text
+    return text
+
+
+def run_script(path: str, arguments: tuple[str, ...]) -> int:
+    """Do what `python path arguments` does."""
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+    return 0
 
 
 def test_custom_tool() -> None:

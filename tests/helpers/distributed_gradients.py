@@ -1,14 +1,8 @@
-"""Worker of test_distributed.py: the gradient of one mini-batch under DeepSpeed, for several stages and row budgets.
-
-Run by the test as
-`python -m torch.distributed.run --nproc_per_node R --module tests.helpers.distributed_gradients OUT`; rank 0 writes one
-.npz per case, holding every parameter's whole gradient under its Hugging Face name.
-"""
+"""Work of test_distributed.py: the gradient of one mini-batch under DeepSpeed, for several stages and row budgets."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +23,6 @@ from tests.helpers.other_trainer import module_gradients, start_engine, whole_gr
 VOCAB = 64
 ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
 """Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
-depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
 
 
 def forest() -> list[TurnTree]:
@@ -79,8 +72,9 @@ def gradients(
     return out
 
 
-def main() -> None:
-    """All cases, one after another."""
+def write_gradients(folder: Path) -> None:
+    """Be one rank; rank 0 writes a .npz for each case, with every parameter's whole gradient under its name."""
+    depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
     join_process_group(cuda=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     cases: list[tuple[int, bool, str, GradientCheckpointing]]
@@ -90,17 +84,13 @@ def main() -> None:
         result = gradients(stage, tied, budget, choice, rank, world)
         name = f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}_ranks{world}.npz"
         if rank == 0:
-            np.savez(Path(sys.argv[1]) / name, **result)  # type: ignore[arg-type]  # numpy's flags are none of them
+            np.savez(folder / name, **result)  # type: ignore[arg-type]  # numpy's flags are none of them
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         result = module_gradients(stage, tied, inside, rank, world)
         if rank == 0:
             np.savez(
-                Path(sys.argv[1]) / f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}_ranks{world}.npz",
+                folder / f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}_ranks{world}.npz",
                 **result,  # type: ignore[arg-type]  # as above
             )
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

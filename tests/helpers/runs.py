@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.forked_runs import ForkedProcess, start_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
@@ -46,13 +47,13 @@ TINY: dict[str, Any] = {
 }
 
 
-def start(config: Path, *overrides: str, limit_bytes: int | None = None) -> subprocess.Popen[str]:
-    """`atpo-fast train` as a process."""
+def start(config: Path, *overrides: str, limit_bytes: int | None = None) -> ForkedProcess:
+    """`atpo-fast train`, its processes forked from one that has imported everything."""
+    return start_command("train", "--config", str(config), *overrides, limit_bytes=limit_bytes)
 
-    def limit() -> None:
-        assert limit_bytes is not None
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
+def launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`python -m atpo_fast train`, its processes started as a user's are."""
     return subprocess.Popen(
         [sys.executable, "-m", "atpo_fast", "train", "--config", str(config), *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -60,13 +61,12 @@ def start(config: Path, *overrides: str, limit_bytes: int | None = None) -> subp
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
-        preexec_fn=limit if limit_bytes else None,
     )
 
 
-def run(config: Path, *overrides: str, code: int = 0, limit_bytes: int | None = None) -> str:
-    """Run to the end; its output."""
-    process = start(config, *overrides, limit_bytes=limit_bytes)
+def run(config: Path, *overrides: str, code: int = 0, limit_bytes: int | None = None, launched: bool = False) -> str:
+    """Run to the end, as forks or launched as a user's run is; its output."""
+    process = launch(config, *overrides) if launched else start(config, *overrides, limit_bytes=limit_bytes)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output[-3000:]
     return output

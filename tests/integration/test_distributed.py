@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.distributed_gradients import write_gradients
+from tests.helpers.forked_runs import fork_ranks
+
 pytestmark = pytest.mark.distributed
-ROOT = Path(__file__).resolve().parents[2]
-WORKER = "tests.helpers.distributed_gradients"
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
     """Gradients of every case on 1 and on 2 ranks, by file stem."""
     folder = tmp_path_factory.mktemp("gradients")
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [*command, "--module", WORKER, str(folder)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        fork_ranks(write_gradients, ranks, folder)
     return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,29 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from tests.helpers.runs import TINY, records, run, start
+from tests.helpers.runs import TINY, launch, records, run, start
 
-Start = Callable[..., "subprocess.Popen[str]"]
+EXACT = "rollout.schedule=synchronous"  # batches that do not depend on when a tool answers
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """The tiny configuration, writing to the test's own folder."""
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"run_dir": str(tmp_path / "run")}))
+    return write_config(tmp_path)
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
     return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run from its cold start to its report, launched as a user's is, with a hash seed of its own."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(write_config(folder), EXACT, launched=True)
+    return folder / "run"
 
 
 def weights(folder: Path, step: int) -> dict[str, Any]:
@@ -32,40 +42,37 @@ def weights(folder: Path, step: int) -> dict[str, Any]:
 
 
 # Fails when a part of the loop is not wired: no file, a token prefilled twice, or rewards that never vary.
-def test_a_run_writes_everything(config: Path, tmp_path: Path) -> None:
-    run(config)
-    folder = tmp_path / "run"
-    summary = json.loads((folder / "summary.json").read_text())
+def test_a_run_writes_everything(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
     assert summary["prefilled_tokens"] == summary["unique_tokens"] > 0
     assert 0 < summary["overlap"] < 1
     assert {"cold_start_em", "final_em", "train_seconds", "random_guess_rate"} <= summary.keys()
-    assert "</html>" in (folder / "report.html").read_text()
-    assert sorted(records(folder, "train")) == [1, 2, 3]
-    assert (folder / "checkpoints/step_000003/hf/tokenizer.json").is_file()
-    assert len(list((folder / "checkpoints").iterdir())) == 2  # keep_checkpoints
+    assert "</html>" in (whole / "report.html").read_text()
+    assert sorted(records(whole, "train")) == [1, 2, 3]
+    assert (whole / "checkpoints/step_000003/hf/tokenizer.json").is_file()
+    assert len(list((whole / "checkpoints").iterdir())) == 2  # keep_checkpoints
 
 
-# Fails when the checkpoint misses something: moments, data cursor, sampling seed, or the engine's weights.
-def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path) -> None:
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    exact = "rollout.schedule=synchronous"  # batches that do not depend on when a tool answers
-    run(config, f"run_dir={whole}", exact)
-    run(config, f"run_dir={halves}", exact, "train.steps=2")
-    output = run(config, f"run_dir={halves}", exact)
+# Fails when the checkpoint misses something (moments, data cursor, sampling seed, the engine's weights), or when a run
+# depends on the order of a set, which differs from process to process.
+def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path, whole: Path) -> None:
+    halves = tmp_path / "run"
+    run(config, EXACT, "train.steps=2")
+    output = run(config, EXACT)
     assert "resumed from" in output
     for key in ("reward/mean", "policy/loss", "policy/grad_norm", "tokens/unique"):
         assert records(halves, "train")[3][key] == pytest.approx(records(whole, "train")[3][key], rel=1e-5), key
     after, expected = weights(halves, 3), weights(whole, 3)
     for name, value in expected.items():
         assert (after[name] - value).abs().max() < 1e-6, name
-    assert "nothing left to train" in run(config, f"run_dir={halves}", code=2)
-    assert "another number of ranks" in run(config, f"run_dir={halves}", "train.steps=4", "ranks=2", code=2)
+    assert "nothing left to train" in run(config, code=2)
+    assert "another number of ranks" in run(config, "train.steps=4", "ranks=2", code=2)
 
 
 # Fails when the batch rolled out ahead has other questions or seeds, counts as fresh, or a resumed run loses a step. At
 # a learning rate of almost 0 older weights are the same weights.
 def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
-    options = ["optim.lr=1e-12", "rollout.schedule=synchronous"]
+    options = ["optim.lr=1e-12", EXACT]
     run(config, *options)
     expected = records(tmp_path / "run", "train")
     run(config, *options, "train.max_staleness=1", f"run_dir={tmp_path}/ahead", "train.steps=2")
@@ -81,29 +88,41 @@ def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
 def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run(config, f"run_dir={one}", "train.steps=1")
-    run(config, f"run_dir={two}", "train.steps=1", "ranks=2", f"model.path={one / 'cold_start'}")
+    run(config, f"run_dir={two}", "train.steps=1", "ranks=2", f"model.path={one / 'cold_start'}", launched=True)
+    (step,) = records(one, "train").values()
+    assert step["tokens/prefilled"] == step["tokens/unique"]  # with the streaming schedule too
     for key in ("reward/mean", "policy/loss", "policy/grad_norm", "tokens/unique", "tokens/prefilled"):
         assert records(two, "train")[1][key] == pytest.approx(records(one, "train")[1][key], rel=1e-4), key
 
 
-# Fails when a stopped run saves nothing, or a killed one leaves something that the next cannot start from.
+# Fails when a stopped run saves nothing (only a killed one has saved before), or a killed one leaves something that the
+# next cannot start from.
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_continues(config: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
-    process = start(config, "train.steps=200")
+    killed = number == signal.SIGKILL
+    process = (launch if number == signal.SIGINT else start)(
+        config, "train.steps=200", f"train.save_every={1 if killed else 0}"
+    )
     deadline = time.monotonic() + 900
-    while not list(folder.glob("checkpoints/step_*/state.json")):
-        assert process.poll() is None, process.communicate()[0][-3000:]
+    while not (list(folder.glob("checkpoints/step_*/state.json")) if killed else steps_done(folder)):
+        assert process.poll() is None, process.communicate(timeout=60)[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
-    if number != signal.SIGKILL:
+    if not killed:
         assert "the same command continues" in output
     done = max(json.loads(p.read_text())["step"] for p in folder.glob("checkpoints/step_*/state.json"))
     assert done < 200
     assert "resumed from" in run(config, f"train.steps={done + 1}")
+
+
+def steps_done(folder: Path) -> int:
+    """Steps of RL that a running run has logged."""
+    log = folder / "metrics.jsonl"
+    return log.read_text().count('"phase": "train"') if log.exists() else 0
 
 
 # Fails when a checkpoint that could not be written hides the reason or damages the one before.

@@ -1,0 +1,171 @@
+"""Commands and their ranks as forks of one process that has imported everything.
+
+Starting `python -m atpo_fast train` imports PyTorch, transformers and DeepSpeed in the launcher and in every rank. That
+costs more than a tiny run. Here the command is a fork, and so are the ranks that it starts: `_launcher` stands in for
+DeepSpeed's launcher; all else is the program's own. Tests of the real start use `runs.launch`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.helpers.forked_imports"])
+FORK = multiprocessing.get_context("fork")
+
+
+class ForkedProcess:
+    """A function in a fork, with the manners of `subprocess.Popen`; its output goes to a file."""
+
+    def __init__(self, function: Callable[..., int], *arguments: Any, limit_bytes: int | None = None):
+        self._output = tempfile.NamedTemporaryFile("r", prefix="forked-")  # noqa: SIM115  # lives as long as this
+        self._process = SERVER.Process(target=_call, args=(function, arguments, self._output.name, limit_bytes))
+        self._process.start()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code; minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout: float) -> tuple[str, None]:
+        """Wait for the end; returns the output. Raises TimeoutError."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            self._process.kill()
+            raise TimeoutError(f"still running after {timeout} s:\n{Path(self._output.name).read_text()[-3000:]}")
+        return Path(self._output.name).read_text(), None
+
+
+def start_command(*words: str, limit_bytes: int | None = None) -> ForkedProcess:
+    """`atpo-fast` with some words, its ranks as forks of it."""
+    return ForkedProcess(_command, words, limit_bytes=limit_bytes)
+
+
+def fork_ranks(function: Callable[..., object], ranks: int, *arguments: Any) -> None:
+    """Call a function in every rank of a process group on the CPU; fails if one does."""
+    from atpo_fast.commands.launcher import free_port
+
+    process = ForkedProcess(_group, function, ranks, arguments, free_port())
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+
+
+def _call(function: Callable[..., int], arguments: Sequence[Any], output: str, limit_bytes: int | None) -> None:
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.chdir(ROOT)
+    if limit_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+    sys.exit(function(*arguments))
+
+
+def _command(words: Sequence[str]) -> int:
+    from atpo_fast.commands import cli, launcher
+
+    launcher.start_ranks = _ForkedLauncher  # type: ignore[assignment,misc]  # the two attributes that are used
+    return cli.main(list(words))
+
+
+class _ForkedLauncher:
+    """What `launcher.start_ranks` returns: the parent of the ranks."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+        from atpo_fast.commands.launcher import stop_with_parent
+
+        words = command[command.index("atpo_fast.train") + 1 :]
+        (port,) = (word.split("=")[1] for word in command if word.startswith("--master_port="))
+        (world,) = (word.split("=", 1)[1] for word in command if word.startswith("--world_info="))
+        ranks = len(json.loads(base64.urlsafe_b64decode(world))["localhost"])
+        self._process = FORK.Process(
+            target=_launcher,
+            args=(_rank, ranks, (words, dict(environment)), int(port), stop_with_parent(os.getpid())),
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def wait(self) -> int:
+        self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+
+def _group(function: Callable[..., object], ranks: int, arguments: Sequence[Any], port: int) -> int:
+    _launcher(function, ranks, arguments, port)
+    return 0
+
+
+def _launcher(
+    function: Callable[..., object],
+    ranks: int,
+    arguments: Sequence[Any],
+    port: int,
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Fork the ranks and wait; the first that fails ends the others, and its code is the code of this process."""
+    if before is not None:
+        os.setsid()
+        before()
+    running = {}
+    for rank in range(ranks):
+        process = FORK.Process(target=_in_group, args=(function, arguments, rank, ranks, port))
+        process.start()
+        running[process.sentinel] = process
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for process in running.values():
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, stop)
+    failed = 0
+    while running:
+        for sentinel in wait(list(running)):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode and not failed:
+                failed = process.exitcode
+                stop(signal.SIGTERM, None)
+    if failed:
+        sys.exit(failed if failed > 0 else 128 - failed)
+
+
+def _in_group(function: Callable[..., object], arguments: Sequence[Any], rank: int, ranks: int, port: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = function(*arguments)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _rank(words: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Be one process of a run, as `python -m atpo_fast.train` is."""
+    from atpo_fast.train.__main__ import main
+
+    ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")}
+    ranks |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    os.environ.clear()
+    os.environ |= {**environment, **ranks}
+    sys.argv = ["atpo_fast.train", f"--local_rank={ranks['LOCAL_RANK']}", *words]
+    return main()
