@@ -1,4 +1,4 @@
-"""The named choices of model, credit and objective: the one list of their values, for configuration and code.
+"""The named choices of model, roll-out, credit and objective: the one list of their values, for configuration and code.
 
 Those of the loss are in `atpo_kernels.choices`.
 """
@@ -33,9 +33,13 @@ MethodName = Literal[
     "react",
 ]
 """Methods by name; what each of them sets is in `atpo_fast.config.methods.METHODS`."""
+Strategy = Literal["entropy", "random", "chain", "arpo", "aepo", "tree_grpo"]
+"""How the tree of a question grows; `atpo_fast.rollout.strategies` has one module for each."""
 CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk", "treepo", "gtpo", "igpo", "a2tgpo"]
 """How rewards become advantages: `at2po`, `gtpo`, `igpo` and `a2tgpo` per turn, the others per trajectory."""
-Preset = Literal["at2po", "atpo", "ppo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]
+Preset = Literal[
+    "at2po", "atpo", "ppo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "igpo", "gppo", "sapo", "cispo"
+]
 """Published objective; what each of them sets is in `atpo_fast.common.presets.PRESETS`."""
 TurnValue = Literal["child_softmax", "child_mean", "leaf_mean"]
 """How the value of an inner turn follows from those of its children or leaves."""

@@ -24,6 +24,7 @@ PRESETS: dict[str, Mapping[str, Any]] = {
     "aepo": {**_PPO, "clip": "soft_high", "entropy_advantage": 0.2},
     "arpo": _PPO,
     "tree_grpo": {**_PPO, **_KL, "entropy_coef": 0.001},
+    "igpo": {**_PPO, **_KL, "entropy_coef": 0.001},
     "gppo": {**_TOKEN, "clip": "soft", "clip_low": 0.2, "clip_high": 0.28, "dual_cap": 3.0},
     "sapo": {**_TOKEN, "clip": "sapo", "sapo_tau_pos": 1.0, "sapo_tau_neg": 1.05, "aggregation": "seq-mean-token-mean"},
     "cispo": {**_TOKEN, "clip": "cispo", "clip_low": 1.0, "clip_high": 0.28},

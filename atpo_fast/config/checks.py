@@ -20,15 +20,6 @@ def check_row(data: DataConfig, rollout: RolloutConfig, train: TrainConfig) -> N
         )
 
 
-def check_overlong(reward: RewardConfig, rollout: RolloutConfig) -> None:
-    """Check that there are response lengths without a penalty."""
-    if reward.overlong.buffer >= rollout.max_response_tokens:
-        raise ValueError(
-            f"reward.overlong.buffer={reward.overlong.buffer} must be smaller than rollout.max_response_tokens="
-            f"{rollout.max_response_tokens}, or every trajectory is penalised"
-        )
-
-
 def check_turn_rewards(reward: RewardConfig, credit: CreditConfig) -> None:
     """Check that rewards of turns reach the credit."""
     if reward.turn_penalty and credit.method != "gtpo":
@@ -56,6 +47,22 @@ def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
         raise ValueError(
             "train.dynamic_sampling.surplus=keep learns from older weights' samples: set objective.importance_cap, or "
             "train.old_logprobs=rollout, or surplus=discard"
+        )
+
+
+def check_unsampled_tokens(rollout: RolloutConfig, train: TrainConfig, objective: ObjectiveConfig) -> None:
+    """Check that nothing needs the engine's log-prob of a token that was appended, not sampled."""
+    if rollout.strategy not in ("arpo", "aepo"):
+        return
+    why = (
+        f"rollout.strategy={rollout.strategy} ends a chain over the call limit with a token that no engine has sampled"
+    )
+    if train.old_logprobs == "rollout":
+        raise ValueError(f"{why}, so train.old_logprobs=rollout has no log-prob of it: use recompute")
+    if objective.importance_cap is not None:
+        raise ValueError(
+            f"{why}, so objective.importance_cap={objective.importance_cap:g} has no log-prob to weigh it by: leave "
+            "it out (and train.max_staleness at 0)"
         )
 
 

@@ -16,9 +16,9 @@ from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimat
 class OverlongConfig:
     """Penalty on long trajectories (DAPO's overlong shaping), in training only."""
 
-    buffer: int = Field(default=0, ge=0)
-    """Number of tokens before rollout.max_response_tokens over which the penalty grows from 0 to `factor`; tool results
-    count as response. 0: no penalty."""
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """Last share of rollout.max_response_tokens over which the penalty grows from 0 to `factor`; tool results count as
+    response. 0: no penalty. Published: 0.2."""
     factor: float = Field(default=1.0, gt=0)
     """Penalty of a trajectory of rollout.max_response_tokens tokens."""
 

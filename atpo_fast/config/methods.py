@@ -80,7 +80,10 @@ def _chains(
 
 
 _ATPO_CODE = "github.com/zzfoutofspace/ATPO at 98e60f6"
-_TREE_MINIBATCHES = "mini-batches hold whole questions; the authors' hold trajectories shuffled by length"
+_MINIBATCHES = "mini-batches hold whole questions, theirs trajectories shuffled by length"
+_RECOMPUTE = {
+    "train.old_logprobs": "recompute"
+}  # a token that ends a chain over the limit has no log-prob of the engine
 
 _METHODS = (
     Method(
@@ -90,48 +93,138 @@ _METHODS = (
         rollout="entropy",
         credit="at2po",
         objective="at2po",
-        departs=f"{_TREE_MINIBATCHES}; after a failed tool a chain goes on with a message, in theirs it ends",
+        departs=f"{_MINIBATCHES}; after a failed tool a chain goes on with a message, theirs ends",
     ),
     _chains(
         "atpo",
         "AT²PO's loss on chains",
-        f"arXiv:2601.04767, ablation; {_ATPO_CODE}",
+        f"arXiv:2601.04767, its ablation; {_ATPO_CODE}",
         objective="atpo",
-        departs=_TREE_MINIBATCHES,
+        departs=_MINIBATCHES,
     ),
     _chains(
         "grpo",
         "GRPO",
         f"arXiv:2402.03300; script GRPO_qwen3_4B.sh of {_ATPO_CODE}",
         objective="grpo",
-        departs=_TREE_MINIBATCHES,
+        departs=_MINIBATCHES,
     ),
-    _chains("dapo", "DAPO", "arXiv:2503.14476; verl-recipe dapo at 48ea0a7", objective="dapo"),
+    _chains(
+        "dapo",
+        "DAPO",
+        "arXiv:2503.14476; verl-recipe, folder dapo, at 48ea0a7",
+        objective="dapo",
+        more={
+            "train.dynamic_sampling.enabled": True,
+            "train.dynamic_sampling.metric": "em",
+            "reward.overlong.share": 0.2,
+        },
+        departs=_MINIBATCHES,
+    ),
     _chains(
         "gspo",
         "GSPO",
         f"arXiv:2507.18071; {_ATPO_CODE}",
         objective="gspo",
-        departs="the paper's clip constants, 3e-4 and 4e-4; the code that was read sets none",
+        departs=f"{_MINIBATCHES}; the paper's clip constants, 3e-4 and 4e-4, where the code that was read sets none",
     ),
-    _chains("arpo", "ARPO", "arXiv:2507.19849; github.com/dongguanting/ARPO at e257337", objective="arpo"),
-    _chains("aepo", "AEPO", f"arXiv:2510.14545; folder AEPO of {_ATPO_CODE}", objective="aepo"),
+    Method(
+        name="arpo",
+        title="ARPO",
+        source="arXiv:2507.19849; github.com/dongguanting/ARPO at e257337",
+        rollout="arpo",
+        credit="grpo",
+        objective="arpo",
+        more={"rollout.initial_chains": 8, "rollout.samples_per_tree": 16, **_RECOMPUTE},
+        departs=f"{_MINIBATCHES}; first entropies are forgotten after each batch, theirs never are (a defect)",
+    ),
+    Method(
+        name="aepo",
+        title="AEPO",
+        source=f"arXiv:2510.14545; folder AEPO of {_ATPO_CODE}",
+        rollout="aepo",
+        credit="grpo",
+        objective="aepo",
+        more={"rollout.initial_chains": 8, "rollout.samples_per_tree": 16, **_RECOMPUTE},
+        departs=f"{_MINIBATCHES}; the entropy-aware advantage is on, in their code it is silently off (a defect: "
+        "objective.entropy_advantage=0); pre-monitoring is on as in their defaults, their script has it off "
+        "(rollout.pre_monitoring=false)",
+    ),
     Method(
         name="tree_grpo",
         title="Tree-GRPO",
         source="arXiv:2509.21240; github.com/AMAP-ML/Tree-GRPO at 90b1709",
-        rollout="random",
+        rollout="tree_grpo",
         credit="tree_grpo",
         objective="tree_grpo",
+        more={
+            "rollout.trees_per_question": 2,
+            "rollout.initial_chains": 1,
+            "rollout.expansion_rounds": 1,
+            "rollout.expansions_per_round": 2,
+            "rollout.samples_per_tree": 3,
+        },
+        departs=f"{_MINIBATCHES}; a turn without a call is an answer, theirs gets a hint and goes on",
     ),
-    _chains("gppo", "GPPO", f"arXiv:2508.07629; {_ATPO_CODE}", objective="gppo"),
-    _chains("sapo", "SAPO", f"arXiv:2511.20347; {_ATPO_CODE}", objective="sapo"),
+    _chains(
+        "gppo",
+        "GPPO",
+        f"arXiv:2508.07629; {_ATPO_CODE}",
+        objective="gppo",
+        departs="clip ranges are DAPO's; the code that was read sets none",
+    ),
+    _chains("sapo", "SAPO", f"arXiv:2511.20347; {_ATPO_CODE}, verl and TRL alike", objective="sapo"),
     _chains("cispo", "CISPO", "arXiv:2506.13585; verl at b178a3c", objective="cispo"),
     _chains("rloo", "RLOO", "arXiv:2402.14740", credit="rloo", objective="ppo"),
     _chains(
-        "reinforce++", "REINFORCE++ with baseline", "arXiv:2501.03262; verl", credit="reinforce++", objective="ppo"
+        "reinforce++",
+        "REINFORCE++ with baseline",
+        "arXiv:2501.03262; verl at b178a3c",
+        credit="reinforce++",
+        objective="ppo",
     ),
-    _chains("passk", "pass@k training", "arXiv:2508.10751", credit="passk", objective="ppo"),
+    _chains(
+        "passk",
+        "pass@k training",
+        "arXiv:2508.10751",
+        credit="passk",
+        objective="ppo",
+        departs="verl's grpo_passk (arXiv:2503.19595) is another method",
+    ),
+    _chains(
+        "treepo",
+        "TreePO",
+        "arXiv:2508.17445; github.com/multimodal-art-projection/TreePO at f055523",
+        credit="treepo",
+        objective="dapo",
+        more={"train.dynamic_sampling.enabled": True},
+        departs="credit only: its trees are of segments of 512 tokens; here it takes those of any strategy, or chains",
+    ),
+    _chains(
+        "gtpo",
+        "GTPO",
+        "arXiv:2511.14846, its abstract and ports of others",
+        credit="gtpo",
+        objective="grpo",
+        more={"reward.turn_penalty": 0.1},
+        departs="no reward by similarity of code; the normalisation is a choice of this project",
+    ),
+    _chains(
+        "igpo",
+        "IGPO",
+        "arXiv:2510.14967; github.com/GuoqingWang1/IGPO at bff163b",
+        credit="igpo",
+        objective="igpo",
+        departs="normalised by turn, their code subtracts the mean at the same token position",
+    ),
+    _chains(
+        "a2tgpo",
+        "A²TGPO",
+        "arXiv:2605.06200, its abstract",
+        credit="a2tgpo",
+        objective="atpo",
+        departs="loss by turn and the form of the scaled clip range are choices of this project",
+    ),
     _chains(
         "react",
         "ReAct",

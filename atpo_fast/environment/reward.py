@@ -7,7 +7,7 @@
 3. Exact match and F1 against the best of the accepted answers, both normalised.
 4. F1 = 0 earns 0. Otherwise the metric (exact match or F1), or F1 + `tool_bonus` when both search and python were used.
 
-5. `reward.overlong` subtracts from any of these up to `factor`, linearly over the last `buffer` tokens before the limit
+5. `reward.overlong` subtracts from any of these up to `factor`, linearly over the last `share` of the limit
    of the response, tool results included (DAPO, arXiv:2503.14476).
 
 In validation steps 1 and 5 cost nothing; only an answer that cannot be read earns the penalty of step 1.
@@ -85,9 +85,9 @@ def score_trees(
     """
     if len(trees) != len(questions):
         raise ValueError(f"{len(trees)} trees were given with {len(questions)} questions")
-    if reward.overlong.buffer and max_response_tokens is None:
+    if reward.overlong.share and max_response_tokens is None:
         raise ValueError("reward.overlong compares lengths with the limit of a response: give max_response_tokens")
-    limit = None if validation or not reward.overlong.buffer else max_response_tokens
+    limit = None if validation or not reward.overlong.share else max_response_tokens
     return [
         _score_tree(tree, question, tokenizer, reward, validation, limit)
         for tree, question in zip(trees, questions, strict=True)
@@ -151,7 +151,8 @@ def f1_score(prediction: str, answers: Sequence[str]) -> float:
 
 def overlong_penalty(tokens: int, limit: int, overlong: OverlongConfig) -> float:
     """Compute what `tokens` of response are penalised for under a limit: 0 or less, `-factor` at the limit itself."""
-    return min(0.0, -(tokens - (limit - overlong.buffer)) / overlong.buffer * overlong.factor)
+    buffer = overlong.share * limit
+    return min(0.0, -(tokens - (limit - buffer)) / buffer * overlong.factor)
 
 
 def _score_tree(

@@ -19,7 +19,7 @@ KEEP = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.surplus=k
     [
         (["train.dynamic_sampling.max_refills=-1"], "train.dynamic_sampling.max_refills"),
         ([*KEEP, "train.dynamic_sampling.questions_per_rollout=65"], "at most train.questions_per_step=64"),
-        (["reward.overlong.buffer=6192"], "rollout.max_response_tokens=6192"),
+        (["reward.overlong.share=1"], "reward.overlong.share"),
         (["reward.turn_penalty=0.1"], "credit.method=gtpo"),
         (["credit.clip_spread=1"], "credit.clip_spread"),
     ],
@@ -31,5 +31,5 @@ def test_rules_that_cannot_hold(overrides: list[str], named: str) -> None:
 
 def test_rules_that_hold() -> None:
     """Fails if a legal combination is refused."""
-    config = load_config(None, [*KEEP, "reward.overlong.buffer=2000", "reward.turn_penalty=0.1", "credit.method=gtpo"])
+    config = load_config(None, [*KEEP, "reward.overlong.share=0.2", "reward.turn_penalty=0.1", "credit.method=gtpo"])
     assert config.train.dynamic_sampling.surplus == "keep" and config.reward.overlong.factor == 1.0

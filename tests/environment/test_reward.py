@@ -150,7 +150,7 @@ def test_format_failures_cost_in_training_only(tokenizer: PreTrainedTokenizerFas
     assert (unreadable.reward, unreadable.answer, unreadable.em) == (-1.0, None, 0.0)
 
 
-# A limit of 40 tokens with a buffer of 10: the penalty begins after 30 tokens and is `factor` at 40. Fails when results
+# The last quarter of 40 tokens costs: the penalty begins after 30 tokens and is `factor` at 40. Fails when results
 # do not count as response, a penalty is a bonus for short answers, validation pays, or there is a floor.
 @pytest.mark.parametrize(("tokens", "penalty"), [(12, 0.0), (30, 0.0), (31, -0.05), (40, -0.5), (42, -0.6)])
 def test_long_trajectories_cost_in_training_only(
@@ -159,7 +159,7 @@ def test_long_trajectories_cost_in_training_only(
     tree = TurnTree(tokenizer.encode("Who?"))
     search = tree.add_turn(0, [1] * 4, observation_ids=[1] * 5)
     tree.set_reward(tree.add_turn(search, [1] * (tokens - 9)), 0.0)
-    reward = RewardConfig(format_penalty=-2.0, overlong=OverlongConfig(buffer=10, factor=0.5))
+    reward = RewardConfig(format_penalty=-2.0, overlong=OverlongConfig(share=0.25, factor=0.5))
     for validation, expected in ((False, penalty), (True, 0.0)):
         ((score,),) = score_trees([tree], [QUESTION], tokenizer, reward, validation=validation, max_response_tokens=40)
         assert score.overlong == pytest.approx(expected, abs=1e-15)

@@ -45,6 +45,7 @@ METHODS = {
     "arpo": Method(cap=3.0),
     "ppo": Method(cap=3.0),
     "tree_grpo": Method(cap=3.0, kl=1e-3, entropy=1e-3),
+    "igpo": Method(cap=3.0, kl=1e-3, entropy=1e-3),
     "gppo": Method(high=0.28, cap=3.0, soft_above=True, soft_below=True),
     "sapo": Method(gate=(1.0, 1.05), by_trajectory=True),
     "cispo": Method(low=1.0, high=0.28, constant_weight=True),

@@ -90,7 +90,7 @@ def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
 def test_dynamic_sampling(config: Path, tmp_path: Path) -> None:
     on = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.max_refills=2", "optim.lr=1e-12"]
     on += ["train.dynamic_sampling.surplus=keep", "train.dynamic_sampling.on_exhausted=continue"]
-    on += ["rollout.schedule=synchronous", "reward.overlong.buffer=150"]
+    on += ["rollout.schedule=synchronous", "reward.overlong.share=0.9"]
     on += ["rollout.strategy=chain", "train.dynamic_sampling.questions_per_rollout=3"]
     output = run(config, *on, "train.max_staleness=1")
     expected = records(tmp_path / "run", "train")
