@@ -35,6 +35,8 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
 
 def _check(run: Run) -> None:
     """Raise ValueError, before the cold start, for what would be found out after it."""
+    if run.config.method == "react":
+        raise ValueError("method=react has nothing to train: use `atpo-fast eval` with model.path, or another method")
     from atpo_fast.engines import check_engine
     from atpo_fast.train.from_config import make_objective, max_prefix
 

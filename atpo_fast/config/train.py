@@ -74,6 +74,8 @@ class TrainConfig:
 
     steps: int = Field(default=100, ge=1)
     """Number of rollout batches; a batch is one step, whatever its number of mini-batches."""
+    token_budget: int | None = Field(default=None, ge=1)
+    """Number of generated tokens after whose step the run ends, if it has not taken all its steps; none: no limit."""
     questions_per_step: int = Field(default=64, ge=1)
     """Number of questions trained on per step, over all ranks; they are all that are rolled out, but for dynamic
     sampling."""

@@ -95,7 +95,7 @@ class Trainer:
         if self.state.cold_start_em is None:
             self._evaluate()
             self.state.cold_start_em = self.state.eval_em
-        while self.state.step < self.config.train.steps:
+        while not self._finished():
             self._step()
             if self._due(self.config.train.eval_every):
                 self._evaluate()
@@ -105,8 +105,12 @@ class Trainer:
             self._evaluate()
 
     def _due(self, every: int) -> bool:
-        last = self.state.step == self.config.train.steps
-        return last or (every > 0 and self.state.step % every == 0)
+        return self._finished() or (every > 0 and self.state.step % every == 0)
+
+    def _finished(self) -> bool:
+        budget = self.config.train.token_budget
+        spent = budget is not None and self.state.totals.get("decoded", 0.0) >= budget
+        return spent or self.state.step >= self.config.train.steps
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""

@@ -75,7 +75,7 @@ def curve(folder: Path) -> list[Point]:
                 Point(
                     step=record["step"],
                     generated=sum(step["tokens/decoded"] for step in before),
-                    trained=sum(step["tokens/forwarded"] for step in before),
+                    trained=sum(step["tokens/trained"] for step in before),
                     seconds=sum(step["time/rollout"] + step["time/update"] for step in before),
                     em=em,
                     by_hops=by_hops,
