@@ -11,7 +11,7 @@ def batch_arithmetic(config: Config) -> str:
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """
-    return "\n".join([*_counts(config), *_warnings(config)])
+    return "\n".join([*_counts(config), *_dynamic_sampling(config), *_warnings(config)])
 
 
 def longest_path(config: Config) -> int:
@@ -52,6 +52,17 @@ def _tree_shape(config: Config) -> str:
         f"search: {chains} + {_count(rollout.expansion_rounds, 'round')} × {rollout.expansions_per_round} expansions"
         f" per question ({rollout.strategy}); tools: {', '.join(config.tools.builtin)}"
     )
+
+
+def _dynamic_sampling(config: Config) -> list[str]:
+    train, sampling = config.train, config.train.dynamic_sampling
+    if not sampling.enabled:
+        return []
+    at_once = sampling.questions_per_rollout or train.questions_per_step
+    return [
+        f"dynamic sampling: {_count(at_once, 'question')} at a time, in at most {sampling.max_refills + 1} roll-outs,"
+        f" until {train.questions_per_step} vary in {sampling.metric}; then {sampling.on_exhausted}"
+    ]
 
 
 def _warnings(config: Config) -> list[str]:

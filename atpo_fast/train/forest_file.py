@@ -46,10 +46,11 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
         run.progress.start_phase("rollout", run.config.rollout.leaves * len(run.share(batch)))
         part, error = _roll_out(run, sampler, run.share(batch))
         parts = run.gather([part], run.world)
-        done = [scored for _, scored in sorted((tree for p in parts for tree in p.trees), key=lambda tree: tree[0])]
+        finished = sorted((tree for p in parts for tree in p.trees), key=lambda tree: tree[0])
+        done = [scored for _, scored in finished]
         if run.is_main and done:
             _append(run, path, done)
-        left -= len(done)
+        left -= len({index for index, _ in finished})  # a question may have several trees
         state = f"{len(questions) - left} of {len(questions)} questions are in {path}; the same command continues"
         if error is not None and not is_engine_error(error):
             raise error
