@@ -1,4 +1,4 @@
-"""The named choices of model, credit and objective: the one list of their values, for configuration and code.
+"""The named choices of model, roll-out, credit and objective: the one list of their values, for configuration and code.
 
 Those of the loss are in `atpo_kernels.choices`.
 """
@@ -11,6 +11,8 @@ GradientCheckpointing = Literal["none", "layer", "mlp"]
 """What a backward computes again instead of keeping it: nothing, whole decoder layers, or the MLP of each."""
 Liger = Literal["auto", "off"]
 """Whether Liger's kernels run the layers that they fit, or never."""
+Strategy = Literal["entropy", "random", "chain", "arpo", "aepo", "tree_grpo"]
+"""How the tree of a question grows; `atpo_fast.rollout.strategies` has one module for each."""
 CreditMethod = Literal["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk", "treepo", "gtpo", "igpo", "a2tgpo"]
 """How rewards become advantages: `at2po`, `gtpo`, `igpo` and `a2tgpo` per turn, the others per trajectory."""
 Preset = Literal["at2po", "atpo", "grpo", "dapo", "gspo", "aepo", "arpo", "tree_grpo", "gppo", "sapo", "cispo"]

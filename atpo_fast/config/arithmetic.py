@@ -45,13 +45,18 @@ def _counts(config: Config) -> list[str]:
 
 def _tree_shape(config: Config) -> str:
     rollout = config.rollout
-    chains = _count(rollout.initial_chains, "chain")
+    chains, tools = _count(rollout.initial_chains, "chain"), f"tools: {', '.join(config.tools.builtin)}"
     if rollout.strategy == "chain":
-        return f"search: {chains} per question, no expansion; tools: {', '.join(config.tools.builtin)}"
-    return (
-        f"search: {chains} + {_count(rollout.expansion_rounds, 'round')} × {rollout.expansions_per_round} expansions"
-        f" per question ({rollout.strategy}); tools: {', '.join(config.tools.builtin)}"
-    )
+        return f"search: {chains} per question, no expansion; {tools}"
+    if rollout.strategy in ("arpo", "aepo"):
+        first = "as many chains as monitoring says" if rollout.monitored else chains
+        return f"search: {first}, then branches up to {rollout.leaves} per question ({rollout.strategy}); {tools}"
+    growth = f"{chains} + {_count(rollout.expansion_rounds, 'round')} × {rollout.expansions_per_round} expansions"
+    if rollout.strategy == "tree_grpo":
+        trees = _count(rollout.trees_per_question, "tree")
+        kept = f"{growth}, {rollout.leaves_per_tree} leaves of each kept"
+        return f"search: {trees} of {kept}, per question (tree_grpo); {tools}"
+    return f"search: {growth} per question ({rollout.strategy}); {tools}"
 
 
 def _dynamic_sampling(config: Config) -> list[str]:

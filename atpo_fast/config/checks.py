@@ -59,6 +59,22 @@ def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
         )
 
 
+def check_unsampled_tokens(rollout: RolloutConfig, train: TrainConfig, objective: ObjectiveConfig) -> None:
+    """Check that nothing needs the engine's log-prob of a token that was appended, not sampled."""
+    if rollout.strategy not in ("arpo", "aepo"):
+        return
+    why = (
+        f"rollout.strategy={rollout.strategy} ends a chain over the call limit with a token that no engine has sampled"
+    )
+    if train.old_logprobs == "rollout":
+        raise ValueError(f"{why}, so train.old_logprobs=rollout has no log-prob of it: use recompute")
+    if objective.importance_cap is not None:
+        raise ValueError(
+            f"{why}, so objective.importance_cap={objective.importance_cap:g} has no log-prob to weigh it by: leave "
+            "it out (and train.max_staleness at 0)"
+        )
+
+
 def check_engine(engine: EngineConfig, rollout: RolloutConfig, train: TrainConfig) -> None:
     """Check that the engine can sample what is asked for, and when it is asked for it."""
     if isinstance(engine, ServerConfig) and (rollout.top_p < 1 or rollout.top_k):

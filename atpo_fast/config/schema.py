@@ -7,7 +7,14 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from atpo_fast.config.checks import check_engine, check_old_logprobs, check_overlong, check_row, check_turn_rewards
+from atpo_fast.config.checks import (
+    check_engine,
+    check_old_logprobs,
+    check_overlong,
+    check_row,
+    check_turn_rewards,
+    check_unsampled_tokens,
+)
 from atpo_fast.config.data import DataConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig
 from atpo_fast.config.logging import LoggingConfig
@@ -68,3 +75,4 @@ class Config:
         check_row(self.data, self.rollout, self.train)
         check_old_logprobs(self.train, self.objective)
         check_engine(self.engine, self.rollout, self.train)
+        check_unsampled_tokens(self.rollout, self.train, self.objective)

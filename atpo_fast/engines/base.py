@@ -105,6 +105,8 @@ class Engine(ABC):
     ) -> Iterator[tuple[int, R]]:
         """Run `work` with this engine on the items of all ranks that share it; yield (index, result) of this rank's.
 
+        An item may have several results.
+
         Raises:
             LeaderFailedError: another rank, which leads, has raised.
         """

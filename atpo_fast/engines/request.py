@@ -15,7 +15,8 @@ class SamplingParams:
     """Parameters by which a completion is sampled.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. A completion ends after the token that
-    completes one of the `stop` strings (the token stays), after `eos_token_id`, or at `max_new_tokens`.
+    completes one of the `stop` strings (the token stays), after `eos_token_id`, or at `max_new_tokens`. `top_logprobs`
+    asks for the log-probs of as many likeliest candidates with each token; 0 costs nothing.
     """
 
     max_new_tokens: int
@@ -23,11 +24,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.top_logprobs < 0:
             raise ValueError(f"illegal sampling parameters: {self}")
 
 
@@ -68,6 +70,9 @@ class Completion:
     `logprobs`: log-prob of each token under the distribution it was really drawn from (temperature, top-p and top-k
     included). `policy_logprobs`: under the policy at this temperature without truncation, which is what the trainer
     recomputes. The two are equal when truncation is off. Greedy decoding reports both at temperature 1.
+    `top_logprobs`: where asked for, a list for each token with the log-probs of the `top_logprobs` likeliest candidates
+    and, where it is none of them, of the sampled token. They are those of the distribution
+    that `policy_logprobs` are of.
     """
 
     token_ids: list[int]
@@ -75,6 +80,7 @@ class Completion:
     policy_logprobs: list[float]
     finish_reason: FinishReason
     stop: str | None = None  # stop string that ended the turn
+    top_logprobs: list[list[float]] | None = None
 
 
 @dataclass(slots=True)

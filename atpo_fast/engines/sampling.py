@@ -85,6 +85,29 @@ def sample(
     return Draw(tokens, drawn, policy)
 
 
+def candidate_logprobs(
+    logits: Tensor,  # (R, V) that the tokens were drawn from
+    draw: Draw,
+    temperature: NDArray[np.float64],  # (R,) 0 is greedy
+    counts: NDArray[np.int64],  # (R,) number of candidates of each row, none of them 0
+) -> Tensor:
+    """Look up the log-probs of each row's likeliest candidates and of its drawn token.
+
+    Returns (R, K+1), K the largest count: the candidates in the order of their likelihood, then the drawn token. NaN
+    stands from a row's count on, and for a drawn token that is among the candidates. They are those of the distribution
+    of `Draw.policy_logprobs`, whose normaliser they share.
+    """
+    count = min(int(counts.max()), logits.shape[1])
+    scaled, ids = torch.topk(logits, count, dim=-1)
+    drawn = draw.tokens[:, None]
+    heat = torch.from_numpy(np.where(temperature == 0, 1.0, temperature)).to(logits)[:, None]
+    normaliser = logits.gather(1, drawn) / heat - draw.policy_logprobs[:, None]
+    wanted = torch.arange(count, device=logits.device) < torch.from_numpy(counts).to(logits.device)[:, None]
+    known = ((ids == drawn) & wanted).any(dim=-1, keepdim=True)
+    candidates = torch.where(wanted, scaled / heat - normaliser, torch.nan)
+    return torch.cat([candidates, torch.where(known, torch.nan, draw.policy_logprobs[:, None])], dim=-1)
+
+
 def _scale(logits: Tensor, temperature: NDArray[np.float64]) -> Tensor:
     if (temperature == 1.0).all():
         return logits

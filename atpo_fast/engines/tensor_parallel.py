@@ -62,25 +62,28 @@ class SharedEngine(Engine):
         if done is None:
             raise LeaderFailedError("the rank that leads this rank's engine has failed; its own message says why")
         first = sum(len(share) for share in shares[: dist.get_rank(self._group)])
-        yield from ((index, done[first + index]) for index in range(len(items)))
+        yield from ((index, result) for index in range(len(items)) for result in done[first + index])
 
-    def _lead(self, items: Sequence[T], work: Callable[[Sequence[T]], Iterator[tuple[int, R]]]) -> dict[int, R]:
+    def _lead(self, items: Sequence[T], work: Callable[[Sequence[T]], Iterator[tuple[int, R]]]) -> dict[int, list[R]]:
         """Run the work, and send its results to the followers; None in their place when it raises."""
-        done: dict[int, R] | None = None
+        done: dict[int, list[R]] | None = None
         try:
-            done = dict(work(items))
+            found: dict[int, list[R]] = {}
+            for index, result in work(items):  # an item may have several
+                found.setdefault(index, []).append(result)
+            done = found
         finally:
             self._announce(_FINISHED, done)
         return done
 
-    def _follow(self) -> dict[int, Any] | None:
+    def _follow(self) -> dict[int, list[Any]] | None:
         """Make the leader's calls until it has finished; return its results."""
         while True:
             message: list[Any] = [None]
             dist.broadcast_object_list(message, group=self._group, group_src=0)
             name, *arguments = message[0]
             if name == _FINISHED:
-                results: dict[int, Any] | None = arguments[0]
+                results: dict[int, list[Any]] | None = arguments[0]
                 return results
             try:
                 getattr(self._part, name)(*arguments)

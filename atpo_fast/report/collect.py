@@ -160,6 +160,11 @@ def _search_text(get: _Lookup) -> str:
     strategy, chains = get("rollout", "strategy"), get("rollout", "initial_chains")
     if strategy == "chain":
         return f"{chains} independent chains"
+    if strategy in ("arpo", "aepo"):
+        return f"{strategy}, up to {get('rollout', 'samples_per_tree')} chains"
+    trees = get("rollout", "trees_per_question")
+    if strategy == "tree_grpo":
+        strategy = f"{strategy}, {trees} trees"
     rounds, expansions = get("rollout", "expansion_rounds"), get("rollout", "expansions_per_round")
     return f"{strategy}, {chains} chains + {rounds} rounds × {expansions}"
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from hashlib import blake2b
 from itertools import accumulate, zip_longest
+from math import nan
 
 import numpy as np
 
@@ -30,7 +31,26 @@ class BranchState(Enum):
     WRITING = auto()  # in flight at the engine
     CALLING = auto()  # to be given to the tools
     ANSWERING = auto()  # in flight at the tools
-    ENDED = auto()  # its last turn is a leaf
+    ENDED = auto()  # its round is over for it: its last turn is a leaf, or goes on in a later round
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a branch begins, and how far it goes in its round."""
+
+    turn: int  # turn of the tree that it continues, after its observation; 0 is the root
+    turns: int | None = None  # most turns that it writes; none: until it ends
+    tokens: int | None = None  # most tokens of each of its turns, where `rollout.max_turn_tokens` is not less
+    calls: bool = True  # whether its calls are answered; otherwise its first turn is its last
+
+
+@dataclass(frozen=True, slots=True)
+class BranchEnd:
+    """What a strategy is told of a branch when its round is over."""
+
+    turn: int  # its last turn in the tree; where the round is not kept, the one that it continued
+    active: bool  # whether it could go on: its last turn has an observation
+    entropies: tuple[float, ...]  # opening entropy of each turn that it wrote; empty where nobody asked for them
 
 
 @dataclass(slots=True, eq=False)
@@ -39,12 +59,15 @@ class QuestionSearch:
 
     tree: TurnTree
     order: int  # index of the question in the call
-    seed: tuple[int, str, int]  # (seed, question id, how many equal ids came before)
+    seed: tuple[
+        int | str, ...
+    ]  # seed, question id, how many equal ids came before; number of the tree but for the first
     token_limit: int  # tokens of the longest path
     reserve: int  # tokens left for the policy after an observation
     rng: np.random.Generator  # random numbers of expansion and pruning
+    number: int = 0  # number of the tree among those of its question
     round: list[Branch] = field(default_factory=list)  # branches of the current round
-    rounds: int = 0  # rounds begun so far
+    kept: bool = True  # whether the turns of the current round enter the tree
     branches: int = 0  # branches begun so far
     numbers: list[int] = field(default_factory=lambda: [0])  # number at the engine of each turn of the tree
     requests: int = 0  # requests numbered so far
@@ -57,20 +80,25 @@ class QuestionSearch:
 
     @classmethod
     def of(
-        cls, question: Question, repeat: int, prompt: Sequence[int], order: int, seed: int, room: int
+        cls, question: Question, repeat: int, prompt: Sequence[int], order: int, seed: int, room: int, number: int = 0
     ) -> QuestionSearch:
-        """Begin the search of a question, whose id came `repeat` times before, with `room` tokens after the prompt."""
-        tree = TurnTree(
-            prompt, question_id=question.id, meta={"question": question.text, "answers": list(question.answers)}
-        )
-        rng = np.random.default_rng(hashed(int(seed), question.id, repeat, "expansion"))
+        """Begin the `number`-th tree of a question, whose id came `repeat` times before.
+
+        There are `room` tokens after the prompt.
+        """
+        meta = {"question": question.text, "answers": list(question.answers)}
+        tree = TurnTree(prompt, question_id=question.id, meta=meta)
+        seeds: tuple[int | str, ...] = (int(seed), question.id, repeat)
+        seeds += (number,) if number else ()
+        rng = np.random.default_rng(hashed(*seeds, "expansion"))
         reserve = max(1, min(_RESERVE_TOKENS, room // 10))
-        return cls(tree, order, (int(seed), question.id, repeat), len(prompt) + room, reserve, rng)
+        return cls(tree, order, seeds, len(prompt) + room, reserve, rng, number)
 
     @property
     def key(self) -> str:
         """Name of the tree at the engine."""
-        return f"{self.order}:{self.tree.question_id}"
+        place = f"{self.order}.{self.number}" if self.number else f"{self.order}"
+        return f"{place}:{self.tree.question_id}"
 
     @property
     def prompt_tokens(self) -> int:
@@ -88,41 +116,50 @@ class QuestionSearch:
         going_on = [branch.state for branch in self.round if branch.state is not BranchState.ENDED]
         return 0 < 2 * len(going_on) <= len(self.round) and set(going_on) == {BranchState.ANSWERING}
 
-    def begin_round(self, turns: Sequence[int]) -> None:
-        """Begin one new branch for each of `turns` of the tree, which it continues."""
-        self.round = [self._branch(turn) for turn in turns]
-        self.blocked_since, self.blocked_seconds = None, 0.0
-        self.rounds += 1
+    def generator(self, purpose: str, round_number: int) -> np.random.Generator:
+        """Make the generator of one decision: it depends on the question, the purpose and the round alone."""
+        return np.random.default_rng(hashed(*self.seed, purpose, round_number))
 
-    def end_round(self) -> None:
-        """Put the turns that the branches have written into the tree."""
-        ends = [branch.turn for branch in self.round]
-        for level in zip_longest(*(branch.turns for branch in self.round)):
+    def begin_round(self, starts: Sequence[Start], kept: bool = True) -> None:
+        """Begin one new branch for each of `starts`; `kept` says whether their turns enter the tree."""
+        self.round, self.kept = [self._branch(start) for start in starts], kept
+        self.blocked_since, self.blocked_seconds = None, 0.0
+
+    def end_round(self) -> list[BranchEnd]:
+        """Put the turns that the branches have written into the tree, if they are kept; return how each has ended."""
+        ends = [branch.start.turn for branch in self.round]
+        levels = zip_longest(*(branch.turns for branch in self.round)) if self.kept else ()
+        for level in levels:
             for index, turn in enumerate(level):
                 if turn is not None:
-                    ends[index] = self.tree.add_turn(
-                        ends[index],
-                        turn.action_ids,
-                        turn.logprobs,
-                        turn.observation_ids,
-                        finish_reason=turn.finish_reason,
-                        tool=turn.tool,
-                    )
-                    self.numbers.append(turn.number)
+                    ends[index] = self._add(ends[index], turn)
+        reports = [branch.report(end) for branch, end in zip(self.round, ends, strict=True)]
         self.round = []
+        return reports
+
+    def _add(self, parent: int, turn: WrittenTurn) -> int:
+        self.numbers.append(turn.number)
+        return self.tree.add_turn(
+            parent,
+            turn.action_ids,
+            turn.logprobs,
+            turn.observation_ids,
+            finish_reason=turn.finish_reason,
+            tool=turn.tool,
+        )
 
     def next_number(self) -> int:
         """Return the number of a new request."""
         self.requests += 1
         return self.requests
 
-    def _branch(self, turn: int) -> Branch:
-        turns = self.tree.path(turn)
+    def _branch(self, start: Start) -> Branch:
+        turns = self.tree.path(start.turn)
         lengths = [len(self.tree.turns[n].action_ids) + len(self.tree.turns[n].observation_ids) for n in turns]
         ends = accumulate(lengths)
         path = tuple(PathNode(key=(self.key, self.numbers[n]), end=end) for n, end in zip(turns, ends, strict=True))
         self.branches += 1
-        return Branch(self, self.branches - 1, turn, path, self.tree.path_ids(turn))
+        return Branch(self, self.branches - 1, start, path, self.tree.path_ids(start.turn))
 
 
 @dataclass(slots=True, eq=False)
@@ -133,17 +170,18 @@ class WrittenTurn:
     action_ids: TokenIds
     logprobs: list[float]
     finish_reason: str
+    entropy: float | None = None  # opening entropy, where it is asked for
     tool: str | None = None
     observation_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
 @dataclass(slots=True, eq=False)
 class Branch:
-    """A chain being written, the `number`-th of its search; it continues `turn` of the tree."""
+    """A chain being written, the `number`-th of its search; it continues a turn of the tree."""
 
     search: QuestionSearch
     number: int
-    turn: int
+    start: Start
     path: tuple[PathNode, ...]  # turns with their observations, which the next turn continues
     prompt_ids: TokenIds  # (path[-1].end,) tokens of the path
     turns: list[WrittenTurn] = field(default_factory=list)
@@ -155,6 +193,11 @@ class Branch:
     def calls(self) -> int:
         """Number of calls on the path: every observation but the prompt answers one."""
         return len(self.path) - 1
+
+    @property
+    def active(self) -> bool:
+        """Whether its newest turn has an observation, after which it can go on."""
+        return bool(self.turns and len(self.turns[-1].observation_ids))
 
     @property
     def seed(self) -> int:
@@ -173,6 +216,20 @@ class Branch:
         turn = WrittenTurn(number, ids, completion.policy_logprobs, completion.finish_reason)
         self.turns.append(turn)
         return turn
+
+    def end_with(self, token: int) -> None:
+        """Append a token that was not sampled to the newest turn, if there is room for it; its log-prob is NaN."""
+        turn = self.turns[-1]
+        if len(self.prompt_ids) + len(turn.action_ids) < self.search.token_limit:
+            turn.action_ids = np.append(turn.action_ids, token)
+            turn.logprobs = [*turn.logprobs, nan]
+            turn.finish_reason = "eos"
+            self.search.tokens += 1
+
+    def report(self, turn: int) -> BranchEnd:
+        """Report the end of its round; `turn` is its last turn in the tree."""
+        entropies = tuple(written.entropy for written in self.turns if written.entropy is not None)
+        return BranchEnd(turn, self.active, entropies)
 
     def observe(self, observation: TokenIds) -> None:
         """Attach an observation to the newest turn, which is then to be continued."""

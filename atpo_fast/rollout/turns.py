@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ from atpo_fast.environment.tags import (
 from atpo_fast.rollout.branch import Branch
 from atpo_fast.tree.turn_tree import TokenIds
 
+_OPENING_TOKENS = 20  # tokens of a turn of which the opening entropy is (published)
+
 
 class TurnWriter:
     """The translation of branches into requests, completions into turns and calls, and results into token ids.
@@ -38,21 +41,24 @@ class TurnWriter:
     ) -> None:
         self.tokenizer, self.names, self.rollout, self.tools = tokenizer, tuple(names), rollout, tools
         self.notice = self._encode(CALL_LIMIT_NOTICE)  # what answers calls over the limit
+        self.end_token: int = tokenizer.eos_token_id  # what ends calls over the limit, where no notice does
         self._stop = tuple(close_tag(name) for name in names)
         self._opening_tokens = len(self._encode(result_opening()))
         self._closing = self._encode(result_closing())
         self._special = special_tokens(tokenizer)
+        self._vocabulary = len(tokenizer.get_vocab())
 
-    def request(self, branch: Branch, greedy: bool) -> Request:
-        """Build the request for a branch's next turn."""
+    def request(self, branch: Branch, greedy: bool, top_logprobs: int = 0) -> Request:
+        """Build the request for a branch's next turn; `top_logprobs` candidates are told with each token."""
         search, rollout = branch.search, self.rollout
         room = search.token_limit - len(branch.prompt_ids)
         sampling = SamplingParams(
-            max_new_tokens=min(room, rollout.max_turn_tokens or room),
+            max_new_tokens=min(room, rollout.max_turn_tokens or room, branch.start.tokens or room),
             temperature=0.0 if greedy else rollout.temperature,
             top_p=1.0 if greedy else rollout.top_p,
             top_k=0 if greedy else rollout.top_k,
             stop=self._stop,
+            top_logprobs=top_logprobs,
         )
         return Request(
             prompt_ids=branch.prompt_ids.tolist(),
@@ -65,6 +71,8 @@ class TurnWriter:
     def write(self, branch: Branch, number: int, completion: Completion) -> ToolCall | None:
         """Append the turn `number` to its branch, and return the call in it."""
         turn = branch.write(number, completion)
+        if completion.top_logprobs is not None:
+            turn.entropy = opening_entropy(completion.top_logprobs, self._vocabulary)
         if completion.finish_reason != "stop":
             return None
         text = self.tokenizer.decode(
@@ -96,3 +104,16 @@ class TurnWriter:
 
     def _encode(self, text: str) -> TokenIds:
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+
+
+def opening_entropy(
+    top_logprobs: Sequence[Sequence[float]],  # for each token, those of its candidates, the sampled token among them
+    vocabulary: int,
+) -> float:
+    """Sum `-p ln p / ln(vocabulary)` over the candidates of a turn's first 20 tokens; 0 without any token.
+
+    It is a sum over tokens, not a mean, and the probabilities are not normalised: as published (ARPO,
+    arXiv:2507.19849; docs/design.md#entropy-branching).
+    """
+    logprobs = np.array([value for token in islice(top_logprobs, _OPENING_TOKENS) for value in token])
+    return float(-(np.exp(logprobs) * logprobs).sum() / np.log(vocabulary))

@@ -74,6 +74,7 @@ class Mismatch:
         """Add the (A,) log-probs of a row to the sums."""
         difference = (logprob - row.rollout_logprob).double()
         fresh = row.trajectory_count > 0  # repeated and padding tokens have no log-prob of the engine's
+        fresh &= ~row.rollout_logprob.isnan()  # nor have tokens that were appended to a turn
         k3 = torch.where(fresh, torch.expm1(difference) - difference, 0.0)
         gap = torch.where(fresh, difference.abs(), 0.0)
         self._sums.append(torch.stack([k3.sum(), gap.sum(), fresh.sum().double()]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from atpo_fast.tree.turn_tree import TurnTree
+from atpo_fast.tree.turn_tree import TurnTree, mean_nll
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -106,8 +106,7 @@ class Forest:
     @property
     def nll(self) -> Floats:
         """Mean negative log-prob of each turn's action, (N,): the entropy estimate H(n); 0 for an empty action."""
-        means = (-float(logprobs.mean()) if logprobs.size else 0.0 for logprobs in self.rollout_logprobs)
-        return np.fromiter(means, dtype=np.float64, count=len(self.parent))
+        return np.fromiter(map(mean_nll, self.rollout_logprobs), dtype=np.float64, count=len(self.parent))
 
     @property
     def path_leaf(self) -> Ints:

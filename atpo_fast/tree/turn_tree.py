@@ -22,8 +22,9 @@ Floats = NDArray[np.float64]
 class Turn:
     """An action of the policy between two observations, and the observation that it caused.
 
-    `action_ids` (a,) int64 sampled tokens; `logprobs` (a,) float64 the engine's log-prob of each; `observation_ids`
-    (o,) int64 tokens the environment inserted after the action (never trained on).
+    `action_ids` (a,) int64 sampled tokens; `logprobs` (a,) float64 the engine's log-prob of each, NaN for a token
+    that was appended and not sampled; `observation_ids` (o,) int64 tokens the environment inserted after the action
+    (never trained on).
     """
 
     parent: int
@@ -38,8 +39,17 @@ class Turn:
 
     @property
     def nll(self) -> float:
-        """Mean negative log-prob of the sampled tokens: the entropy estimate H(n). 0 for an empty action."""
-        return -float(self.logprobs.mean()) if self.logprobs.size else 0.0
+        """Mean negative log-prob of the sampled tokens: the entropy estimate H(n). 0 where none was sampled."""
+        return mean_nll(self.logprobs)
+
+
+def mean_nll(
+    logprobs: Floats,  # (a,)
+) -> float:
+    """Average the negative log-probs of sampled tokens; those that are NaN were not sampled. 0 for none."""
+    if np.isnan(logprobs.sum()):
+        logprobs = logprobs[~np.isnan(logprobs)]
+    return -float(logprobs.mean()) if logprobs.size else 0.0
 
 
 def stored_fields(turn: Turn) -> dict[str, Any]:

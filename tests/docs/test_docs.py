@@ -20,7 +20,7 @@ SOURCES = ("atpo_fast", "kernels", "tests", "bench", "configs", "examples", ".ci
 README_LINES = 150
 FOLDERS = "atpo_fast|kernels|docs|bench|configs|tests|examples"
 # What a recipe of docs/extending.md names although it does not exist yet.
-NOT_YET = re.compile(r"[<*]|mine/|my_tool")
+NOT_YET = re.compile(r"[<*]|mine[/.]|my_tool")
 
 
 def by_page(path: Path) -> str:

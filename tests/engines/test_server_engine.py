@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -141,6 +142,30 @@ def test_trees_are_those_of_the_paged_engine(serve: Serve, connect: Connect, exp
     assert engine.counters.decoded_tokens == sum(len(turn.action_ids) for tree in trees for turn in tree.turns)
     beginnings = [{body["prompt"][0] for body in server.bodies} for server in (first, second)]
     assert [len(found) for found in beginnings] == [2, 2] and not beginnings[0] & beginnings[1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_candidates_are_those_of_the_paged_engine(serve: Serve, connect: Connect, temperature: float) -> None:
+    # Fails if they come of another distribution or position, or without the drawn token.
+    server = serve()
+    asked = [request(n, tokens=8, top_logprobs=3 + n, temperature=temperature) for n in range(4)]
+    expected = PagedEngine(make_model(), SMALL, cache_tokens=4096).generate(asked)
+    for ours, theirs in zip(connect(server, temperature=temperature).generate(asked), expected, strict=True):
+        assert ours.token_ids == theirs.token_ids and ours.top_logprobs is not None and theirs.top_logprobs is not None
+        for one, other in zip(ours.top_logprobs, theirs.top_logprobs, strict=True):
+            np.testing.assert_allclose(sorted(one), sorted(other), atol=1e-9)
+
+
+def test_only_strategies_that_branch_by_entropy_ask_for_candidates(serve: Serve, connect: Connect) -> None:
+    # Fails if others pay for them, or if ARPO gets by without.
+    server = serve()
+    settings: dict[str, Any] = {"strategy": "arpo", "samples_per_tree": 6}
+    trees = roll_out(connect(server), **settings)
+    assert_same(trees, roll_out(PagedEngine(make_model(), SMALL, cache_tokens=4096), **settings))
+    assert {body["logprobs"] for body in server.bodies} == {10}
+    server.bodies.clear()
+    roll_out(connect(server), strategy="chain")
+    assert {body["logprobs"] for body in server.bodies} == {0}
 
 
 def test_logprobs_after_temperature_are_asked_for(serve: Serve, connect: Connect) -> None:

@@ -43,6 +43,24 @@ def test_a_turn_ends_where_its_tokens_say() -> None:
     assert read(answer([ONE, TWO])).finish_reason == "length"
 
 
+def test_candidates_include_the_sampled_token_once() -> None:
+    # Servers differ in whether they list it beside the likeliest. Fails if it is missing or doubled, if candidates of
+    # tokens after the end are kept, or if a server that lists too few is believed.
+    first = {f"token_id:{TWO}": -0.1, f"token_id:{ONE}": -0.7}
+    second = {f"token_id:{TWO}": -0.2, f"token_id:{ONE}": -0.9}
+    tops = [first, second, first]
+    answered = answer([ONE, STOP, TWO], "stop", "</search>")
+    answered["choices"][0]["logprobs"]["top_logprobs"] = tops
+    asked = request(top_logprobs=2)
+    assert read(answered, asked).top_logprobs == [[-0.1, -0.7], [-0.2, -0.9, -0.5]]
+    tops[1][f"token_id:{STOP}"] = -0.5
+    assert read(answered, asked).top_logprobs == [[-0.1, -0.7], [-0.2, -0.9, -0.5]]
+    assert read(answered).top_logprobs is None and request_body(request(), [2])["logprobs"] == 0
+    assert request_body(asked, [2])["logprobs"] == 2
+    with pytest.raises(ServerError, match=r"3 likeliest tokens, .*--max-logprobs"):
+        read(answered, request(top_logprobs=3))
+
+
 def test_older_servers_give_ids_in_place_of_words() -> None:
     # Fails if a server with return_tokens_as_token_ids alone is not understood.
     assert read(answer([ONE, TWO], token_ids=None)).token_ids == [ONE, TWO]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,14 @@ def follow(folder: Path) -> None:
         found[f"left after {name}"] = len(part.in_flight) + len(part.live)
     found["submitted"] = [len(batch) for batch in part.batches]
     found["decoded"] = asdict(engine.counters)["decoded_tokens"]
+    found["several"] = list(engine.for_all(["a", "b"][: rank + 1], twice))
     (folder / f"rank{rank}.pickle").write_bytes(pickle.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def twice(items: Sequence[str]) -> Iterator[tuple[int, str]]:
+    yield from [(index, f"{item}{number}") for number in range(2) for index, item in enumerate(items)]
 
 
 @pytest.mark.distributed
@@ -71,4 +77,7 @@ def test_the_leader_searches_for_all_ranks(tmp_path: Path) -> None:
         assert sorted(other[name]) == list(enumerate(expected[3:]))
     assert leader["failed"] == "RuntimeError" and other["failed"] == LeaderFailedError.__name__
     assert not any(found[f"left after {name}"] for found in (leader, other) for name in ("first", "failed", "again"))
+    # Fails if a question keeps one of its trees only.
+    assert leader["several"] == [(0, "a0"), (0, "a1")]
+    assert other["several"] == [(0, "a0"), (0, "a1"), (1, "b0"), (1, "b1")]
     assert leader["submitted"] == other["submitted"]

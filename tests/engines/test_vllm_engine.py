@@ -99,6 +99,23 @@ def test_greedy_decoding_is_that_of_the_paged_engine(engine: VLLMEngine) -> None
         np.testing.assert_allclose(ours.policy_logprobs, theirs.policy_logprobs, atol=1e-4)
 
 
+# Fails if another position's or another temperature's candidates come, or the drawn token is left out.
+def test_candidates_are_those_of_the_paged_engine(engine: VLLMEngine) -> None:
+    other = PagedEngine(make_model(), TOKENIZER, cache_tokens=10_000)
+    params = SamplingParams(max_new_tokens=12, temperature=0.0, top_logprobs=10)
+    asks = [request(tree, f"t{i}", 0, 1, params) for i, tree in enumerate(roots(3))]
+    for ours, theirs in zip(engine.generate(asks), other.generate(asks), strict=True):
+        assert ours.top_logprobs is not None and theirs.top_logprobs is not None
+        assert ours.token_ids == theirs.token_ids
+        np.testing.assert_allclose(np.sort(ours.top_logprobs), np.sort(theirs.top_logprobs), atol=1e-4)
+    (plain,) = engine.generate([request(roots(1)[0], "u", 0, 1, SamplingParams(max_new_tokens=3))])
+    assert plain.top_logprobs is None
+    drawn = SamplingParams(max_new_tokens=40, temperature=1.5, top_logprobs=10)
+    (answer,) = engine.generate([request(roots(1)[0], "v", 0, 1, drawn)])
+    for logprob, candidates in zip(answer.policy_logprobs, answer.top_logprobs or (), strict=True):
+        assert len(candidates) in (10, 11) and logprob in candidates
+
+
 # Both log-probs of a truncated sample against their definitions: fails if another token's or request's kept probability
 # is added, or truncation comes before temperature. Untruncated and greedy requests in the same batch keep theirs.
 def test_truncated_sampling_reports_both_logprobs(engine: VLLMEngine) -> None:

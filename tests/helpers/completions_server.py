@@ -197,7 +197,7 @@ class CompletionsServer:
             seed = np.array([body.get("seed", 0)], dtype=np.uint64)
             written: list[int] = []
             logprobs: list[float] = []
-            best: list[float] = []
+            tops: list[dict[str, float]] = []
             finish, cause = "length", None
             while len(written) < body["max_tokens"]:
                 logits = self.model(torch.tensor([ids + written])).logits[:, -1]
@@ -207,7 +207,12 @@ class CompletionsServer:
                 reported = torch.log_softmax(scaled, dim=-1)[0]
                 written.append(token)
                 logprobs.append(float(reported[token]))
-                best.append(float(reported.max()))
+                likeliest = reported.topk(min(body["logprobs"], len(reported)))
+                listed = [
+                    (token, logprobs[-1]),
+                    *zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True),
+                ]
+                tops.append({f"token_id:{candidate}": value for candidate, value in listed})
                 text = self.tokenizer.decode(written, skip_special_tokens=body.get("skip_special_tokens", True))
                 found = [stop for stop in body.get("stop", []) if stop in text]
                 if found or token in body.get("stop_token_ids", []):
@@ -218,7 +223,7 @@ class CompletionsServer:
         entries = {
             "tokens": names,
             "token_logprobs": logprobs,
-            "top_logprobs": [{"best": value} for value in best],
+            "top_logprobs": tops,
         }
         choice = {
             "index": 0,

@@ -35,11 +35,16 @@ def encode(text: str) -> list[int]:
 class ScriptedEngine(Engine):
     """An engine whose policy is a function of the prompt's text and the request; it checks what engines rely on.
 
-    `polls` tells how many polls a request takes.
+    `polls` tells how many polls a request takes, and `tops` the log-probs of a token's candidates (none: its own).
     """
 
-    def __init__(self, script: Script, polls: Callable[[Request], int] = lambda request: 1) -> None:
-        self.script, self.polls = script, polls
+    def __init__(
+        self,
+        script: Script,
+        polls: Callable[[Request], int] = lambda request: 1,
+        tops: Callable[[int], list[float]] | None = None,
+    ) -> None:
+        self.script, self.polls, self.tops = script, polls, tops
         self.counters = EngineCounters()
         self.batches: list[list[Request]] = []  # as submitted
         self.in_flight: dict[TurnKey, tuple[Request, int]] = {}  # and how many polls are left
@@ -76,8 +81,14 @@ class ScriptedEngine(Engine):
         stop = next((tag for tag in request.sampling.stop if cut[-1:] == encode(tag)), None)
         reason: FinishReason = "eos" if cut[-1] == EOS else "stop" if stop else "length"
         logprobs = [-0.1 * (1 + i % 3) for i in cut]
+        tops = [self.tops(i) for i in cut] if self.tops else [[logprob] for logprob in logprobs]
         return Completion(
-            token_ids=cut, logprobs=[0.0] * len(cut), policy_logprobs=logprobs, finish_reason=reason, stop=stop
+            token_ids=cut,
+            logprobs=[0.0] * len(cut),
+            policy_logprobs=logprobs,
+            finish_reason=reason,
+            stop=stop,
+            top_logprobs=tops if request.sampling.top_logprobs else None,
         )
 
     def release(self, tree: Hashable) -> None:
@@ -153,7 +164,7 @@ def as_data(tree: TurnTree) -> list[Any]:
         (
             t.parent,
             t.action_ids.tolist(),
-            t.logprobs.round(9).tolist(),
+            np.nan_to_num(t.logprobs.round(9), nan=1.0).tolist(),  # 1: appended, not sampled
             t.observation_ids.tolist(),
             t.finish_reason,
             t.tool,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from atpo_fast.engines.base import Completion, Request, TurnKey
 from atpo_fast.environment import ToolBox, ToolCall, ToolResult, format_result
-from atpo_fast.rollout import TreeSearch, in_order, tree_search
+from atpo_fast.rollout import TreeSearch, growth, in_order
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.tree import TurnTree
 from tests.helpers.scripted_engine import (
@@ -92,6 +92,47 @@ def test_both_schedules_give_the_same_trees(
     assert trees[0] == trees[1]
     assert counters[0] == counters[1]
     assert decoded[0] == decoded[1]
+
+
+BRANCHING = st.fixed_dictionaries(
+    {
+        "strategy": st.sampled_from(["arpo", "aepo"]),
+        "initial_chains": st.integers(1, 4),
+        "samples_per_tree": st.integers(4, 9),
+        "entropy_weight": st.sampled_from([0.0, 3.0]),
+        "branch_attempts": st.integers(1, 3),
+    }
+)
+CHILDREN = st.fixed_dictionaries(
+    {
+        "strategy": st.just("tree_grpo"),
+        "trees_per_question": st.integers(2, 3),
+        "initial_chains": st.integers(2, 3),
+        "expansion_rounds": st.integers(0, 3),
+        "expansions_per_round": st.integers(0, 3),
+        "samples_per_tree": st.none() | st.just(2),
+    }
+)
+
+
+# Fails if a draw depends on what finished when, or if a branch or a child starts before the round's other turns are
+# there. Every question has its number of trajectories.
+@settings(max_examples=40, deadline=None)
+@given(BRANCHING | CHILDREN, st.integers(1, 3), st.sampled_from([64, 1500, 100_000]), st.integers(0, 10**6))
+def test_both_schedules_draw_the_same(shape: dict[str, Any], limit: int, cache_tokens: int, seed: int) -> None:
+    trees, ends = [], []
+    for schedule in ("synchronous", "streaming"):
+        engine = ScriptedEngine(by_seed, random_polls(seed), tops=lambda token: [-1.0 - token % 3] * 10)
+        settings = shape | {"limit": limit, "schedule": schedule, "cache_tokens": cache_tokens}
+        search = make_search(engine, RandomSearch(seed, longest=0.001), **settings)
+        progress: list[tuple[int, int, int]] = []
+        grown = roll_out(search, 3, seed, on_progress=lambda *now, seen=progress: seen.append(now))
+        trees.append([as_data(tree) for tree in grown])
+        ends.append((progress[-1], asdict(search.counters)))
+        assert sum(tree.num_trajectories for tree in grown) == 3 * search.rollout.leaves
+        assert progress[-1][0] == progress[-1][1] == len(grown) * search.rollout.grown_leaves
+        assert not engine.in_flight and not engine.live and len(engine.released) == len(set(engine.released))
+    assert trees[0] == trees[1] and ends[0] == ends[1]
 
 
 def test_many_questions_with_slow_tools_give_the_same_trees() -> None:
@@ -230,7 +271,7 @@ def test_the_straggler_cap_ends_the_last_branch(
     # Fails if the cap is ignored (the tool never answers in time), takes other branches too, or is not told.
     tool = Slow("one")
     search = make_search(ScriptedEngine(one_of_three), tool, strategy="chain", straggler_seconds=0.05)
-    monkeypatch.setattr(tree_search, "time", Clock(lambda: not tool.enough.is_set()))
+    monkeypatch.setattr(growth, "time", Clock(lambda: not tool.enough.is_set()))
     with caplog.at_level(logging.WARNING):
         first, second = roll_out(search, 2)
     tool.enough.set()
@@ -265,7 +306,7 @@ def test_the_late_answer_of_a_straggler_finds_nobody(monkeypatch: pytest.MonkeyP
         return one_of_three(prompt, request)
 
     searches = make_search(ScriptedEngine(script), search, strategy="chain", straggler_seconds=0.05)
-    monkeypatch.setattr(tree_search, "time", Clock(lambda: not searches.counters.timed_out_turns))
+    monkeypatch.setattr(growth, "time", Clock(lambda: not searches.counters.timed_out_turns))
     first, second = roll_out(searches, 2)
     assert searches.counters.timed_out_turns == 1 and searches.counters.failed_tool_calls == 0
     assert len(first.turns[2].observation_ids) == 0 and len(second.turns) == 7
@@ -281,7 +322,7 @@ def test_the_straggler_cap_spares_what_is_no_straggler(monkeypatch: pytest.Monke
                 tool.enough.set()
             return not tool.enough.is_set()
 
-        monkeypatch.setattr(tree_search, "time", Clock(running))
+        monkeypatch.setattr(growth, "time", Clock(running))
         search = make_search(
             ScriptedEngine(search_then_answer),
             tool,
@@ -403,7 +444,7 @@ def test_the_cache_budget_learns_from_finished_trees() -> None:
     # Fails if the guess forgets the last roll-out, keeps one for ever, or counts less than a tree has already.
     budget = CacheBudget(cache_tokens=1000, branches=4)
     searches = make_search(ScriptedEngine(by_seed), max_response_tokens=200)._searches(
-        questions(3), prompts(questions(3)), 0
+        questions(3), prompts(questions(3)), 0, 1
     )
     first, second, third = searches
     prompt = first.prompt_tokens

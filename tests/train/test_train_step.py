@@ -142,7 +142,8 @@ def test_bfloat16_keeps_the_rotary_frequencies_exact(stage: int, tmp_path: Path)
     assert torch.equal(policy.model.model.rotary_emb.inv_freq, model().model.rotary_emb.inv_freq)
 
 
-# Fails when weights that were never synced go unnoticed, or repeated tokens (without a rollout log-prob) count.
+# Fails when weights that were never synced go unnoticed, or repeated or appended tokens (without a rollout log-prob)
+# count.
 def test_mismatch_is_noticed() -> None:
     policy, engine, watch = setup(lr=1e-9)
     row = one_row(policy)
@@ -153,6 +154,11 @@ def test_mismatch_is_noticed() -> None:
     near, other = replace(row, rollout_logprob=row.rollout_logprob - 0.01), Mismatch(0.1)
     optimizer_step(engine, watch, [near], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), other)
     assert other.gap == pytest.approx(0.01, abs=1e-4)
+    appended = row.rollout_logprob - 0.01
+    appended[-1] = torch.nan  # a token that no engine has sampled
+    row_of_them, left = replace(row, rollout_logprob=appended), Mismatch(0.1)
+    optimizer_step(engine, watch, [row_of_them], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer(), left)
+    assert left.gap == pytest.approx(0.01, abs=1e-4)
     stale = replace(row, rollout_logprob=row.rollout_logprob - 1)
     with pytest.raises(MismatchError, match="max_mismatch_kl"):
         optimizer_step(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from math import nan
 
 import pytest
 
 from atpo_fast import TurnTree
 from atpo_fast.tree import overlap
+from atpo_fast.tree.forest import as_forest
 
 
 def forked() -> TurnTree:
@@ -28,6 +30,14 @@ def test_structure() -> None:
     assert tree.path_ids(3).tolist() == [1, 2, 3, 4, 5, 6, 8, 9]
     assert tree.turns[1].nll == 2.0
     assert tree.turns[0].nll == 0.0
+
+
+def test_appended_tokens_have_no_part_in_the_entropy_estimate() -> None:
+    # Fails if the NaN of a token that was not sampled reaches credit, in a tree or in a batch's table.
+    tree = TurnTree([1, 2])
+    tree.add_turn(0, [3, 4, 5], [-1.0, -3.0, nan], [6])
+    tree.add_turn(1, [7], [nan])
+    assert [turn.nll for turn in tree.turns] == as_forest([tree]).nll.tolist() == [0.0, 2.0, 0.0]
 
 
 # unique 3 + 3 + 1 + 2 + 4 = 13; flat (3+3+1) + (3+3+2) + (3+4) = 22; with c twice 30 and 4 trajectories.

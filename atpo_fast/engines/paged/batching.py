@@ -16,7 +16,7 @@ from atpo_fast.engines.paged.kv_cache import CacheNode, PrefixCache
 from atpo_fast.engines.paged.model import PagedModel
 from atpo_fast.engines.paged.prefill import fill, path_slots
 from atpo_fast.engines.paged.requests import InFlight, RequestTable, Rows, widen
-from atpo_fast.engines.sampling import sample, uniforms
+from atpo_fast.engines.sampling import Draw, candidate_logprobs, sample, uniforms
 from atpo_fast.engines.stops import StopMatcher, StopTable
 
 Ints = NDArray[np.int64]
@@ -154,15 +154,27 @@ class ContinuousBatch:
         """Draw the next token of every row; return (R,) tokens on the device and (R,) whether the row is finished."""
         table, indices = self.table, rows.requests
         numbers = uniforms(table.seeds[indices], table.counts[indices])
-        draw = sample(self.model.logits(rows.hidden), numbers, table.sampling(indices))
+        logits = self.model.logits(rows.hidden)
+        draw = sample(logits, numbers, table.sampling(indices))
         tokens = draw.tokens.cpu().numpy()
         table.append(indices, tokens, draw.logprobs.cpu().numpy(), draw.policy_logprobs.cpu().numpy())
+        if table.top[indices].any():
+            self._look_up_candidates(indices, logits, draw)
         rows.states = self.stops.next_state[rows.states, tokens]
         self.cache.counters.prefilled_tokens += len(tokens)
         self.cache.counters.decoded_tokens += len(tokens)
         stopped = self.stops.found[rows.states] >= 0
         full = table.counts[indices] >= table.max_new[indices]
         return draw.tokens, stopped | full | np.isin(tokens, self.eos_ids)
+
+    def _look_up_candidates(self, indices: Ints, logits: Tensor, draw: Draw) -> None:
+        """Keep the likeliest candidates' log-probs of the rows whose requests have asked for them."""
+        asking = np.flatnonzero(self.table.top[indices])
+        requests, rows = indices[asking], torch.from_numpy(asking).to(logits.device)
+        drawn = Draw(*(values[rows] for values in draw))
+        top, temperature = self.table.top[requests], self.table.temperature[requests]
+        values = candidate_logprobs(logits[rows], drawn, temperature, top)
+        self.table.append_candidates(requests, values.cpu().numpy())
 
     def _forward(self, tokens: Tensor) -> None:
         """Give the sampled tokens (R,) of the rows slots, and forward them."""
@@ -251,6 +263,7 @@ class ContinuousBatch:
                 policy_logprobs=self.table.policy_logprobs[index, :count].tolist(),
                 finish_reason=reason,
                 stop=stop if reason == "stop" else None,
+                top_logprobs=self.table.candidates(index),
             )
             finished.append((key, completion))
             self.table.remove(index)

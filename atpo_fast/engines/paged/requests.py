@@ -52,6 +52,8 @@ class RequestTable:
         self.slots: Ints = np.zeros(shape, dtype=np.int64)  # slots of all tokens but the last, (N, C)
         self.logprobs = np.zeros(shape)
         self.policy_logprobs = np.zeros(shape)
+        self.top: Ints = np.zeros(rows, dtype=np.int64)  # number of candidates asked for
+        self.top_logprobs = np.zeros((*shape, 0))  # as `candidate_logprobs` has them, (N, C, most asked for so far + 1)
 
     def add(self, entry: InFlight) -> int:
         """Add a request and return its index."""
@@ -69,7 +71,7 @@ class RequestTable:
             sampling.top_k,
             sampling.top_p,
         )
-        self.max_new[index] = sampling.max_new_tokens
+        self.max_new[index], self.top[index] = sampling.max_new_tokens, sampling.top_logprobs
         self.counts[index] = 0
         return index
 
@@ -97,6 +99,22 @@ class RequestTable:
         self.logprobs[indices, columns] = logprobs
         self.policy_logprobs[indices, columns] = policy_logprobs
         self.counts[indices] += 1
+
+    def append_candidates(self, indices: Ints, top_logprobs: NDArray) -> None:
+        """Add the candidates' log-probs (R, K) to the token that was appended last to each of some requests."""
+        missing = top_logprobs.shape[1] - self.top_logprobs.shape[2]
+        if missing > 0:
+            self.top_logprobs = np.pad(self.top_logprobs, [(0, 0), (0, 0), (0, missing)], constant_values=np.nan)
+        columns = self.counts[indices] - 1
+        self.top_logprobs[indices, columns] = np.nan
+        self.top_logprobs[indices, columns, : top_logprobs.shape[1]] = top_logprobs
+
+    def candidates(self, index: int) -> list[list[float]] | None:
+        """Return the candidates' log-probs of each token of a request; None where it has not asked for any."""
+        if not self.top[index]:
+            return None
+        values = self.top_logprobs[index, : self.counts[index]]
+        return [token[~np.isnan(token)].tolist() for token in values]
 
     def _double(self, axis: int) -> None:
         for name, values in list(vars(self).items()):

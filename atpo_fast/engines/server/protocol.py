@@ -76,7 +76,7 @@ def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
         "ignore_eos": True,  # they are the served model's, which may be others
         "skip_special_tokens": False,  # a stop string may be a special token
         "spaces_between_special_tokens": False,
-        "logprobs": 0,  # log-prob of the sampled token only
+        "logprobs": wanted.top_logprobs,  # 0: that of the sampled token only
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
@@ -98,7 +98,12 @@ def read_answer(answer: Any, request: Request, stops: StopTable, eos_ids: Sequen
         reason = "length"
     logprobs = logprobs[:kept]
     completion = Completion(
-        token_ids=token_ids[:kept], logprobs=logprobs, policy_logprobs=logprobs, finish_reason=reason, stop=stop
+        token_ids=token_ids[:kept],
+        logprobs=logprobs,
+        policy_logprobs=logprobs,
+        finish_reason=reason,
+        stop=stop,
+        top_logprobs=_candidates(choice["logprobs"], request.sampling.top_logprobs, kept),
     )
     details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
     return Answer(completion, int(details.get("cached_tokens") or 0))
@@ -134,6 +139,26 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
     if not ids or len(ids) != len(logprobs):
         raise TransientError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
     return [int(token) for token in ids], [float(value) for value in logprobs]
+
+
+def _candidates(listed: dict[str, Any], count: int, kept: int) -> list[list[float]] | None:
+    """Read the log-probs of the `count` likeliest candidates of the first `kept` tokens; None where `count` is 0.
+
+    vLLM lists the sampled token with them; for servers that do not, it is added where it is none of them.
+    """
+    if not count:
+        return None
+    tops = listed.get("top_logprobs") or ()
+    if len(tops) < kept or any(not isinstance(top, dict) or len(top) < count for top in tops[:kept]):
+        raise ServerError(
+            f"the server does not return the log-probs of the {count} likeliest tokens, which rollout.strategy needs: "
+            "it must honour `logprobs` in POST /v1/completions (vLLM: --max-logprobs of at least as many)"
+        )
+    sampled = zip(listed["tokens"], listed["token_logprobs"], strict=True)
+    return [
+        list((top if name in top else {**top, name: value}).values())
+        for top, (name, value) in zip(tops[:kept], sampled, strict=False)
+    ]
 
 
 def _check_prompt(returned: list[int] | None, request: Request) -> None:

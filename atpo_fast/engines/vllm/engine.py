@@ -95,6 +95,8 @@ class VLLMEngine(CheckedEngine):
             )
         if _truncated(request) and not self.truncates:
             raise ValueError("top_p or top_k in a request, but the engine was built with truncates=False")
+        if _truncated(request) and request.sampling.top_logprobs:
+            raise ValueError("top_logprobs with top_p or top_k: vLLM tells those of the truncated distribution only")
 
     def _begin(self, request: Request, forwarded: int) -> None:
         self._begun += 1
@@ -148,7 +150,7 @@ class VLLMEngine(CheckedEngine):
             temperature=wanted.temperature,
             max_tokens=wanted.max_new_tokens,
             seed=request.seed & (2**63 - 1),
-            logprobs=0,  # log-prob of the sampled token only
+            logprobs=wanted.top_logprobs,  # 0: that of the sampled token only
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # they are the model configuration's, which may be others
             detokenize=False,
@@ -230,6 +232,7 @@ class _Writing:
     state: int = 0  # state of the stop automaton
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[float]] = field(default_factory=list)  # candidates' by token, where they are asked for
     log_kept_probability: list[float] | None = (
         None  # log of the kept probability by token, where the distribution is truncated
     )
@@ -245,6 +248,8 @@ class _Writing:
         for token, entry in zip(news.token_ids, news.logprobs or (), strict=True):
             self.token_ids.append(int(token))
             self.logprobs.append(float(entry[token].logprob))
+            if self.request.sampling.top_logprobs:  # the sampled token is among them
+                self.top_logprobs.append([float(candidate.logprob) for candidate in entry.values()])
             self.state = int(self.stops.next_state[self.state, token])
             found = int(self.stops.found[self.state])
             if token in eos_ids:
@@ -270,6 +275,7 @@ class _Writing:
             policy_logprobs=policy,
             finish_reason=self.finish_reason,
             stop=self.stop,
+            top_logprobs=self.top_logprobs if self.request.sampling.top_logprobs else None,
         )
 
 
