@@ -12,18 +12,18 @@ def batch_arithmetic(config: Config) -> str:
 
     Raises ConfigError when the DeepSpeed file cannot be read.
     """
-    return "\n".join([*method_lines(config), *_counts(config), *_warnings(config)])
+    return "\n".join([*method_lines(config), *_counts(config), *_dynamic_sampling(config), *_warnings(config)])
 
 
 def method_lines(config: Config) -> list[str]:
-    """Say which method a run follows, from which source, and with which settings it leaves the method."""
+    """Say which method a run follows, from which source, and with which settings, sizes apart, it leaves the method."""
     method = METHODS[config.method]
     lines = [f"method: {method.title} ({method.source})"]
     lines += [f"  differs from the authors' code: {method.departs}"] if method.departs else []
-    other = {name: setting(config, name) for name, own in method.settings.items() if setting(config, name) != own}
+    other = {name: setting(config, name) for name, own in method.essence.items() if setting(config, name) != own}
     if not other:
         return lines
-    same = [name for name, known in METHODS.items() if all(setting(config, k) == v for k, v in known.settings.items())]
+    same = [name for name, known in METHODS.items() if all(setting(config, k) == v for k, v in known.essence.items())]
     words = ", ".join(f"{name}={value}" for name, value in other.items())
     known = f"this is what method={same[0]} sets" if same else "no method that `atpo-fast methods` lists is like it"
     return [*lines, f"  but with {words}: {known}"]
@@ -72,6 +72,17 @@ def _tree_shape(config: Config) -> str:
         kept = f"{growth}, {rollout.leaves_per_tree} leaves of each kept"
         return f"search: {trees} of {kept}, per question (tree_grpo); {tools}"
     return f"search: {growth} per question ({rollout.strategy}); {tools}"
+
+
+def _dynamic_sampling(config: Config) -> list[str]:
+    train, sampling = config.train, config.train.dynamic_sampling
+    if not sampling.enabled:
+        return []
+    at_once = sampling.questions_per_rollout or train.questions_per_step
+    return [
+        f"dynamic sampling: {_count(at_once, 'question')} at a time, in at most {sampling.max_refills + 1} roll-outs,"
+        f" until {train.questions_per_step} vary in {sampling.metric}; then {sampling.on_exhausted}"
+    ]
 
 
 def _warnings(config: Config) -> list[str]:

@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _SECTIONS = ("objective", "credit")
+_SIZES = ("initial_chains", "expansion_rounds", "expansions_per_round", "samples_per_tree", "trees_per_question")
 _SHAPE = (
+    *_SIZES,
     "strategy",
-    "initial_chains",
-    "expansion_rounds",
-    "expansions_per_round",
-    "samples_per_tree",
-    "trees_per_question",
     "branch_penalty",
     "branch_attempts",
     "branch_threshold",
@@ -53,6 +50,11 @@ class Method:
         """Return all settings by dotted name."""
         parts = {"rollout.strategy": self.rollout, "credit.method": self.credit, "objective.preset": self.objective}
         return {**parts, **self.more}
+
+    @property
+    def essence(self) -> dict[str, Any]:
+        """Return the settings without sizes, which a run may choose without leaving the method."""
+        return {name: value for name, value in self.settings.items() if name.rpartition(".")[2] not in _SIZES}
 
 
 def _chains(

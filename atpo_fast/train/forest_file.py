@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 from atpo_fast.common.errors import ForestError, StopRequested, is_engine_error
@@ -36,7 +38,8 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
     """
     held = forest_questions(path)
     run.barrier()  # nobody writes before all have read
-    waiting = [question for question in questions if not _take(held, question.id)]
+    trees = run.config.rollout.trees_per_question
+    waiting = [question for question in questions if not _take(held, question.id, trees)]
     if run.is_main and len(waiting) < len(questions):
         run.progress.message(f"{path} holds {len(questions) - len(waiting)} of {len(questions)} questions already")
     size = run.config.train.questions_per_step
@@ -46,10 +49,10 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
         run.progress.start_phase("rollout", run.config.rollout.leaves * len(run.share(batch)))
         part, error = _roll_out(run, sampler, run.share(batch))
         parts = run.gather([part], run.world)
-        done = [scored for _, scored in sorted((tree for p in parts for tree in p.trees), key=lambda tree: tree[0])]
+        done = _whole_questions([tree for p in parts for tree in p.trees], trees)
         if run.is_main and done:
             _append(run, path, done)
-        left -= len(done)
+        left -= len(done) // trees
         state = f"{len(questions) - left} of {len(questions)} questions are in {path}; the same command continues"
         if error is not None and not is_engine_error(error):
             raise error
@@ -63,10 +66,16 @@ def write_forest(run: Run, sampler: Sampler, questions: Sequence[Question], path
     return left
 
 
-def _take(held: dict[str, int], name: str) -> bool:
-    """Tell whether the file holds another tree of this id, and count it as used."""
-    held[name] = held.get(name, 0) - 1
+def _take(held: dict[str, int], name: str, trees: int) -> bool:
+    """Tell whether the file holds so many more trees of this id, and count them as used."""
+    held[name] = held.get(name, 0) - trees
     return held[name] >= 0
+
+
+def _whole_questions(finished: Sequence[tuple[int, ScoredTree]], trees: int) -> list[ScoredTree]:
+    """Return the trees of the questions that have all of theirs, in the order of their indices."""
+    found = Counter(index for index, _ in finished)
+    return [scored for index, scored in sorted(finished, key=itemgetter(0)) if found[index] == trees]
 
 
 def _roll_out(run: Run, sampler: Sampler, questions: Sequence[Question]) -> tuple[_Part, Exception | None]:

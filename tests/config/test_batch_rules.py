@@ -8,6 +8,7 @@ import pytest
 
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.config import load_config
+from atpo_fast.config.arithmetic import batch_arithmetic
 
 KEEP = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.surplus=keep", "train.old_logprobs=rollout"]
 
@@ -33,3 +34,5 @@ def test_rules_that_hold() -> None:
     """Fails if a legal combination is refused."""
     config = load_config(None, [*KEEP, "reward.overlong.share=0.2", "reward.turn_penalty=0.1", "credit.method=gtpo"])
     assert config.train.dynamic_sampling.surplus == "keep" and config.reward.overlong.factor == 1.0
+    line = "64 questions at a time, in at most 10 roll-outs, until 64 vary in reward; then stop"
+    assert line in batch_arithmetic(config) and "dynamic" not in batch_arithmetic(load_config(None))
