@@ -217,6 +217,7 @@ _METHODS = (
         "arXiv:2510.14967; github.com/GuoqingWang1/IGPO at bff163b",
         credit="igpo",
         objective="igpo",
+        more={"reward.metric": "f1", "reward.format_penalty": -2.0},
         departs="normalised by turn, their code subtracts the mean at the same token position",
     ),
     _chains(

@@ -77,6 +77,17 @@ def test_departures_are_told() -> None:
     assert "but with" not in told("method=rloo", "rollout.initial_chains=4")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_published_run(name: str) -> None:
+    # Fails if a recipe leaves its method, or keeps the shape or the clip range that its base has for another one.
+    path = ROOT / "configs" / "methods" / f"{name}.yaml"
+    config = load_config(path)
+    assert config.method == name and not any("but with" in line for line in method_lines(config))
+    assert {key: setting(config, key) for key in METHODS[name].settings} == METHODS[name].settings
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 30 and [line[0] for line in lines[:3]] == ["#", "#", "b"]
+
+
 def test_unknown_methods_are_refused_in_words() -> None:
     with pytest.raises(ConfigError, match=r"method='grop': .*'grpo'"):
         load_config(None, ["method=grop"])

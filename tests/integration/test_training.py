@@ -110,6 +110,19 @@ def test_dynamic_sampling(config: Path, tmp_path: Path) -> None:
         assert found[step]["policy/loss"] == pytest.approx(record["policy/loss"], rel=1e-3, abs=1e-6), step
 
 
+# Each needs a station that the others do not: branches by entropy and a factor by token, several trees a question, and
+# the gold answer's probability with a clip range for each turn. Fails when one of them does not reach the update.
+@pytest.mark.parametrize("method", ["aepo", "tree_grpo", "a2tgpo"])
+def test_methods_train(config: Path, tmp_path: Path, whole: Path, method: str) -> None:
+    start = f"model.path={whole / 'cold_start'}"
+    lengths = "reward.overlong.share=0.99"  # nothing is answered yet: length alone makes rewards differ
+    output = run(config, f"method={method}", start, lengths, "train.steps=1")
+    (step,) = records(tmp_path / "run", "train").values()
+    assert step["policy/grad_norm"] > 0 and step["rollout/mismatch_kl"] < 1e-6
+    assert step["count/trees"] == (8 if method == "tree_grpo" else 4)
+    assert "but with" not in output
+
+
 # Fails when a rank sees another share of questions or rows than its own, or averages differently.
 def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"

@@ -295,6 +295,19 @@ def returning(results: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 # Two ranks with one row each give what one rank with both rows gives. Fails when statistics are per rank.
+def test_clip_scale_widens_and_narrows_the_ranges_of_turns() -> None:
+    """Fails if the scale of a turn is lost, replaces the objective's range, or is another turn's."""
+    scaled = forked()
+    scaled.clip_scale = 1 + 0.1 * np.arange(len(scaled))
+    (row,) = pack_trees([scaled], TURN, 64)
+    assert row.clip_low is not None and row.clip_high is not None
+    scale = 1 + 0.1 * row.turn_index.double()
+    torch.testing.assert_close(row.clip_low.double(), 3e-3 * scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row.clip_high.double(), 4e-3 * scale, rtol=1e-6, atol=0)
+    (plain,) = pack_trees([forked()], TURN, 64)
+    assert plain.clip_low is None and plain.clip_high is None
+
+
 def test_entropy_statistics_over_ranks() -> None:
     objective = Objective.preset("aepo")
     rows = pack_trees([forked(), forked()], objective, 8, dtype=DOUBLE)
