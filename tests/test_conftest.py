@@ -49,7 +49,8 @@ def test_cpu_time_is_measured_and_printed(tmp_path: Path) -> None:
     done = run(tmp_path, CHILDREN)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stdout
-    assert {line.split("::")[1] for line in lines if "s CPU" in line} == {"test_ended", "test_running"}
+    assert {line.split("::")[1] for line in lines if "::" in line} == {"test_ended", "test_running"}
+    assert sum(line.endswith("s CPU  .") for line in lines) == 1  # the folder
     assert "in 3 tests" in next(line for line in lines if "CPU-minutes in all" in line)
 
 

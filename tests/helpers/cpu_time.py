@@ -7,6 +7,7 @@ uses it, and a grandchild whose parent died before it is not counted.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -83,12 +84,14 @@ class CpuTimes:
         return result
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Write the most expensive tests and the total."""
+        """Write the most expensive tests, the folders, and the total."""
         if not self.costs:
             return
         terminalreporter.section("CPU time")
         for cost in self.most_expensive():
             terminalreporter.line(f"{cost.cpu:7.1f} s CPU {cost.wall:7.1f} s wall  {cost.name}")
+        for folder, seconds in self.by_folder():
+            terminalreporter.line(f"{seconds:7.1f} s CPU  {folder}")
         tests, total = sum(cost.cpu for cost in self.costs), cpu_seconds()
         terminalreporter.line(
             f"{total / 60:.1f} CPU-minutes in all: {tests / 60:.1f} in {len(self.costs)} tests, "
@@ -98,3 +101,10 @@ class CpuTimes:
     def most_expensive(self) -> list[Cost]:
         """Return the tests that are worth showing, the most expensive first."""
         return sorted((cost for cost in self.costs if cost.cpu >= LEAST), reverse=True)[:SHOWN]
+
+    def by_folder(self) -> list[tuple[str, float]]:
+        """Return the CPU time of each folder of tests, the most expensive first."""
+        seconds: Counter[str] = Counter()
+        for cost in self.costs:
+            seconds[cost.name.partition("::")[0].rpartition("/")[0] or "."] += cost.cpu  # type: ignore[assignment]
+        return [(folder, cpu) for folder, cpu in seconds.most_common() if cpu >= LEAST]

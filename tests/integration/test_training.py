@@ -90,13 +90,13 @@ def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
 def test_dynamic_sampling(config: Path, tmp_path: Path) -> None:
     on = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.max_refills=2", "optim.lr=1e-12"]
     on += ["train.dynamic_sampling.surplus=keep", "train.dynamic_sampling.on_exhausted=continue"]
-    on += ["rollout.schedule=synchronous", "reward.overlong.share=0.9"]
+    on += ["rollout.schedule=synchronous", "reward.overlong.share=0.97"]
     on += ["rollout.strategy=chain", "train.dynamic_sampling.questions_per_rollout=3"]
     output = run(config, *on, "train.max_staleness=1")
     expected = records(tmp_path / "run", "train")
     assert output.count("dynamic sampling:") == 3
-    assert expected[1]["sampling/refills"] > 0 and expected[2]["sampling/kept"] > 0  # or this tests nothing
-    assert sum(record["sampling/dropped"] for record in expected.values()) > 0
+    for name in ("refills", "kept", "dropped"):  # or this tests nothing
+        assert sum(record[f"sampling/{name}"] for record in expected.values()) > 0, name
     state = json.loads((tmp_path / "run/checkpoints/step_000003/state.json").read_text())
     assert state["cursor"] == sum(record["sampling/questions"] for record in expected.values())
     same = [*on, f"run_dir={tmp_path}/two", "ranks=2", f"model.path={tmp_path}/run/cold_start"]

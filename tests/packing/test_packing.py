@@ -298,7 +298,7 @@ def returning(results: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
 def test_clip_scale_widens_and_narrows_the_ranges_of_turns() -> None:
     """Fails if the scale of a turn is lost, replaces the objective's range, or is another turn's."""
     scaled = forked()
-    scaled.clip_scale = 1 + 0.1 * np.arange(len(scaled))
+    scaled.clip_scale = 1 + 0.1 * np.arange(len(scaled), dtype=np.float64)
     (row,) = pack_trees([scaled], TURN, 64)
     assert row.clip_low is not None and row.clip_high is not None
     scale = 1 + 0.1 * row.turn_index.double()
