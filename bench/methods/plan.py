@@ -62,8 +62,8 @@ class Budget:
     """Learning rates that are tried, with the first seed, for every contender alike."""
 
 
-FULL = Budget(generated=160_000, eval_every=2, seeds=(0, 1, 2), rates=(1e-4, 3e-4))
-QUICK = Budget(generated=40_000, eval_every=1, seeds=(0,), rates=(3e-4,))
+FULL = Budget(generated=32_000, eval_every=2, seeds=(0, 1, 2), rates=(2.5e-5, 5e-5))
+QUICK = Budget(generated=16_000, eval_every=2, seeds=(0,), rates=(5e-5,))
 
 
 @dataclass(frozen=True)
