@@ -4,8 +4,8 @@
 
 Every contender is first tried with each learning rate and the first seed; its best rate, by the area under EM, is then
 run with all seeds. Each run leaves a record in bench/results/cpu/methods/, and a run that has one is not repeated: the
-same command continues after Ctrl-C. Writes bench/results/METHODS.md and its figure. On 2 CPU cores it takes about an hour,
-with --quick (one seed and learning rate, half of the budget) ten minutes.
+same command continues after Ctrl-C. Writes bench/results/METHODS.md and its figure. On 2 CPU cores it takes about an
+hour, with --quick (one seed and learning rate, half of the budget) ten minutes.
 """
 
 from __future__ import annotations

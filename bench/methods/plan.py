@@ -20,6 +20,7 @@ _TREES = (
     "rollout.initial_chains=1",
     "rollout.expansion_rounds=1",
     "rollout.expansions_per_round=5",
+    "rollout.samples_per_tree=6",
 )
 
 
