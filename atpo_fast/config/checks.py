@@ -29,6 +29,19 @@ def check_turn_rewards(reward: RewardConfig, credit: CreditConfig) -> None:
         )
 
 
+def check_turn_clips(credit: CreditConfig, objective: ObjectiveConfig) -> None:
+    """Check that the loss has a clip range for a turn where the credit scales it."""
+    level, clip = objective.resolved["level"], objective.resolved["clip"]
+    if credit.method == "a2tgpo" and credit.clip_spread and (level == "sequence" or clip == "sapo"):
+        what = "objective.level=sequence, whose ratio is one for all turns of a trajectory"
+        if clip == "sapo":
+            what = "objective.clip=sapo, which has no clip range"
+        raise ValueError(
+            f"credit.method=a2tgpo scales the clip range of each turn, which does not go with {what}: set another, or "
+            "credit.clip_spread=0"
+        )
+
+
 def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:
     """Check that importance weights have two different log-probs to compare, and that older samples are weighed."""
     from_rollout, cap = train.old_logprobs == "rollout", objective.importance_cap

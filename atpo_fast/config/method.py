@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from atpo_fast.common.choices import AncestorWeight, CreditMethod, Preset, SharedTurns, TurnAdvantage, TurnValue
+from atpo_fast.common.presets import PRESETS
 from atpo_fast.config.section import STRICT, as_dict
 from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
 
@@ -117,14 +118,20 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.dual_cap is not None and 0 < self.dual_cap <= 1:
             raise ValueError(f"objective.dual_cap={self.dual_cap:g}: must be greater than 1, or 0 for no cap")
-        if self.level == "sequence" and self.entropy_advantage:
+        strength = self.resolved.get("entropy_advantage")
+        if self.resolved["level"] == "sequence" and strength:
             raise ValueError(
-                f"objective.entropy_advantage={self.entropy_advantage:g} goes with objective.level=token or turn, not "
-                "with sequence: set it to 0, or another level"
+                f"objective.entropy_advantage={strength:g} goes with objective.level=token or turn, not with sequence: "
+                "set it to 0, or another level"
             )
         taus = [name for name in ("sapo_tau_pos", "sapo_tau_neg") if getattr(self, name) is not None]
-        if taus and (self.clip or self.preset) != "sapo":
+        if taus and self.resolved["clip"] != "sapo":
             raise ValueError(f"objective.{taus[0]} is read by objective.clip=sapo only: leave it out, or set that clip")
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Values of the preset and what is given beside it, by field; what neither sets is not among them."""
+        return {**PRESETS[self.preset], **self.departures}
 
     @property
     def departures(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from atpo_fast.config.checks import (
     check_engine,
     check_old_logprobs,
     check_row,
+    check_turn_clips,
     check_turn_rewards,
     check_unsampled_tokens,
 )
@@ -73,6 +74,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_turn_rewards(self.reward, self.credit)
+        check_turn_clips(self.credit, self.objective)
         check_row(self.data, self.rollout, self.train)
         check_old_logprobs(self.train, self.objective)
         check_engine(self.engine, self.rollout, self.train)

@@ -67,8 +67,8 @@ def assign_credit(
     an advantage, the others each trajectory: those also fill `tree.leaf_advantages` (N,), nan except on leaves, and
     `tree.advantages` is then the mean of the leaf advantages below a turn, for display. A leaf counts as often as its
     multiplicity. Trees with the same non-empty `question_id` form one question; all trees given form the batch of
-    `reinforce++` and `treepo`. A tree without leaves gets zeros. `a2tgpo` fills `tree.clip_scale`, and
-    `shared_turns="once"` `tree.turn_weight`; both are None otherwise.
+    `reinforce++` and `treepo`. A tree without leaves gets zeros. `a2tgpo` with a `clip_spread` fills `tree.clip_scale`,
+    and `shared_turns="once"` `tree.turn_weight`; both are None otherwise.
 
     Args:
         trees: trees with a reward on every leaf, or their table (`as_forest`), which packing can use again.
@@ -128,7 +128,8 @@ def _assign_returns(forest: Forest, reward: Floats, method: str, options: _Optio
     else:
         advantages, scale = a2tgpo(entries, gain, discount, options.clip_spread)
         _store(forest, values, advantages)
-        _store_turns(forest, "clip_scale", scale)
+        if options.clip_spread:
+            _store_turns(forest, "clip_scale", scale)
 
 
 def _assign_leaf_advantages(forest: Forest, reward: Floats, method: str, options: _Options) -> None:

@@ -39,6 +39,9 @@ def test_a_cap_of_zero_is_none() -> None:
         (["objective.sapo_tau_pos=2"], r"objective.sapo_tau_pos is read by objective.clip=sapo only"),
         (["objective.preset=sapo", "objective.clip=hard", "objective.sapo_tau_neg=2"], r"sapo_tau_neg is read by"),
         (["objective.level=sequence", "objective.entropy_advantage=0.2"], r"objective.level=token or turn"),
+        (["method=gspo", "objective.entropy_advantage=0.2"], r"objective.level=token or turn"),
+        (["method=a2tgpo", "objective.preset=gspo"], r"credit.clip_spread=0"),
+        (["method=a2tgpo", "objective.clip=sapo"], r"credit.clip_spread=0"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
