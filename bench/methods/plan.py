@@ -39,6 +39,11 @@ CONTENDERS = {
         ("at2po, random expansion", "at2po", (*_TREE, "rollout.strategy=random")),
         ("at2po, credit by trajectory", "at2po", (*_TREE, "credit.method=grpo")),
         ("at2po, loss by token", "at2po", (*_TREE, "objective.preset=ppo")),
+        (
+            "at2po, ten times the clip range",
+            "at2po",
+            (*_TREE, "objective.clip_low=0.03", "objective.clip_high=0.04"),
+        ),
         ("atpo", "atpo", _CHAINS),
         ("grpo", "grpo", _CHAINS),
         ("dapo", "dapo", _CHAINS),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ HEADINGS = (
     "1 hop",
     "2 hops",
     "3 hops",
+    "3 hops, less at2po",
     "area",
     "EM at equal trained tokens",
     "generated",
@@ -32,6 +33,7 @@ _NAMES = {"generated": "generated tokens", "trained": "unique tokens of updates"
 def table(records: Sequence[Record], budget: float) -> str:
     """Write a line for each contender, in Markdown: EM at half and full budget, by hops, area, and what was spent."""
     trained = common_budget(records, "trained")
+    by_seed = {record["seed"]: record for record in records if record["contender"] == "at2po"}
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}", _cold_start(records)]
     for name, runs in _by_contender(records):
 
@@ -44,6 +46,7 @@ def table(records: Sequence[Record], budget: float) -> str:
             seeds(lambda run: value_at(run, "generated", budget / 2)),
             seeds(lambda run: value_at(run, "generated", budget)),
             *(seeds(lambda run, hops=hops: value_at(run, "generated", budget, hops)) for hops in "123"),  # type: ignore[misc]
+            _paired(runs, by_seed, budget),
             seeds(lambda run: area(run, "generated", budget)),
             seeds(lambda run: value_at(run, "trained", trained)),
             *(f"{np.mean([run['points'][-1][axis] for run in runs]):,.0f}" for axis in ("generated", "trained")),
@@ -58,7 +61,15 @@ def _cold_start(records: Sequence[Record]) -> str:
     starts = {record["seed"]: record["points"][0] for record in records}.values()
     hops = [interval([point["by_hops"][hops] for point in starts]) for hops in "123"]
     em = interval([point["em"] for point in starts])
-    return f"| react (the cold start) | - | {em} | {em} | {' | '.join(hops)} | {em} | {em} | 0 | 0 | 0 |"
+    return f"| react (the cold start) | - | {em} | {em} | {' | '.join(hops)} | - | {em} | {em} | 0 | 0 | 0 |"
+
+
+def _paired(runs: Sequence[Record], by_seed: Mapping[int, Record], budget: float) -> str:
+    """Write by how much runs exceed those of at2po with the same seed, which share world and cold start."""
+    pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
+    if not pairs or runs[0]["contender"] == "at2po":
+        return "-"
+    return interval([value_at(a, "generated", budget, "3") - value_at(b, "generated", budget, "3") for a, b in pairs])
 
 
 def _by_contender(records: Sequence[Record]) -> Iterable[tuple[str, list[Record]]]:
