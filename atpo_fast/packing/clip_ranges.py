@@ -32,10 +32,10 @@ def turn_clip_ranges(forest: Forest, objective: Objective) -> dict[str, Floats]:
 
 
 def _of_tree(tree: TurnTree, name: str, usual: float, title: str) -> Floats:
-    given = getattr(tree, name)
-    values = np.full(len(tree), usual) if given is None else np.asarray(given, dtype=np.float64)
-    if tree.clip_scale is not None and len(tree.clip_scale) == len(values):
-        values = np.where(np.isnan(values), usual, values) * tree.clip_scale
+    given, scale = getattr(tree, name), tree.clip_scale
+    values = np.full(len(tree), usual) if given is None else np.where(np.isnan(given), usual, given)
+    if scale is not None and len(scale) == len(values):
+        values = values * scale
     if len(values) != len(tree) or (values < 0).any():
         raise ValueError(f"tree {title}: {name} must be one number of at least 0 for each of its {len(tree)} turns")
-    return np.where(np.isnan(values), usual, values)
+    return values

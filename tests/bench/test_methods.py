@@ -12,7 +12,7 @@ from atpo_fast.config import load_config
 from atpo_fast.config.methods import METHODS, setting
 from bench.methods.__main__ import best_rates
 from bench.methods.curves import area, common_budget, interval, value_at
-from bench.methods.plan import CONFIG, CONTENDERS, FULL, LEAVES, Trial, final, sweep
+from bench.methods.plan import CONFIG, CONTENDERS, FULL, LEAVES, Budget, Trial, final, sweep
 from bench.methods.report import HEADINGS, figures, table
 from bench.methods.trials import curve
 
@@ -50,7 +50,7 @@ def test_trials_are_what_the_plan_says() -> None:
     assert len(last) == len(CONTENDERS) * len(FULL.seeds)
     slugs = {trial.slug for trial in [*tried, *last]}
     assert len(slugs) == len({(t.contender.name, t.seed, t.rate) for t in [*tried, *last]})
-    assert last[0].slug != Trial(last[0].contender, 0, 1e-4, FULL.__class__(1, 1, (0,), (1e-4,))).slug
+    assert last[0].slug != Trial(last[0].contender, 0, 1e-4, Budget(1, 1, (0,), (1e-4,))).slug
 
 
 def test_curves() -> None:
@@ -66,7 +66,7 @@ def test_curves() -> None:
 
 def test_the_best_rate_is_that_of_the_largest_area() -> None:
     tried = [record(rate=1e-4, last=0.3), record(rate=3e-4, last=0.7), record("grpo", rate=1e-4)]
-    assert best_rates(tried, FULL.__class__(100, 1, (0,), (1e-4,))) == {"at2po": 3e-4, "grpo": 1e-4}
+    assert best_rates(tried, Budget(100, 1, (0,), (1e-4,))) == {"at2po": 3e-4, "grpo": 1e-4}
 
 
 def test_a_run_is_read_with_what_was_spent(tmp_path: Path) -> None:

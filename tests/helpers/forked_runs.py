@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.helpers.forked_imports"])
 FORK = multiprocessing.get_context("fork")
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that tell a rank its place in the group."""
 
 
 class ForkedProcess:
@@ -154,8 +156,7 @@ def _launcher(
 def _in_group(function: Callable[..., object], arguments: Sequence[Any], rank: int, ranks: int, port: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= dict(zip(PLACE, map(str, (rank, rank, ranks, ranks, "127.0.0.1", port)), strict=True))
     code = function(*arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -164,9 +165,8 @@ def _rank(words: Sequence[str], environment: Mapping[str, str]) -> int:
     """Be one process of a run, as `python -m atpo_fast.train` is."""
     from atpo_fast.train.__main__ import main
 
-    ranks = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")}
-    ranks |= {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+    place = {name: os.environ[name] for name in PLACE}
     os.environ.clear()
-    os.environ |= {**environment, **ranks}
-    sys.argv = ["atpo_fast.train", f"--local_rank={ranks['LOCAL_RANK']}", *words]
+    os.environ |= {**environment, **place}
+    sys.argv = ["atpo_fast.train", f"--local_rank={place['LOCAL_RANK']}", *words]
     return main()
