@@ -15,6 +15,8 @@ class Question:
     answers: tuple[str, ...]  # accepted answers; at least one
     source: str = ""  # data set that the question comes from
     meta: dict[str, Any] = field(default_factory=dict)
+    messages: tuple[dict[str, Any], ...] = ()  # chat prompt of the record, as it stands there (verl, TRL); none: empty
+    record: dict[str, Any] = field(default_factory=dict)  # columns of the record, as they stand there, for rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
