@@ -13,7 +13,7 @@ from pydantic import Field
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
-from atpo_fast.environment import FunctionTool, ToolBox, describe_tools, format_result, parse_call
+from atpo_fast.environment import Escaper, FunctionTool, ToolBox, describe_tools, format_result, parse_call
 
 METRES = {"km": 1000.0, "mi": 1609.344}
 
@@ -52,7 +52,7 @@ def main() -> None:
             (result,) = toolbox.run([call])
 
             # 3. The answer goes on in the same message, between result tags; no gradient flows through it.
-            print(f"--- turn\n{turn}{format_result(result.text, toolbox.names)}")
+            print(f"--- turn\n{turn}{format_result(result.text, Escaper(tokenizer, toolbox.names))}")
 
 
 if __name__ == "__main__":

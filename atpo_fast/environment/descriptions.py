@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from atpo_fast.data.prompts import NO_TOOLS, PromptKind, ToolDescriptions, template_shows_tools
 from atpo_fast.environment.arguments import JsonSchema, describe_object, text_property
-from atpo_fast.environment.tags import TAGS, close_tag, escape_tags, open_tag, special_tokens
+from atpo_fast.environment.escaping import Escaper
+from atpo_fast.environment.tags import TAGS, close_tag, open_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,14 +44,15 @@ def describe_tools(
 
     Args:
         schemas: the tools in OpenAI's form (`tool_schema`).
-        tokenizer: its special tokens are escaped in the descriptions, as the tags are; its template may show tools.
+        tokenizer: its added tokens are escaped in the descriptions, as the tags are; its template may show tools.
         kind: the prompt; `short` has no template.
         with_search: whether there is the search tool too.
     """
     if not schemas:
         return NO_TOOLS
     names = [schema["function"]["name"] for schema in schemas]
-    safe = [_escaped(schema, names, special_tokens(tokenizer)) for schema in schemas]
+    escape = Escaper(tokenizer, names)
+    safe = [_escaped(schema, escape) for schema in schemas]
     if kind == "published" and template_shows_tools(tokenizer, safe):
         return ToolDescriptions(text=_text(safe, with_search, details=False), schemas=tuple(safe))
     return ToolDescriptions(text=_text(safe, with_search, details=True))
@@ -87,12 +89,12 @@ def call_form(name: str, parameters: JsonSchema) -> str:
     return f"{open_tag(name)} {argument} {close_tag(name)}"
 
 
-def _escaped(value: Any, names: Sequence[str], special: Sequence[str]) -> Any:
-    """Return a schema whose texts hold no tag and no special token."""
+def _escaped(value: Any, escape: Escaper) -> Any:
+    """Return a schema whose texts hold no tag and no added token."""
     if isinstance(value, str):
-        return escape_tags(value, names, special)
+        return escape(value)
     if isinstance(value, list):
-        return [_escaped(item, names, special) for item in value]
+        return [_escaped(item, escape) for item in value]
     if isinstance(value, dict):
-        return {key: _escaped(item, names, special) for key, item in value.items()}
+        return {key: _escaped(item, escape) for key, item in value.items()}
     return value
