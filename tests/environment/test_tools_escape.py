@@ -159,7 +159,7 @@ DISGUISED = [
     "<\u0338tool_call>",
     "＜｜image｜＞",
     "﹤eos﹥",
-]
+,]
 TEXTS = st.lists(st.sampled_from([*PIECES, *WHOLE, *DISGUISED, "<", "＜", "tool_call", ">", "\0", "\n"]), max_size=12)
 
 
@@ -172,7 +172,7 @@ def test_an_escaped_text_is_plain_text(kind: str, text: str) -> None:
     unknown = {tokenizer.unk_token_id} if tokenizer.unk_token_id is not None else set()
     markers = {tokenizer.convert_tokens_to_ids(token) for token in (*reserved_tokens(tokenizer), *WHOLE)}
     assert not set(ids) & (markers - unknown - {None})
-    if not unknown:
+    if kind not in ("metaspace", "word level", "world"):  # they lose characters that they do not know
         decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert not [token for token in WHOLE[:10] if token in decoded]
 
