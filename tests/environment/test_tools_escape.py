@@ -159,7 +159,7 @@ DISGUISED = [
     "<\u0338tool_call>",
     "＜｜image｜＞",
     "﹤eos﹥",
-,]
+]
 TEXTS = st.lists(st.sampled_from([*PIECES, *WHOLE, *DISGUISED, "<", "＜", "tool_call", ">", "\0", "\n"]), max_size=12)
 
 
