@@ -5,7 +5,7 @@ between sections, `arithmetic.py` says what a configuration amounts to.
 """
 
 from atpo_fast.common.errors import ConfigError
-from atpo_fast.config.data import DataConfig, WorldConfig
+from atpo_fast.config.data import ColumnsConfig, DataConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig, ServerConfig, VLLMConfig
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
@@ -19,6 +19,7 @@ from atpo_fast.config.train import ColdStartConfig, DynamicSamplingConfig, EvalC
 
 __all__ = [
     "ColdStartConfig",
+    "ColumnsConfig",
     "Config",
     "ConfigError",
     "CreditConfig",

@@ -15,7 +15,7 @@ from atpo_fast.common.errors import DataError
 from atpo_fast.config import Config
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
 from atpo_fast.data.questions import Passage, Question
-from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
+from atpo_fast.data.readers import distinct_passages, read_passages, read_question_files
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment import (
     BM25Search,
@@ -117,8 +117,8 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     root = Path(os.environ.get("ATPO_DATA") or data.root)
     if not data.train_files and not data.eval_files:
         raise DataError("data.source=files needs data.train_files or data.eval_files; both are empty")
-    everything = [question for name in data.train_files for question in read_questions(root / name)]
-    held_out = [question for name in data.eval_files for question in read_questions(root / name)]
+    everything = read_question_files(root, data.train_files, data.columns)
+    held_out = read_question_files(root, data.eval_files, data.columns)
     held_out = held_out[: data.max_eval_questions]
     train = drop_overlap(everything, held_out)
     found = [passage for name in data.corpus_files for passage in read_passages(root / name)]

@@ -130,7 +130,7 @@ def _bad(rows: Any) -> Any:
         ("q.jsonl", '{"question": "a?", "answer": "b"}\n{"question": ', r"q\.jsonl, line 2: malformed JSON"),
         ("q.jsonl", "\n\n[1]", r"q\.jsonl, line 3: expected a JSON object, found an array"),  # blank lines count
         ("q.json", '{"question": "a?"}', r"q\.json: expected a JSON array of objects, found an object"),
-        ("q.csv", "question", r"q\.csv: expected a \.json, \.jsonl or \.parquet"),
+        ("q.txt", "question", r"q\.txt: expected a file of one of the types \.json, \.jsonl, \.csv, \.tsv, \.parquet"),
         ("q.jsonl", _bad({"answer": "a"}), r"line 2: no question; expected .* field question"),
         ("q.jsonl", _bad({"question": "  ", "answer": "a"}), r"line 2: no question"),
         ("q.json", _bad({"question": "q?"}), r"record 2: no answer; expected one of the fields golden_answers"),
