@@ -22,6 +22,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _TEX_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname)(?=\s?\{)"
 )
+_LONGEST_RUN, _JOINER = 30, "\u034f"
 _TEX_SPACE = re.compile(r"\\[ ,;:!]|~")
 _DASHES = "‐‑‒–—―−﹘﹣－"
 _SINGLE_QUOTES, _DOUBLE_QUOTES = "‘’‚‛′`´ʼ", "“”„‟″«»"
@@ -55,8 +56,25 @@ def f1_score(prediction: str, answers: Sequence[str], normalise: Normalisation =
 def _one_form(text: str) -> str:
     """Return text in one Unicode form, without TeX commands around text."""
     text = _TEX_SPACE.sub(" ", _TEX_COMMAND.sub("", text)).translate(_ASCII)  # ´ is a quote before it is an accent
-    text = unicodedata.normalize("NFKC", text).translate(_ASCII)
-    return "".join(character for character in text if unicodedata.category(character) != "Cf")
+    text = unicodedata.normalize("NFKC", _with_short_runs(text)).translate(_ASCII)
+    return "".join(character for character in text if unicodedata.category(character) != "Cf" and character != _JOINER)
+
+
+def _with_short_runs(text: str) -> str:
+    """Return text with a joiner after every 30 combining marks in a row (Unicode's stream-safe format).
+
+    Python sorts such a run in quadratic time.
+    """
+    if len(text) <= _LONGEST_RUN:
+        return text
+    parts, run = [], 0
+    for character in text:
+        run = run + 1 if unicodedata.combining(character) else 0
+        if run > _LONGEST_RUN:
+            parts.append(_JOINER)
+            run = 1
+        parts.append(character)
+    return "".join(parts)
 
 
 def _f1(predicted: str, answer: str) -> float:
