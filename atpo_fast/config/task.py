@@ -39,6 +39,13 @@ def _as_term(value: Any) -> Any:
     return {"function": value} if isinstance(value, str) else value
 
 
+def _quoted(value: Any) -> Any:
+    if isinstance(value, dict):
+        raise ValueError('write a template that begins with a brace in quotes: "{question}"')
+    return value
+
+
+Template = Annotated[str, BeforeValidator(_quoted)]
 RewardEntry = Annotated[RewardTermConfig, BeforeValidator(_as_term)]
 
 
@@ -53,9 +60,9 @@ class TaskConfig:
     """Prompt of a question. published: the AT2PO system prompt. short: the bare question, for models trained from
     scratch. messages: the chat of the data's own record. None: `system` and `user` where they are given, else
     published."""
-    system: str | None = None
+    system: Template | None = None
     """Template of the system message of a prompt of your own; {question} and {tools} are filled in."""
-    user: str | None = None
+    user: Template | None = None
     """Template of the user message of a prompt of your own, likewise; none, with `system`: {question}."""
     answer: str = "boxed"
     """Part of the text that is the answer. boxed: the last box in the answer tags. tag: all of the last answer tags.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from hashlib import blake2b
 from pathlib import Path
@@ -16,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from atpo_fast.common.errors import ConfigError
+
+_OTHERS_CODE = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values())
 
 
 def load_own(reference: str, key: str, default: str | None = None) -> Any:
@@ -44,11 +47,12 @@ def load_own(reference: str, key: str, default: str | None = None) -> Any:
 
 
 def place_of(error: BaseException) -> str:
-    """Say where an error was raised, in brackets with a space before them; nothing for an error without a place."""
+    """Say where the user's own code raised an error, or the code that it has called; in brackets, with a space before."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    own = [frame for frame in frames if not frame.filename.startswith(_OTHERS_CODE)]
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
 
 
 def _load_module(name: str, where: str) -> ModuleType:

@@ -12,6 +12,7 @@ It comes from the section `task`, or from a Python file of the user's own that d
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,11 @@ class TaskDefinition:
             return EXTRACTIONS[answer]  # type: ignore[index]
         if not callable(answer):
             raise ConfigError(f"answer={answer!r}: must be a function of the text, or one of {', '.join(EXTRACTIONS)}")
+        try:
+            inspect.signature(answer).bind("")
+        except (TypeError, ValueError):
+            taken = inspect.signature(answer)
+            raise ConfigError(f"answer={answer!r}: takes {taken}, and is given the text alone") from None
         return extraction_by(answer)
 
     @property
