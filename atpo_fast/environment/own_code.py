@@ -18,7 +18,10 @@ from typing import Any
 
 from atpo_fast.common.errors import ConfigError
 
-_OTHERS_CODE = (str(Path(__file__).parents[1]), *sysconfig.get_paths().values())
+_OTHERS_CODE = (
+    str(Path(__file__).parents[1]),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+)
 
 
 def load_own(reference: str, key: str, default: str | None = None) -> Any:
@@ -47,10 +50,10 @@ def load_own(reference: str, key: str, default: str | None = None) -> Any:
 
 
 def place_of(error: BaseException) -> str:
-    """Say where the user's own code raised an error, or the code that it has called; in brackets, with a space before."""
+    """Say where the user's own code raised an error, or what it has called; in brackets, with a space before them."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     own = [frame for frame in frames if not frame.filename.startswith(_OTHERS_CODE)]
     return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
 

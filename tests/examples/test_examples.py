@@ -8,7 +8,12 @@ import runpy
 import sys
 from pathlib import Path
 
-from tests.helpers.forked_runs import ForkedProcess
+import pytest
+
+from tests.docs.test_commands import lines
+from tests.helpers.forked_runs import ForkedProcess, start_command
+from tests.helpers.pages import blocks
+from tests.helpers.runs import records
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
 
@@ -46,3 +51,22 @@ def test_minimal_at2po() -> None:
     source = (ROOT / "examples/minimal_at2po.py").read_text()
     loop = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert loop.end_lineno is not None and loop.end_lineno - loop.lineno < 100
+
+
+SHELL = [block for block in blocks(ROOT / "docs/tasks.md") if block.language == "sh"]
+OWN = [words for block in SHELL for words in lines(block.code) if words[0] == "atpo-fast"]
+
+
+@pytest.mark.parametrize("words", OWN, ids=lambda words: str(next((w for w in words if "run_dir" in w), "own_task")))
+def test_own_task(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a command of docs/tasks.md does not train on its file with its reward."""
+    monkeypatch.chdir(ROOT)
+    output("own_task/formats.py", str(tmp_path))
+    words = [word.replace("data.root=runs/formats", f"data.root={tmp_path}") for word in words[1:]]
+    process = start_command(*words, "train.steps=2", f"run_dir={tmp_path / 'run'}", "device=cpu")
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text
+    logged = records(tmp_path / "run", "train")[2]
+    rewards = {"run_dir=runs/verl": "compute_score", "run_dir=runs/trl": "accuracy", "run_dir=runs/jsonl": "judge"}
+    name = next((rewards[word] for word in words if word in rewards), "close")
+    assert f"reward/{name}" in logged and logged["reward/format"] > 0.5
