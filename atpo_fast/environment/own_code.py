@@ -63,10 +63,10 @@ def _load_module(name: str, where: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except Exception as error:  # the module's own code may raise anything
-        missing = isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}.")
-        if missing:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and f"{name}.".startswith(f"{missing}."):
             raise ConfigError(
-                f"{where}: there is no module {error.name!r} in the working directory {Path.cwd()}, on PYTHONPATH, or "
+                f"{where}: there is no module {missing!r} in the working directory {Path.cwd()}, on PYTHONPATH, or "
                 "among the installed packages"
             ) from error
         raise _cannot(where, error) from error
