@@ -79,7 +79,9 @@ def _launch(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
     """Check the configuration, then start the processes and wait for them; a dry run only says what would be done."""
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        print(dump_config(config), batch_arithmetic(config), sep="\n")
+        from atpo_fast.commands.cost import cost_lines
+
+        print(dump_config(config), batch_arithmetic(config), *cost_lines(config), sep="\n")
         return 0
     read_deepspeed(config)
     from atpo_fast.commands.launcher import launch, place

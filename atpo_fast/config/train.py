@@ -31,9 +31,9 @@ class ColdStartConfig:
     """The cold start: imitation of demonstrations before RL."""
 
     when: Literal["auto", "always", "never"] = "auto"
-    """When `train` has a cold start. auto: where demonstrations are asked for (`from_evidence`, `demonstrations`), and in
-    the world for a model made from scratch. always: whatever the model; an error without demonstrations. never: RL starts
-    from the given weights."""
+    """When `train` has a cold start. auto: where demonstrations are asked for (`from_evidence`, `demonstrations`), and
+    in the world for a model made from scratch. always: whatever the model; an error without demonstrations. never: RL
+    starts from the given weights."""
     steps: int = Field(default=300, ge=1)
     """Number of optimizer steps."""
     batch_size: int = Field(default=64, ge=1)
@@ -42,6 +42,12 @@ class ColdStartConfig:
     """Peak learning rate (linear warm-up, cosine decay)."""
     warmup_steps: int = Field(default=20, ge=0)
     """Number of steps of warm-up."""
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the demonstrations that is not trained on; their loss is logged as cold_start/validation_loss."""
+    validate_every: int = Field(default=20, ge=1)
+    """Number of steps between validations."""
+    save_every: int = Field(default=50, ge=0)
+    """Number of steps between checkpoints, from which an interrupted cold start continues; 0: only when stopped."""
     from_evidence: bool = False
     """Whether demonstrations are built from the data (files): they search the titles of a training question's gold
     evidence, then answer."""

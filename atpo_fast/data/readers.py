@@ -11,6 +11,7 @@ Passages: `contents` (wiki-18: title in quotes, newline, text), `title` and `tex
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,21 @@ from atpo_fast.data.records import Record, read_records
 _ALIAS_SEPARATOR = "<|answer_split|>"
 _ID_FIELDS = ("id", "_id", "qid", "idx")
 _PARAGRAPH_FIELDS = ("context", "paragraphs", "ctxs")
+_SLICE = re.compile(r"(.*)\[(\d*):(\d*)\]")
 
 
 def read_questions(path: str | Path) -> list[Question]:
     """Read the questions of a file. Their text is stripped and ends in "?".
 
+    A path may end in a slice of Python, `train.json[:70]` or `train.json.gz[70:]`: only these questions of the file.
+
     Raises:
         FileNotFoundError: the file does not exist.
         DataError: the file is unreadable, or a record has no question or no answer; names file, record and field.
     """
+    path, wanted = _split_slice(path)
     source = _stem(path)
-    return [_question(record, source) for record in read_records(path)]
+    return [_question(record, source) for record in read_records(path)[wanted]]
 
 
 def read_passages(path: str | Path) -> list[Passage]:
@@ -44,6 +49,7 @@ def read_passages(path: str | Path) -> list[Passage]:
         FileNotFoundError: the file does not exist.
         DataError: the file is unreadable or has no passage, or a passage has no text.
     """
+    path, _ = _split_slice(path)  # passages are those of the whole file
     source = _stem(path)
     passages = distinct_passages([passage for record in read_records(path) for passage in _passages(record, source)])
     if not passages:
@@ -60,6 +66,14 @@ def distinct_passages(passages: list[Passage]) -> list[Passage]:
     for passage in passages:
         distinct.setdefault((passage.title, passage.text), passage)
     return list(distinct.values())
+
+
+def _split_slice(path: str | Path) -> tuple[Path, slice]:
+    """Split "train.json[:70]" into the path of the file and the slice; without one, all of it."""
+    found = _SLICE.fullmatch(str(path))
+    if found is None:
+        return Path(path), slice(None)
+    return Path(found[1]), slice(*(int(number) if number else None for number in found.group(2, 3)))
 
 
 def clean_question(text: str) -> str:
