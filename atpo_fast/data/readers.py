@@ -6,6 +6,7 @@ Passages: `contents` (wiki-18: title in quotes, newline, text), `title` and `tex
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import DataError
-from atpo_fast.config import ColumnsConfig
+from atpo_fast.config import ColumnsConfig, DataConfig
 from atpo_fast.data.fields import (
     PARAGRAPH_FIELDS,
     answers_of,
@@ -46,6 +47,11 @@ def read_questions(path: str | Path, columns: ColumnsConfig = _ANY_COLUMNS) -> l
     questions = [read_question(record, source, columns) for record in read_records(path)]
     _warn_of_blank_answers(path, questions)
     return questions
+
+
+def data_root(data: DataConfig) -> Path:
+    """Return the folder that data files are relative to: the environment variable ATPO_DATA, else `data.root`."""
+    return Path(os.environ.get("ATPO_DATA") or data.root)
 
 
 def read_question_files(

@@ -15,12 +15,13 @@ import pytest
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import Config, DataConfig, ModelConfig
+from atpo_fast.data.decontamination import normalise_question
 from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt, prompt_text
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import read_passages, read_questions
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
-from atpo_fast.task.task import load_task, normalise_question
+from atpo_fast.task.task import load_task
 
 REAL = os.environ.get("ATPO_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="set ATPO_DATA to a folder with the real data sets")
