@@ -113,7 +113,7 @@ def _difference(pairs: Sequence[Pair], metric: str) -> MetricDifference:
     return MetricDifference(
         first=sum(first) / len(pairs),
         second=sum(second) / len(pairs),
-        difference=estimate(differences),
+        difference=estimate(differences, bounds=(-1.0, 1.0)),
         p_value=mcnemar_exact(only_first, only_second) if exact else sign_flip_test(differences),
         test="McNemar, exact" if exact else "paired randomisation",
         only_first=only_first,

@@ -44,20 +44,30 @@ def resampled_means(values: ArrayLike, seed: int = 0) -> Floats:
     return np.concatenate(parts)
 
 
-def estimate(values: ArrayLike, seed: int = 0) -> Estimate:
-    """Return the mean of `values` (n,) with its percentile bootstrap interval."""
-    return _estimate(float(np.mean(np.asarray(values, dtype=np.float64))), resampled_means(values, seed))
+def estimate(values: ArrayLike, seed: int = 0, bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
+    """Return the mean of `values` (n,), all within `bounds`, with its percentile bootstrap interval."""
+    return weighted_estimate([values], seed, bounds)
 
 
-def weighted_estimate(sets: Sequence[ArrayLike], seed: int = 0) -> Estimate:
-    """Return the mean over the values of all sets, each set weighted by its size, with its interval.
+def weighted_estimate(
+    sets: Sequence[ArrayLike], seed: int = 0, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Estimate:
+    """Return the mean over the values of all sets, each set weighted by its size, with its bootstrap interval.
 
-    The sets are resampled one by one, since their sizes are given and not drawn.
+    The sets are resampled one by one, since their sizes are given and not drawn. Where all resamples have the same mean
+    (not one answer is right, say), the bootstrap knows no interval: it is then that within which at most the share
+    1 - (0.025)^(1/n) of all questions has other values, the exact bound for n that are equal.
     """
     arrays = [np.asarray(values, dtype=np.float64) for values in sets]
     total = sum(array.size for array in arrays)
-    means = sum(array.size / total * resampled_means(array, seed + i) for i, array in enumerate(arrays))
-    return _estimate(float(np.concatenate(arrays).mean()), np.asarray(means))
+    means = np.asarray(sum(array.size / total * resampled_means(array, seed + i) for i, array in enumerate(arrays)))
+    mean = float(np.concatenate(arrays).mean())
+    tail = (1 - LEVEL) / 2
+    if np.ptp(means) < 1e-12:
+        share = 1 - tail ** (1 / total)
+        return Estimate(mean, mean - share * (mean - bounds[0]), mean + share * (bounds[1] - mean))
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(mean, float(low), float(high))
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -118,8 +128,3 @@ def sign_flip_test(differences: ArrayLike, seed: int = 0) -> float:
         signs = generator.integers(2, size=(min(rows, FLIPS - done), given.size)) * 2 - 1
         extreme += int((np.abs(signs @ given) >= observed).sum())
     return (1 + extreme) / (1 + FLIPS)
-
-
-def _estimate(mean: float, resampled: Floats) -> Estimate:
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(mean, float(low), float(high))

@@ -90,12 +90,20 @@ def test_the_interval_is_that_of_the_binomial_within_its_width() -> None:
     assert (found.low, found.high) == pytest.approx((0.4 - half, 0.4 + half), abs=0.004)
 
 
+def test_not_one_right_answer_is_no_proof_of_zero() -> None:
+    """Fails if an interval is [0, 0] for 0 of 100: the exact upper limit (Clopper and Pearson) is 3.6 %."""
+    assert (estimate([0.0] * 100).low, estimate([0.0] * 100).high) == pytest.approx((0, 0.0362), abs=1e-4)
+    assert (estimate([1.0] * 100).low, estimate([1.0] * 100).high) == pytest.approx((0.9638, 1), abs=1e-4)
+    same = estimate([0.0] * 100, bounds=(-1, 1))
+    assert (same.low, same.high) == pytest.approx((-0.0362, 0.0362), abs=1e-4)
+
+
 def test_weights_are_the_numbers_of_questions() -> None:
     """Fails if sets are averaged with equal weights, or their sizes are resampled too."""
     large, small = [1.0] * 300, [0.0] * 100
     found = weighted_estimate([large, small])
     assert found.mean == 0.75
-    assert (found.low, found.high) == (0.75, 0.75)  # each set has no spread, so neither has the mean over both
+    assert (found.low, found.high) == pytest.approx((0.743, 0.752), abs=1e-3)  # no set has any spread
     mixed = weighted_estimate([[1.0, 0.0] * 200, small])
     assert mixed.mean == 0.4 and mixed.low < 0.4 < mixed.high
 
