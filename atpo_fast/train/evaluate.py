@@ -121,10 +121,6 @@ def answer_header(config: Config, model: Path) -> dict[str, Any]:
     }
 
 
-_QUESTION_Key = tuple[str, str]  # set and id of a question
-KEYS = ("train_files", "eval_files", "max_train_questions", "max_eval_questions", "columns", "root")
-
-
 def answered_before(run: Run, file: AnswerFile, asked: Mapping[Key, Question]) -> list[AnsweredQuestion]:
     """Return what a file holds of an evaluation; a file of another one is renamed, and a new one begun.
 
