@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
-from atpo_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, ToolsConfig, WorldConfig
+from atpo_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, TaskConfig, ToolsConfig, WorldConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.paged import PagedEngine
 from atpo_fast.environment import make_toolbox
@@ -27,7 +27,8 @@ from atpo_fast.task import Task, load_task
 from atpo_fast.train.from_config import build_model
 
 CONFIG = Config(
-    data=DataConfig(source="world", prompt="short", max_prompt_tokens=32),
+    data=DataConfig(source="world", max_prompt_tokens=32),
+    task=TaskConfig(prompt="short"),
     world=WorldConfig(
         entities=30, relations=4, max_hops=2, train_questions=300, eval_questions=60, demonstrations=1000
     ),

@@ -95,10 +95,11 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
 
     set_up_logging()
     try:
-        run = start_run(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        run = start_run(config)
         try:
             if run.is_main and verb.keeps_config:
-                save_config(run.config, run.folder / "config.yaml")
+                save_config(config, run.folder / "config.yaml")
             with run.progress:
                 return verb.work(run, arguments)
         finally:

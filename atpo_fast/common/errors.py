@@ -63,6 +63,12 @@ class EngineError(AtpoError, RuntimeError):
     and what to do."""
 
 
+class RewardError(AtpoError, RuntimeError):
+    """A reward failed on a trajectory; the message names both, and says what to do."""
+
+    exit_code = BAD_INPUT
+
+
 class ForestError(AtpoError, RuntimeError):
     """A job of search trees cannot continue; the message says why, and what its file holds."""
 

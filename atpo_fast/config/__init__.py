@@ -14,6 +14,7 @@ from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.schema import Config
 from atpo_fast.config.section import as_dict
+from atpo_fast.config.task import RewardTermConfig, TaskConfig
 from atpo_fast.config.tools import MCPServerConfig, ToolsConfig
 from atpo_fast.config.train import ColdStartConfig, DynamicSamplingConfig, EvalConfig, OptimConfig, TrainConfig
 
@@ -35,8 +36,10 @@ __all__ = [
     "OverlongConfig",
     "PagedConfig",
     "RewardConfig",
+    "RewardTermConfig",
     "RolloutConfig",
     "ServerConfig",
+    "TaskConfig",
     "ToolsConfig",
     "TrainConfig",
     "VLLMConfig",

@@ -48,9 +48,6 @@ class DataConfig:
     """Number of training questions used, the first ones; none: all."""
     max_eval_questions: int | None = Field(default=None, ge=1)
     """Number of evaluation questions used, the first ones, of each of `eval.sets` so many; none: all."""
-    prompt: Literal["published", "short"] = "published"
-    """Prompt of a question. published: the AT2PO system prompt. short: the bare question, for models trained from
-    scratch."""
     max_prompt_tokens: int = Field(default=2000, ge=1)
     """Longest prompt; a longer one is an error that names the question."""
 

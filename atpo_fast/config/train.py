@@ -30,6 +30,10 @@ class OptimConfig:
 class ColdStartConfig:
     """The cold start: imitation of demonstrations before RL."""
 
+    when: Literal["auto", "always", "never"] = "auto"
+    """When `train` has a cold start. auto: where demonstrations are asked for (`from_evidence`, `demonstrations`), and in
+    the world for a model made from scratch. always: whatever the model; an error without demonstrations. never: RL starts
+    from the given weights."""
     steps: int = Field(default=300, ge=1)
     """Number of optimizer steps."""
     batch_size: int = Field(default=64, ge=1)

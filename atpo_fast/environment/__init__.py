@@ -1,6 +1,7 @@
 """What the policy acts in: the tag protocol, the tools and their running."""
 
 from atpo_fast.environment.descriptions import describe_in_words, describe_tools, tool_schema
+from atpo_fast.environment.escaping import Escaper
 from atpo_fast.environment.function_tool import FunctionTool, ToolError
 from atpo_fast.environment.python_tool import PythonTool
 from atpo_fast.environment.result_cache import CachedTool, ResultCache
@@ -23,6 +24,7 @@ __all__ = [
     "TAGS",
     "BM25Search",
     "CachedTool",
+    "Escaper",
     "FunctionTool",
     "HTTPSearch",
     "IndexSearch",

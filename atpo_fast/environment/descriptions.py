@@ -12,9 +12,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from atpo_fast.data.prompts import NO_TOOLS, PromptKind, ToolDescriptions, template_shows_tools
+from atpo_fast.data.chat_templates import template_shows_tools
+from atpo_fast.data.prompts import NO_TOOLS, Prompt, ToolDescriptions
 from atpo_fast.environment.arguments import JsonSchema, describe_object, text_property
-from atpo_fast.environment.tags import TAGS, close_tag, escape_tags, open_tag, special_tokens
+from atpo_fast.environment.escaping import Escaper
+from atpo_fast.environment.tags import TAGS, close_tag, open_tag
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,21 +39,22 @@ def tool_schema(tool: Any) -> JsonSchema:
 
 
 def describe_tools(
-    schemas: Sequence[JsonSchema], tokenizer: PreTrainedTokenizerBase, kind: PromptKind, *, with_search: bool = True
+    schemas: Sequence[JsonSchema], tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, with_search: bool = True
 ) -> ToolDescriptions:
     """Return what a prompt says about tools beyond the published search tool.
 
     Args:
         schemas: the tools in OpenAI's form (`tool_schema`).
-        tokenizer: its special tokens are escaped in the descriptions, as the tags are; its template may show tools.
-        kind: the prompt; `short` has no template.
+        tokenizer: its added tokens are escaped in the descriptions, as the tags are; its template may show tools.
+        prompt: the prompt, which may do without the chat template.
         with_search: whether there is the search tool too.
     """
     if not schemas:
         return NO_TOOLS
     names = [schema["function"]["name"] for schema in schemas]
-    safe = [_escaped(schema, names, special_tokens(tokenizer)) for schema in schemas]
-    if kind == "published" and template_shows_tools(tokenizer, safe):
+    escape = Escaper(tokenizer, names)
+    safe = [_escaped(schema, escape) for schema in schemas]
+    if prompt.chat and template_shows_tools(tokenizer, safe, prompt.roles):
         return ToolDescriptions(text=_text(safe, with_search, details=False), schemas=tuple(safe))
     return ToolDescriptions(text=_text(safe, with_search, details=True))
 
@@ -87,12 +90,12 @@ def call_form(name: str, parameters: JsonSchema) -> str:
     return f"{open_tag(name)} {argument} {close_tag(name)}"
 
 
-def _escaped(value: Any, names: Sequence[str], special: Sequence[str]) -> Any:
-    """Return a schema whose texts hold no tag and no special token."""
+def _escaped(value: Any, escape: Escaper) -> Any:
+    """Return a schema whose texts hold no tag and no added token."""
     if isinstance(value, str):
-        return escape_tags(value, names, special)
+        return escape(value)
     if isinstance(value, list):
-        return [_escaped(item, names, special) for item in value]
+        return [_escaped(item, escape) for item in value]
     if isinstance(value, dict):
-        return {key: _escaped(item, names, special) for key, item in value.items()}
+        return {key: _escaped(item, escape) for key, item in value.items()}
     return value

@@ -3,22 +3,19 @@
 A call is `<tool>argument</tool>`, written by the policy; the closing tag ends the turn. The environment answers inside
 the same assistant message with ` <result>`, a newline, the text, a newline and `</result>` (the published protocol).
 
-What a tool answers is data. Before it becomes an observation, the first character of every tag and of every special
-token in it is written as an HTML entity (`&lt;/result>`), so that no text of a result can end the result, answer the
-question, call a tool or end the sequence. All other text is unchanged, and `unescape_tags` restores the original.
+What a tool answers is data. Before it becomes an observation, the first character of every tag and of every token that
+was added to the tokenizer is written as an HTML entity (`&lt;/result>`; `Escaper`), so that no text of a result can end
+the result, answer the question, call a tool or end the sequence. All other text is unchanged, and `unescape_tags`
+restores the original.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,54 +84,72 @@ def result_closing() -> str:
     return f"\n{close_tag(TAGS.result)}"
 
 
-def format_result(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
-    """Return the observation that carries a tool's result, its tags and special tokens escaped (`escape_tags`)."""
-    return f"{result_opening()}{escape_tags(text, tools, special_tokens)}{result_closing()}"
-
-
-def escape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
+def escape_tags(text: str, tools: Sequence[str] = (), tokens: Sequence[str] = ()) -> str:
     """Return `text` without a tag: `</result>` becomes `&lt;/result>`.
 
     What looks escaped already gets one `amp;` more. Linear in the text. Escaped are the opening and closing tags of
-    think, answer, result, search, python and `tools`, and the `special_tokens` (of a tokenizer) that start with a sign
-    and have three characters or more.
+    think, answer, result, search, python and `tools`, and the texts of `tokens`. `Escaper` does it for a tokenizer.
     """
-    return _reserved(tuple(tools), tuple(special_tokens)).sub(_escape, text)
+    return _reserved(tuple(tools), tuple(tokens)).escape(text)
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return the texts of all special tokens of a tokenizer, the named ones first."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+def format_result(text: str, escape: Callable[[str], str] = escape_tags) -> str:
+    """Return the observation that carries a tool's result, which `escape` writes without tags (see `Escaper`)."""
+    return f"{result_opening()}{escape(text)}{result_closing()}"
 
 
-def unescape_tags(text: str, tools: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> str:
-    """Return the text that `escape_tags` was given, with the same `tools` and `special_tokens`."""
-    return _reserved(tuple(tools), tuple(special_tokens)).sub(_unescape, text)
+def unescape_tags(text: str, tools: Sequence[str] = (), tokens: Sequence[str] = ()) -> str:
+    """Return the text that `escape_tags` was given, with the same `tools` and `tokens`."""
+    return _reserved(tuple(tools), tuple(tokens)).unescape(text)
 
 
-@lru_cache(maxsize=64)
-def _reserved(tools: tuple[str, ...], special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-    """Return a pattern of the first character, plain or escaped, of every text that a result may not hold."""
+def protocol_tags(tools: Sequence[str] = ()) -> list[str]:
+    """Return the opening and closing tags of think, answer, result, search, python and `tools`."""
     names = dict.fromkeys([TAGS.think, TAGS.answer, TAGS.result, *_PUBLISHED_TOOLS, *tools])
-    texts = [tag for name in names for tag in (open_tag(name), close_tag(name))]
-    texts += [token for token in special_tokens if len(token) >= 3 and not (token[0].isalnum() or token[0] in "& \n")]
-    rests: dict[str, list[str]] = {}
-    for text in texts:
-        rests.setdefault(text[0], []).append(re.escape(text[1:]))
-    patterns = [
-        f"(?:{re.escape(first)}|&(?:amp;)*{re.escape(_entity(first)[1:])})(?={'|'.join(rest)})"
-        for first, rest in rests.items()
-    ]
-    return re.compile("|".join(patterns))
+    return [tag for name in names for tag in (open_tag(name), close_tag(name))]
 
 
-def _entity(character: str) -> str:
-    return "&lt;" if character == "<" else f"&#{ord(character)};"
+class Reserved:
+    """The texts that data may not hold: tags, and `tokens` of a tokenizer, but for those that are `allowed`.
+
+    Attributes:
+        start: regular expression of their first characters, where the rest follows.
+        pattern: the same, compiled.
+    """
+
+    def __init__(self, tools: Sequence[str] = (), tokens: Sequence[str] = (), allowed: Collection[str] = ()) -> None:
+        rests: dict[str, list[str]] = {}
+        for text in dict.fromkeys([*protocol_tags(tools), *filter(None, tokens)]):
+            if text not in allowed:
+                rests.setdefault(text[0], []).append(re.escape(text[1:]))
+        follows = {first: f"(?={'|'.join(rest)})" for first, rest in rests.items()}
+        self.start = "|".join(f"{re.escape(first)}{rest}" for first, rest in follows.items()) or "(?!)"
+        self.pattern = re.compile(self.start)
+        either = [
+            f"(?:{re.escape(first)}|&(?:amp;)*{re.escape(as_entity(first)[1:])}){rest}"
+            for first, rest in follows.items()
+        ]
+        self._plain_or_escaped = re.compile("|".join(either) or "(?!)")
+
+    def escape(self, text: str) -> str:
+        """Return `text` with the first character of each of them as an entity."""
+        return self._plain_or_escaped.sub(_escape, text)
+
+    def unescape(self, text: str) -> str:
+        """Return the text that `escape` was given."""
+        return self._plain_or_escaped.sub(_unescape, text)
+
+
+_reserved = lru_cache(maxsize=64)(Reserved)
+
+
+def as_entity(character: str) -> str:
+    """Return a character as an HTML entity; an empty text stays empty."""
+    return "&lt;" if character == "<" else f"&#{ord(character)};" if character else ""
 
 
 def _escape(match: re.Match[str]) -> str:
-    return _entity(match[0]) if len(match[0]) == 1 else f"&amp;{match[0][1:]}"
+    return as_entity(match[0]) if len(match[0]) == 1 else f"&amp;{match[0][1:]}"
 
 
 def _unescape(match: re.Match[str]) -> str:

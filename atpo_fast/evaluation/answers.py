@@ -7,7 +7,7 @@ it continues. Files of a training's own evaluations have no such line.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from atpo_fast.common.jsonl import append_records, read_records
 
 HEADER = "evaluation_of"
 """Key of the first line, which no answered question has."""
-_MEANS = ("em", "f1", "format", "turns", "tool_calls", "tokens")
+_MEANS = ("em", "f1", "reward", "format", "turns", "tool_calls", "tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,8 @@ class Sample:
     answer: str | None  # answer that was read from the response; None: none could be
     em: float = 0.0
     f1: float = 0.0
+    reward: float = 0.0
+    rewards: dict[str, float] = field(default_factory=dict)  # each reward of the task, unweighted
     format: bool = False
     turns: int = 0
     tool_calls: int = 0

@@ -49,9 +49,7 @@ def estimate(values: ArrayLike, seed: int = 0, bounds: tuple[float, float] = (0.
     return weighted_estimate([values], seed, bounds)
 
 
-def weighted_estimate(
-    sets: Sequence[ArrayLike], seed: int = 0, bounds: tuple[float, float] = (0.0, 1.0)
-) -> Estimate:
+def weighted_estimate(sets: Sequence[ArrayLike], seed: int = 0, bounds: tuple[float, float] = (0.0, 1.0)) -> Estimate:
     """Return the mean over the values of all sets, each set weighted by its size, with its bootstrap interval.
 
     The sets are resampled one by one, since their sizes are given and not drawn. Where all resamples have the same mean

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
-from atpo_fast.environment.reward import normalise_answer
+from atpo_fast.common.choices import Normalisation
+from atpo_fast.environment.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.evaluation.answers import AnsweredQuestion
 from atpo_fast.evaluation.sets import BENCHMARKS, benchmark_of
 from atpo_fast.evaluation.statistics import (
@@ -19,6 +20,16 @@ from atpo_fast.evaluation.statistics import (
     weighted_estimate,
 )
 
+_MEANS = ("reward", "format", "turns", "tool_calls", "tokens", "response_tokens", "failed")
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Mean EM and F1."""
+
+    em: float
+    f1: float
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetSummary:
@@ -26,8 +37,11 @@ class SetSummary:
 
     questions: int
     samples: int  # answers to a question
-    em: Estimate
+    em: Estimate  # as the run scores it
     f1: Estimate
+    normalised: dict[str, Scores]  # EM and F1 under each normalisation of answers
+    reward: float
+    rewards: dict[str, float]  # each reward of the task
     format: float  # share of responses in the right format
     turns: float
     tool_calls: float
@@ -103,8 +117,9 @@ def summarise_set(answered: Sequence[AnsweredQuestion], in_training: int = 0) ->
         samples=samples,
         em=estimate([question.mean("em") for question in answered]),
         f1=estimate([question.mean("f1") for question in answered]),
-        **{name: _mean(answered, name) for name in ("format", "turns", "tool_calls", "tokens", "response_tokens")},
-        failed=_mean(answered, "failed"),
+        normalised={kind: _normalised(answered, kind) for kind in get_args(Normalisation)},
+        rewards=_rewards(answered),
+        **{name: _mean(answered, name) for name in _MEANS},
         pass_at={k: _pass_at(answered, k) for k in _powers_of_two(samples)} if several else {},
         majority=sum(map(_majority, answered)) / len(answered) if several else None,
         in_training=in_training,
@@ -115,6 +130,25 @@ def average(sets: Mapping[str, Sequence[AnsweredQuestion]], names: tuple[str, ..
     """Average EM and F1 over the questions of the sets `names`."""
     em, f1 = ([[question.mean(metric) for question in sets[name]] for name in names] for metric in ("em", "f1"))
     return Average(sets=names, complete=complete, em=weighted_estimate(em), f1=weighted_estimate(f1))
+
+
+def _normalised(answered: Sequence[AnsweredQuestion], kind: Normalisation) -> Scores:
+    """Score the answers once more, under a normalisation; an answer that could not be read is wrong under each."""
+    em, f1 = 0.0, 0.0
+    for question in answered:
+        read = [sample.answer for sample in question.samples if sample.answer is not None]
+        em += sum(exact_match(answer, question.answers, kind) for answer in read) / len(question.samples)
+        f1 += sum(f1_score(answer, question.answers, kind) for answer in read) / len(question.samples)
+    return Scores(em / len(answered), f1 / len(answered))
+
+
+def _rewards(answered: Sequence[AnsweredQuestion]) -> dict[str, float]:
+    """Average each reward of the task over the samples that have it."""
+    found: dict[str, list[float]] = {}
+    for sample in (sample for question in answered for sample in question.samples):
+        for name, value in sample.rewards.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def _mean(answered: Sequence[AnsweredQuestion], name: str) -> float:

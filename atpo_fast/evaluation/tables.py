@@ -34,11 +34,14 @@ def benchmark_table(summary: Summary) -> list[str]:
         [f"EM, {LEVEL:.0%} interval", *_benchmark_cells(summary, lambda part: _interval(part.em))],
         ["F1", *_benchmark_cells(summary, lambda part: f"{100 * part.f1.mean:.2f}")],
         [f"F1, {LEVEL:.0%} interval", *_benchmark_cells(summary, lambda part: _interval(part.f1))],
+        ["EM, unicode", *_benchmark_cells(summary, lambda part: _unicode(summary, part, "em"))],
+        ["F1, unicode", *_benchmark_cells(summary, lambda part: _unicode(summary, part, "f1"))],
         ["questions", *_benchmark_cells(summary, lambda part: _questions(summary, part))],
         *(_published_cells(row) for row in PUBLISHED),
         ["*published: questions*", *_published_sizes()],
     ]
-    notes = [f"* published: {row.label}: {row.source}" for row in PUBLISHED]
+    notes = ["* unicode: scored once more, with one form of accents, dashes, quotes and widths (reward.normalise)"]
+    notes += [f"* published: {row.label}: {row.source}" for row in PUBLISHED]
     notes.append(
         "* Published rows are EM of other models on whole evaluation sets, with retrieval over all of Wikipedia; they "
         "compare with ours only where questions and corpus are the same."
@@ -53,7 +56,8 @@ def set_table(summary: Summary) -> list[str]:
     ks = sorted({k for found in summary.sets.values() for k in found.pass_at})
     votes = sorted({found.samples for found in summary.sets.values() if found.majority is not None})
     headings = [
-        "set", "questions", "EM", "F1", "format", "turns", "tool calls", "tokens written", "tokens with results",
+        "set", "questions", "EM", "F1", "EM published", "F1 published", "EM unicode", "F1 unicode", "reward", "format",
+        "turns", "tool calls", "tokens written", "tokens with results",
         "failed", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in votes), "in training",
     ]  # fmt: skip
     rows = [[name, *_set_cells(found, ks, votes)] for name, found in summary.sets.items()]
@@ -65,7 +69,10 @@ def set_table(summary: Summary) -> list[str]:
 
 
 def _set_cells(found: SetSummary, ks: Sequence[int], votes: Sequence[int]) -> list[str]:
-    cells = [str(found.questions), _with_interval(found.em), _with_interval(found.f1), f"{100 * found.format:.1f} %"]
+    cells = [str(found.questions), _with_interval(found.em), _with_interval(found.f1)]
+    for kind in ("published", "unicode"):
+        cells += [f"{100 * found.normalised[kind].em:.2f}", f"{100 * found.normalised[kind].f1:.2f}"]
+    cells += [f"{found.reward:.3f}", f"{100 * found.format:.1f} %"]
     cells += [f"{found.turns:.2f}", f"{found.tool_calls:.2f}", f"{found.tokens:.0f}", f"{found.response_tokens:.0f}"]
     cells.append(f"{100 * found.failed:.1f} %")
     cells += [f"{100 * found.pass_at[k]:.2f}" if k in found.pass_at else "" for k in ks]
@@ -93,6 +100,13 @@ def _questions(summary: Summary, part: SetSummary | Average) -> str:
     if isinstance(part, SetSummary):
         return str(part.questions)
     return str(sum(summary.sets[name].questions for name in part.sets))
+
+
+def _unicode(summary: Summary, part: SetSummary | Average, metric: str) -> str:
+    """Return a mean under the normalisation `unicode`, of a set or over the questions of several."""
+    parts = [part] if isinstance(part, SetSummary) else [summary.sets[name] for name in part.sets]
+    values = [found.questions * float(getattr(found.normalised["unicode"], metric)) for found in parts]
+    return f"{100 * sum(values) / sum(found.questions for found in parts):.2f}"
 
 
 def _published_cells(row: PublishedRow) -> list[str]:

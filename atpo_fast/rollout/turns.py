@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.engines.base import Completion, Request, SamplingParams
+from atpo_fast.environment.escaping import Escaper
 from atpo_fast.environment.tags import (
     CALL_LIMIT_NOTICE,
     ToolCall,
@@ -18,7 +19,6 @@ from atpo_fast.environment.tags import (
     parse_call,
     result_closing,
     result_opening,
-    special_tokens,
 )
 from atpo_fast.rollout.branch import Branch
 from atpo_fast.tree.turn_tree import TokenIds
@@ -45,7 +45,7 @@ class TurnWriter:
         self._stop = tuple(close_tag(name) for name in names)
         self._opening_tokens = len(self._encode(result_opening()))
         self._closing = self._encode(result_closing())
-        self._special = special_tokens(tokenizer)
+        self._escape = Escaper(tokenizer, self.names)
         self._vocabulary = len(tokenizer.get_vocab())
 
     def request(self, branch: Branch, greedy: bool, top_logprobs: int = 0) -> Request:
@@ -90,7 +90,7 @@ class TurnWriter:
     def observations(self, texts: Sequence[str]) -> list[TokenIds]:
         """Encode results, each distinct text once, and cut them to `max_result_tokens`."""
         encoded = {
-            text: self.cut(self._encode(format_result(text, self.names, self._special)), self.tools.max_result_tokens)
+            text: self.cut(self._encode(format_result(text, self._escape)), self.tools.max_result_tokens)
             for text in dict.fromkeys(texts)
         }
         return [encoded[text] for text in texts]

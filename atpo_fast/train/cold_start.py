@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from atpo_fast.common.files import replacing
-from atpo_fast.config import ColdStartConfig, OptimConfig
+from atpo_fast.config import ColdStartConfig, Config, OptimConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
 from atpo_fast.policy import Policy
@@ -36,14 +36,32 @@ LIKELIHOOD = Objective(aggregation="token-mean")
 def starting_model(run: Run) -> tuple[Path | str, float]:
     """Return (folder of the model that RL starts from, seconds that its cold start took).
 
-    It is the given model, or that of a cold start where the task has demonstrations, or a random one.
+    It is the model of a cold start where the run has one (`wants_cold_start`), else the given or a random one.
     """
-    if run.config.model.path is not None:
-        return run.config.model.path, 0.0
-    if run.task.demonstrations:
+    given = run.config.model.path
+    if wants_cold_start(run.config, bool(run.task.demonstrations)):
         folder = cold_start(run)
         return folder, float(json.loads((folder / "state.json").read_text())["seconds"])
+    if given is not None:
+        if run.task.demonstrations:
+            run.progress.message(
+                f"no cold start: RL starts from the weights of model.path={given} (cold_start.when=always trains them on "
+                "the demonstrations first)"
+            )
+        return given, 0.0
     return _random_model(run), 0.0
+
+
+def wants_cold_start(config: Config, demonstrations: bool) -> bool:
+    """Tell whether RL begins with a cold start, given whether the task has demonstrations.
+
+    Under `auto` the world's own demonstrations are for models made from scratch, those of the configuration for any.
+    """
+    settings = config.cold_start
+    if settings.when == "never" or not demonstrations:
+        return False
+    asked_for = settings.from_evidence or settings.demonstrations is not None
+    return settings.when == "always" or asked_for or config.model.path is None
 
 
 def cold_start(run: Run) -> Path:

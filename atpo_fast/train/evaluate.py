@@ -15,6 +15,7 @@ from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import replacing
 from atpo_fast.config import Config, RolloutConfig, as_dict
 from atpo_fast.data.questions import Question
+from atpo_fast.environment.decoding import decode_actions, decode_observations
 from atpo_fast.evaluation.answers import (
     FAILED,
     AnsweredQuestion,
@@ -225,18 +226,21 @@ def _answered(run: Run, name: str, scored: ScoredTree, samples: int) -> Answered
 
 def _sample(run: Run, scored: ScoredTree, number: int) -> Sample:
     leaf, tree = scored.scores[number], scored.tree
-    turns = [tree.turns[n] for n in tree.path(leaf.turn)[1:]]
-    ids = [token for turn in turns for token in (*turn.action_ids.tolist(), *turn.observation_ids.tolist())]
+    turns, tokenizer = [tree.turns[n] for n in tree.path(leaf.turn)[1:]], run.task.tokenizer
+    texts = zip(decode_actions(tokenizer, turns), decode_observations(tokenizer, turns), strict=True)
+    written = sum(len(turn.action_ids) for turn in turns)
     return Sample(
         answer=leaf.answer,
         em=leaf.em,
         f1=leaf.f1,
+        reward=leaf.reward,
+        rewards=leaf.rewards,
         format=leaf.format_ok,
         turns=leaf.turns,
         tool_calls=leaf.tool_calls,
-        tokens=sum(len(turn.action_ids) for turn in turns),
-        response_tokens=len(ids),
-        response=run.task.tokenizer.decode(ids),
+        tokens=written,
+        response_tokens=written + sum(len(turn.observation_ids) for turn in turns),
+        response="".join(action + observation for action, observation in texts),
     )
 
 

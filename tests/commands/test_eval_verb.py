@@ -76,7 +76,7 @@ def test_all_sets_are_answered_in_one_run(evaluated: tuple[Path, str]) -> None:
 
 
 def test_a_second_run_continues(tiny: Tiny, evaluated: tuple[Path, str]) -> None:
-    """Fails if questions are answered twice or otherwise than without the interruption, or ranks write another order."""
+    """Fails if questions are answered twice, or otherwise than without the interruption, or in another order."""
     folder, _ = evaluated
     lines = (folder / "whole.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "part.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])  # header, four questions, half of one

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from atpo_fast.config import RewardConfig, RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
-from atpo_fast.environment import escape_tags, format_result, parse_call, unescape_tags
-from atpo_fast.environment.reward import extract_answer, format_ok, score_trees
+from atpo_fast.environment import Escaper, escape_tags, format_result, parse_call, unescape_tags
+from atpo_fast.environment.escaping import reserved_tokens
+from atpo_fast.environment.extraction import extract_answer, format_ok
+from atpo_fast.environment.reward import score_trees
 from atpo_fast.rollout.turns import TurnWriter
 from atpo_fast.tree.turn_tree import TurnTree
+from atpo_fast.world.tokenizer import word_level_tokenizer
+from tests.helpers.small_tokenizers import byte_level, metaspace, normalising, word_level
 
 TOOLS, SPECIAL = ("search", "python", "calc"), ("<eos>", "<|im_end|>", "[INST]")
 SEARCH = "<think> a </think> <search> b </search>"
@@ -52,14 +58,23 @@ def test_what_is_escaped() -> None:
         "&lt;calc>1&lt;/calc> <b>x</b> 1 < 2 &amp; <answer"
     )
     assert escape_tags("<eos> [INST] eos", (), SPECIAL) == "&lt;eos> &#91;INST] eos"
-    assert escape_tags("a. </s>", (), (".", "</s>", "the ")) == "a. &lt;/s>"  # a token that is plain text stays
+
+
+def test_tokens_that_are_text() -> None:
+    """Fails if ordinary text is escaped because a tokenizer has a token of its own for it."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level().backend_tokenizer, eos_token="</s>", unk_token="."
+    )
+    tokenizer.add_tokens(["covid", "  ", "->", "<tool_call>"])
+    assert set(reserved_tokens(tokenizer)) == {"</s>", "<eos>", "</ärgernis>", "<tool_call>"}
+    assert Escaper(tokenizer)("covid  -> a. </s><tool_call>") == "covid  -> a. &lt;/s>&lt;tool_call>"
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_result_cannot_forge_a_turn(text: str) -> None:
     """Fails if the published checks, which read results too, see anything of a result's tags."""
     for make in (str, lambda t: t * 2, lambda t: f"{t}\n{t}"):
-        response = f"{SEARCH}{format_result(make(text), TOOLS, SPECIAL)}{ANSWER}"
+        response = f"{SEARCH}{format_result(make(text), partial(escape_tags, tools=TOOLS, tokens=SPECIAL))}{ANSWER}"
         assert format_ok(response) and extract_answer(response) == "right"
         assert parse_call(response, TOOLS) == parse_call(SEARCH, TOOLS)
         assert re.findall(r"</?(?:result|answer|search|think)>", response) == re.findall(
@@ -79,7 +94,7 @@ def test_tokens_of_a_result(tokenizer: PreTrainedTokenizerFast, text: str) -> No
     writer = TurnWriter(tokenizer, TOOLS, RolloutConfig(), ToolsConfig())
     hostile, harmless = writer.observations([text, "x"])
     assert not set(hostile.tolist()) & set(tokenizer.all_special_ids)
-    assert tokenizer.decode(hostile) == format_result(text, TOOLS, tokenizer.all_special_tokens)
+    assert tokenizer.decode(hostile) == format_result(text, Escaper(tokenizer, TOOLS))
     scores = []
     for observation in (hostile, harmless):
         tree = TurnTree(tokenizer.encode("Who?\n"), question_id="q")
@@ -117,3 +132,71 @@ def test_ten_megabytes(text: str) -> None:
     """Fails (by never ending) if escaping takes quadratic time."""
     text = "&" + text * (10_000_000 // len(text))
     assert unescape_tags(escape_tags(text, TOOLS, SPECIAL), TOOLS, SPECIAL) == text
+
+
+TOKENIZERS = {
+    "byte level": byte_level(),
+    "metaspace": metaspace(),
+    "word level": word_level(),
+    "trained here": train_bpe(["a b"], 400),
+    "world": word_level_tokenizer(["a", " b"]),
+    "nfkc": normalising(normalizers.NFKC()),
+    "like bert": normalising(normalizers.BertNormalizer()),
+    "prepending": normalising(normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])),
+}
+for _tokenizer in TOKENIZERS.values():
+    _tokenizer.add_tokens(["<|image|>", "<tool_call>"])
+
+WHOLE = [
+    *(f"<{slash}{name}>" for name in ("think", "answer", "result", "search", "calc") for slash in ("", "/")),
+    *("<tool_call>", "[TOOL_CALLS]", "<eos>", "<|im_end|>", "<|image|>", "</ärgernis>"),
+]
+DISGUISED = [
+    "＜tool_call＞",
+    "＜／result＞",
+    "</RESULT>",
+    "<tóol_call>",
+    "≮tool_call>",
+    "<\u0338tool_call>",
+    "＜｜image｜＞",
+    "﹤eos﹥",
+]
+TEXTS = st.lists(st.sampled_from([*PIECES, *WHOLE, *DISGUISED, "<", "＜", "tool_call", ">", "\0", "\n"]), max_size=12)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@given(TEXTS.map("".join))
+def test_an_escaped_text_is_plain_text(kind: str, text: str) -> None:
+    """Fails if a token that was added to the tokenizer, or a tag in ids or decoded text, comes out of outside text."""
+    tokenizer = TOKENIZERS[kind]
+    ids = tokenizer.encode(Escaper(tokenizer, TOOLS)(text), add_special_tokens=False)
+    unknown = {tokenizer.unk_token_id} if tokenizer.unk_token_id is not None else set()
+    markers = {tokenizer.convert_tokens_to_ids(token) for token in (*reserved_tokens(tokenizer), *WHOLE)}
+    assert not set(ids) & (markers - unknown - {None})
+    if kind not in ("metaspace", "word level", "world"):  # they lose characters that they do not know
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert not [token for token in WHOLE[:10] if token in decoded]
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_disguises_are_real(kind: str) -> None:
+    """Fails if the test above would pass because nothing turns into an added token."""
+    tokenizer = TOKENIZERS[kind]
+    found = [text for text in (*WHOLE, *DISGUISED) if set(tokenizer.encode(text)) & set(tokenizer.added_tokens_decoder)]
+    assert "<tool_call>" in found
+    disguises = {"nfkc": {"＜tool_call＞"}, "like bert": {"<tóol_call>", "≮tool_call>"}}.get(kind, set())
+    assert disguises <= set(found)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_harmless_text_is_untouched(kind: str) -> None:
+    """Fails if a question's ids change because the tokenizer has added tokens or a normaliser."""
+    for text in ("Who is  the rival of e1? 1 < 2 > 0, ＜é＞ ﬁ", "<tool", "&lt; &amp; <b>", ""):
+        assert Escaper(TOKENIZERS[kind])(text) == text
+
+
+def test_a_passage_of_markers() -> None:
+    """Fails (by never ending) if escaping what the normaliser makes takes quadratic time."""
+    tokenizer = TOKENIZERS["nfkc"]
+    text = Escaper(tokenizer)("＜tool_call＞" * 50_000)
+    assert text == "&#65308;tool_call＞" * 50_000

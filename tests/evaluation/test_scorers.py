@@ -7,12 +7,12 @@ import string
 
 import pytest
 
-from atpo_fast.environment.reward import exact_match, f1_score, normalise_answer
+from atpo_fast.environment.matching import exact_match, f1_score, normalise_answer
 
 WORDS = [
     "a", "an", "the", "The", "AN", "yes", "no", "noanswer", "No", "Oslo", "oslo", "Zoë", "Zoe\u0308", "İzmir", "ǅ",
     "straße", "STRASSE", "Ａ", "1914–1918", "1914-1918", "“Oslo”", "O'Neil", "O’Neil", "!!!", "the-the", "a.", "_the_",
-    "東京", "a東", "don't", "U.S.", "$", "½", "²", "\u00a0", "\u200b", "\t", "\n", "a\u0301", "Ａn", "3,000", "the1", "λ",
+    "東京", "a東", "don't", "U.S.", "$", "½", "²", "\u00a0", "\u200b", "\t", "\n", "a\u0301", "Ａn", "3,000", "the1",
 ]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def pairs(count: int) -> list[tuple[str, list[str]]]:
 
 
 def test_scores_are_the_official_ones() -> None:
-    """Fails for another treatment of case, punctuation, articles, white space, Unicode, yes and no, or several golds."""
+    """Fails for another treatment of case, punctuation, articles, space, Unicode, yes and no, or several golds."""
     values = set()
     for prediction, golds in pairs(1000):
         em, f1 = exact_match(prediction, golds), f1_score(prediction, golds)

@@ -94,6 +94,17 @@ def test_several_samples() -> None:
     assert (shown["pass@1"], shown["pass@4"], shown["maj@4"], shown["questions"]) == ("37.50", "100.00", "50.00", "2")
 
 
+def test_both_normalisations_are_reported() -> None:
+    """Fails if one of them is that which the run scored by, or an unread answer is left out of the mean."""
+    samples = tuple(Sample(answer=answer) for answer in ("1914–1918", "1914-1918", None, "1920"))
+    answered = [AnsweredQuestion(set="nq", id="0", question="?", answers=("1914-1918",), samples=samples)]
+    found = summarise(answered)
+    normalised = found.sets["nq"].normalised
+    assert (normalised["published"].em, normalised["unicode"].em, found.sets["nq"].em.mean) == (0.25, 0.5, 0.0)
+    (row,) = (line for line in benchmark_table(found) if line.startswith("| EM, unicode"))
+    assert cells(row)[-4:] == ["50.00", "–", "–", "50.00\\*"]
+
+
 def test_files_round_trip_and_old_files_are_named(tmp_path: Path) -> None:
     """Fails if a field is lost, a lone surrogate breaks the file, or a repeated question counts twice."""
     answered = [question("own", 0, 1.0, 0.0), question("nq", 0, 0.5, answers=["\ud800é"])]

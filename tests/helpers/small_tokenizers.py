@@ -1,10 +1,10 @@
-"""Small tokenizers of three kinds, and where a stop string ends in their tokens."""
+"""Small tokenizers of several kinds, and where a stop string ends in their tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -40,6 +40,15 @@ def word_level() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def normalising(normalizer: normalizers.Normalizer) -> PreTrainedTokenizerFast:
+    """Byte-level, behind a normaliser that is applied to most of its added tokens as well."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokens = ["<tool_call>", "[TOOL_CALLS]", "</think>", "  ", "covid"]
+    tokenizer.add_tokens([AddedToken(token, normalized=token != "</think>", special=False) for token in tokens])
+    return tokenizer
 
 
 def first_stop(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stops: Sequence[str]) -> tuple[int, str] | None:
