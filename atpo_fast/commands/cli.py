@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from atpo_fast.commands.cold_start import COLD_START
+from atpo_fast.commands.data import PREPARE
 from atpo_fast.commands.doctor import DOCTOR
 from atpo_fast.commands.evaluate import COMPARE, EVALUATE
 from atpo_fast.commands.export import EXPORT
@@ -19,7 +20,7 @@ from atpo_fast.common.errors import exit_code
 from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
-VERBS = (*(verb.as_verb() for verb in LAUNCHED), COMPARE, REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
+VERBS = (*(verb.as_verb() for verb in LAUNCHED), COMPARE, PREPARE, REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -66,17 +66,20 @@ def read_question_files(
         FileNotFoundError, DataError: as `read_questions`.
     """
     found = [(name, question) for name in names for question in read_questions(Path(root) / name, columns)]
-    uses = Counter(question.id for _, question in found)
+    ids = distinct_ids([(name, question.id) for name, question in found])
+    return [replace(question, id=new) for new, (_, question) in zip(ids, found, strict=True)]
+
+
+def distinct_ids(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Return an id for each (file name, id), of which none is twice (see `read_question_files`)."""
+    uses = Counter(given for _, given in found)
     taken: Counter[str] = Counter()
-    questions = []
-    for name, question in found:
-        if uses[question.id] > 1:
-            told_apart = f"{_without_suffixes(name)}:{question.id}"
-            taken[told_apart] += 1
-            number = taken[told_apart]
-            question = replace(question, id=told_apart if number == 1 else f"{told_apart}#{number}")
-        questions.append(question)
-    return questions
+    ids = []
+    for name, given in found:
+        told_apart = f"{_without_suffixes(name)}:{given}" if uses[given] > 1 else given
+        taken[told_apart] += 1
+        ids.append(told_apart if taken[told_apart] == 1 else f"{told_apart}#{taken[told_apart]}")
+    return ids
 
 
 def read_question(record: Record, source: str, columns: ColumnsConfig = _ANY_COLUMNS) -> Question:
