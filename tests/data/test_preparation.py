@@ -126,7 +126,7 @@ def test_every_layout_becomes_one_and_nothing_is_lost(tmp_path: Path, capsys: py
     assert (musique.answers, musique.meta) == (("Oslo", "Kristiania"), {"evidence_titles": ["B"]})
     passages = read_passages(tmp_path / "out/train/both.jsonl")
     assert [(p.title, p.text) for p in passages] == [
-        ("New Bridge", "1. 2."), ("Old Bridge", "Three."), ("River", "Four."), ("A", "Five."), ("B", "Six.")
+        ("New Bridge", "One. Two."), ("Old Bridge", "Three."), ("River", "Four."), ("A", "Five."), ("B", "Six.")
     ]  # fmt: skip
     row = json.loads((tmp_path / "out/train/both.jsonl").read_text().splitlines()[0])
     assert row["supporting_facts"] == [["Old Bridge", 0], ["New Bridge", 1]]
@@ -208,6 +208,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         found = self.path == self.FILE
         self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("Content-Length", str(len(self.CONTENT) if found else 0))
         self.send_header("ETag", '"0123456789abcdef0123456789abcdef01234567"')
         self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
