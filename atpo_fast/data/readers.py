@@ -6,6 +6,7 @@ Passages: `contents` (wiki-18: title in quotes, newline, text), `title` and `tex
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import DataError
-from atpo_fast.config import ColumnsConfig
+from atpo_fast.config import ColumnsConfig, DataConfig
 from atpo_fast.data.fields import (
     PARAGRAPH_FIELDS,
     answers_of,
@@ -53,6 +54,11 @@ def read_questions(path: str | Path, columns: ColumnsConfig = _ANY_COLUMNS) -> l
     return questions
 
 
+def data_root(data: DataConfig) -> Path:
+    """Return the folder that data files are relative to: the environment variable ATPO_DATA, else `data.root`."""
+    return Path(os.environ.get("ATPO_DATA") or data.root)
+
+
 def read_question_files(
     root: str | Path, names: Iterable[str], columns: ColumnsConfig = _ANY_COLUMNS
 ) -> list[Question]:
@@ -65,17 +71,20 @@ def read_question_files(
         FileNotFoundError, DataError: as `read_questions`.
     """
     found = [(name, question) for name in names for question in read_questions(Path(root) / name, columns)]
-    uses = Counter(question.id for _, question in found)
+    ids = distinct_ids([(name, question.id) for name, question in found])
+    return [replace(question, id=new) for new, (_, question) in zip(ids, found, strict=True)]
+
+
+def distinct_ids(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Return an id for each (file name, id), of which none is twice (see `read_question_files`)."""
+    uses = Counter(given for _, given in found)
     taken: Counter[str] = Counter()
-    questions = []
-    for name, question in found:
-        if uses[question.id] > 1:
-            told_apart = f"{_without_suffixes(name)}:{question.id}"
-            taken[told_apart] += 1
-            number = taken[told_apart]
-            question = replace(question, id=told_apart if number == 1 else f"{told_apart}#{number}")
-        questions.append(question)
-    return questions
+    ids = []
+    for name, given in found:
+        told_apart = f"{_without_suffixes(name)}:{given}" if uses[given] > 1 else given
+        taken[told_apart] += 1
+        ids.append(told_apart if taken[told_apart] == 1 else f"{told_apart}#{taken[told_apart]}")
+    return ids
 
 
 def read_question(record: Record, source: str, columns: ColumnsConfig = _ANY_COLUMNS) -> Question:
