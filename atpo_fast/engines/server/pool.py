@@ -106,6 +106,8 @@ class ReplicaPool:
                 problem, avoid = f"{replica.url}: {error}", replica
                 if error.down:
                     self._suspect(replica, str(error))
+                if error.redraw:
+                    body["seed"] = (body["seed"] + 1) % 2**63
             except ServerError as error:
                 raise ServerError(f"{replica.url}: {error}") from error
             finally:
