@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from atpo_fast.common.errors import DataError
 from atpo_fast.data.questions import Passage
 from atpo_fast.retrieval import BM25Index, Index, document_contents, open_index
 
@@ -97,7 +98,8 @@ class HTTPSearch:
     """The search tool over a retrieval server: `POST {"queries": [...], "topk": k, "return_scores": true}`.
 
     The answer is `{"result": [per query: [{"document": {...}, "score": ...}, ...]]}`, best first; bare documents are
-    understood too. A document has `contents`, or `title` and `text`.
+    understood too. A document has `contents`, or `title` and `text`; other common names are read as well
+    (`document_contents`).
 
     Connections are kept open between requests, and go straight to the server: a retrieval server stands in the local
     network as a rule, so the proxies that the environment names (HTTP_PROXY, ALL_PROXY) are not used.
@@ -145,7 +147,16 @@ class HTTPSearch:
             raise ValueError(
                 f'retrieval server {self.url}: expected {{"result": [...]}} with {len(queries)} lists of hits'
             )
-        return [format_hits([_contents(hit) for hit in hits], self.passage_chars) for hits in found]
+        try:
+            return [format_hits(_texts(hits), self.passage_chars) for hits in found]
+        except ValueError as error:
+            raise ValueError(f"retrieval server {self.url}: {error}") from None
+
+    def __enter__(self) -> HTTPSearch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connections; a later search opens new ones."""
@@ -165,6 +176,21 @@ def format_hits(contents: Sequence[str], passage_chars: int) -> str:
     return "\n".join(f"Page {number}: {page[:passage_chars]}" for number, page in enumerate(pages, start=1))
 
 
-def _contents(hit: dict[str, Any]) -> str:
-    """Return the text of one hit of a retrieval server."""
-    return document_contents({"text": ""} | hit.get("document", hit))
+def _texts(hits: Any) -> list[str]:
+    """Return the texts of one query's hits. Documents without text are left out where others have one.
+
+    Raises ValueError where none has, with the fields that the first has instead, and for anything but documents.
+    """
+    if not isinstance(hits, list):
+        raise ValueError(f"expected a list of hits for each query, not {type(hits).__name__}")
+    if others := [hit for hit in hits if not isinstance(hit, dict | str)]:
+        raise ValueError(f"a hit must be an object or a text, not {type(others[0]).__name__}")
+    texts, fault = [], None
+    for hit in hits:
+        try:
+            texts.append(document_contents(hit))
+        except DataError as error:
+            fault = fault or error
+    if fault is not None and not texts:
+        raise fault
+    return texts

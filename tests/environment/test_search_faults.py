@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -46,7 +47,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(500)
         if mode == "slow":
             self.server.release.wait(600)
-        answer = ANSWERS.get(mode, ANSWERS["fine"])
+        answer = json.dumps(self.server.own).encode() if self.server.own else ANSWERS.get(mode, ANSWERS["fine"])
         if mode not in FAILING and mode != "not UTF-8" and len(body["queries"]) > 1:
             found = json.loads(answer)["result"]
             answer = json.dumps({"result": found * len(body["queries"])}).encode()
@@ -63,6 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     mode = "fine"
     faults = 0  # so many requests fail first
+    own: Any = None  # an answer in place of the mode's
     daemon_threads = True
 
     def __init__(self) -> None:
@@ -131,6 +133,50 @@ def test_the_answer_tells_what_went_wrong(server: _Server, mode: str) -> None:
     with make_toolbox(url, timeout_seconds=patience(mode)) as toolbox:
         (result,) = toolbox.run([ToolCall("search", "one")])
     assert not result.ok and result.text.startswith("Tool(search) failed: ") and len(result.text) < 400
+
+
+@pytest.mark.parametrize(
+    ("hit", "expected"),
+    [
+        ({"document": {"id": "1", "content": "one"}}, "one"),
+        ({"document": {"passage": "one", "title": "T"}, "score": 1.0}, '"T"\none'),
+        ({"document": {"contents": None, "text": "one"}}, "one"),
+        ({"document": {"metadata": {"text": "one"}, "id": 3}}, "one"),
+        ({"_source": {"title": "T", "body": "one"}, "_score": 2.0}, '"T"\none'),
+        ({"text": "beside", "document": {"contents": "one"}}, "one"),
+        ({"document": "one"}, "one"),
+        ("one", "one"),
+        ({"page_content": "one", "metadata": {"source": "x"}}, "one"),
+        ({"document": {"title": "T", "text": ["one", "two"]}}, '"T"\none two'),
+    ],
+)
+def test_common_names_of_a_hit_s_text(server: _Server, hit: Any, expected: str) -> None:
+    """Fails if a server that names its text otherwise is taken for one that finds nothing."""
+    server.own = {"result": [[hit, hit, {"document": {"id": 2, "contents": None}}]]}
+    with HTTPSearch(server.url) as search:
+        assert search("x") == f"Page 1: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("hits", "words"),
+    [
+        (
+            [{"document": {"id": "1", "contents": None}}],
+            "found the fields document.id, document.contents (null); expec",
+        ),
+        ([{"document": {"id": "1", "abstract": "one"}}], "document.abstract; expected one of contents, text, content"),
+        ([{}], "a dict without fields"),
+        (["one", 3], "a hit must be an object or a text, not int"),
+        ({"documents": []}, "expected a list of hits for each query, not dict"),
+        (None, "expected a list of hits for each query, not NoneType"),
+    ],
+)
+def test_hits_without_text_are_a_failure(server: _Server, hits: Any, words: str) -> None:
+    """Fails if hits whose text is not found are answered with "No search results found."."""
+    server.own = {"result": [hits]}
+    with HTTPSearch(server.url) as search, pytest.raises(ValueError, match=re.escape(words)) as error:
+        search("x")
+    assert server.url in str(error.value)
 
 
 def test_a_server_that_comes_back_is_used_again(server: _Server) -> None:
