@@ -51,7 +51,18 @@ def rollout_metrics(
         "rate/train_tokens_per_s": counts["tokens/trained"] / update_seconds,
         "time/total": step_seconds,
         **counts,
+        **_failure_rates(counts),
     }
+
+
+def _failure_rates(counts: Mapping[str, float]) -> dict[str, float]:
+    """Compute the share of each tool's calls that failed, of the tools that were called."""
+    tools = [name.removesuffix("/calls") for name, calls in counts.items() if _is_calls(name) and calls]
+    return {f"{tool}/failure_rate": counts[f"{tool}/failures"] / counts[f"{tool}/calls"] for tool in tools}
+
+
+def _is_calls(name: str) -> bool:
+    return name.startswith("tool/") and name.endswith("/calls")
 
 
 def add_up(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -10,12 +10,22 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
+from atpo_fast.common.errors import ToolFailureError
 from atpo_fast.config import RolloutConfig, ToolsConfig
-from atpo_fast.environment import HTTPSearch, ToolBox, ToolCall
+from atpo_fast.environment import (
+    HTTPSearch,
+    ToolBox,
+    ToolCall,
+    ToolCounts,
+    ToolError,
+    ToolWatch,
+    check_tools,
+)
 from atpo_fast.rollout import TreeSearch
 from tests.helpers.scripted_engine import TOKENIZER, ScriptedEngine, questions, roll_out, search_then_answer
 
@@ -193,6 +203,80 @@ def test_a_retry_hides_a_transient_error(server: _Server) -> None:
     with make_toolbox(server.url, retries=3) as toolbox:
         (result,) = toolbox.run([ToolCall("search", "one")])
     assert result.ok and result.text == "Page 1: one two"
+
+
+DEAD = "http://127.0.0.1:9/retrieve"
+
+
+def test_what_became_of_the_calls_is_counted(server: _Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if a failure is not counted as what it was, or a roll-out with many of them passes in silence."""
+    with make_toolbox(server.url, retries=0, timeout_seconds=0.2) as toolbox:
+        watch = ToolWatch(toolbox.counts, toolbox.last_failures)
+        for number, mode in enumerate(("fine", "500", "slow", "fine", "malformed", "fine", "no hits")):
+            server.mode = mode
+            toolbox.run([ToolCall("search", str(number))])
+        toolbox.run([ToolCall("search", "", problem="nothing to run"), ToolCall("unknown", "x")])
+        assert toolbox.counts == {"search": ToolCounts(calls=7, failures=3, timeouts=1)}
+        watch.settle()
+        (line,) = caplog.messages
+        assert line.startswith("tool 'search': 3 of 7 calls failed (1 timed out); last: Tool(search) failed: ")
+        server.mode = "fine"
+        toolbox.run([ToolCall("search", "once more")])
+        caplog.clear()
+        watch.settle()
+        assert not caplog.messages
+
+
+def test_a_tool_s_refusals_say_nothing_against_it() -> None:
+    """Fails if a policy that writes bad calls ends the run."""
+
+    def refuse(text: str) -> str:
+        raise ToolError("not like this")
+
+    def nothing(text: str) -> str:
+        return ""
+
+    with ToolBox([refuse, nothing], retries=0) as toolbox:
+        watch = ToolWatch(toolbox.counts, toolbox.last_failures)
+        toolbox.run([ToolCall("refuse", str(number)) for number in range(9)])
+        watch.settle()
+        assert toolbox.counts["refuse"] == ToolCounts(calls=9, refused=9)
+        toolbox.run([ToolCall("nothing", str(number)) for number in range(4)])
+        assert toolbox.counts["nothing"] == ToolCounts(calls=4, failures=4, empty=4)
+        with pytest.raises(ToolFailureError, match=r"no call of 'nothing' was answered, 4 in a row; last: .*empty"):
+            watch.settle()
+
+
+def test_a_tool_that_answers_nothing_ends_the_run() -> None:
+    """Fails if a dead server lets a run go on, one failed call ends it, or the message does not help."""
+    with make_toolbox(DEAD, retries=0) as toolbox:
+        watch = ToolWatch(toolbox.counts, toolbox.last_failures)
+        toolbox.run([ToolCall("search", "a"), ToolCall("search", "b")])
+        watch.settle()
+        watch.settle()  # nothing was called
+        toolbox.run([ToolCall("search", "a"), ToolCall("search", "b")])
+        words = rf"no call of 'search' was answered, 4 in a row; last: Tool\(search\) failed: .*{DEAD}.* goes on from"
+        with pytest.raises(ToolFailureError, match=words):
+            watch.settle()
+
+
+def test_a_dead_server_is_found_when_a_run_starts(
+    server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails if nobody at tools.search_url is noticed, the message does not help, or a cache cannot do without it."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:10")  # is not asked
+    check_tools(ToolsConfig(search_backend="http", search_url=server.url))
+    check_tools(ToolsConfig(search_url=DEAD))
+    check_tools(ToolsConfig(builtin=["python"], search_backend="http", search_url=DEAD))
+    words = rf"retrieval server {DEAD}: .*http_proxy of the environment are not used.*atpo-fast retriever.*search_url"
+    with pytest.raises(ToolFailureError, match=words):
+        check_tools(ToolsConfig(search_backend="http", search_url=DEAD))
+    server.own = {"result": [[{"document": {"abstract": "one"}}]]}
+    with pytest.raises(ToolFailureError, match=r"document\.abstract; expected one of contents"):
+        check_tools(ToolsConfig(search_backend="http", search_url=server.url))
+    assert not caplog.messages
+    check_tools(ToolsConfig(search_backend="http", search_url=DEAD, cache=str(tmp_path / "cache.sqlite")))
+    assert f"retrieval server {DEAD}" in caplog.messages[0] and "the cache of results" in caplog.messages[0]
 
 
 def _held() -> tuple[int, int]:
