@@ -38,10 +38,12 @@ def _check(run: Run) -> None:
     if run.config.method == "react":
         raise ValueError("method=react has nothing to train: use `atpo-fast eval` with model.path, or another method")
     from atpo_fast.engines import check_engine
+    from atpo_fast.environment import check_tools
     from atpo_fast.train.from_config import make_objective, max_prefix
 
     max_prefix(run.config, make_objective(run.config))
     check_engine(run.config)
+    check_tools(run.config.tools)
 
 
 def _finish(run: Run, summary: dict[str, Any]) -> None:

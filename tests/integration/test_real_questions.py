@@ -41,8 +41,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "cold_start"
 
 
-# Fails for a method that the short prompts and quick answers of the world suit, and real ones do not: a prompt of hundreds
-# of tokens, results cut in the middle, questions of which none is answered.
+# Fails for a method that the short prompts and quick answers of the world suit, and real ones do not: a prompt of
+# hundreds of tokens, results cut in the middle, questions of which none is answered.
 @pytest.mark.data
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "react"])
 def test_a_method_by_its_name(tmp_path: Path, start: Path, method: str) -> None:
