@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_no_length_finds_a_kernel_uncompiled() -> None:
-    """Fails if a kernel is specialised on a number of rows, of ranges or of turns, on a block that lengths decide, or on
-    where a slice of a batch begins: each rank would then compile for seconds, at another step than the others."""
+    """Fails if a kernel is specialised on a number of rows, of ranges or of turns, on a block that lengths decide, or
+    on where a slice of a batch begins: ranks would then compile for seconds, each at another step."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tests.helpers.compilations", "12"]
