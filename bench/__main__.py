@@ -7,6 +7,7 @@
     python -m bench streaming            compare the schedules of rollouts
     python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
     python -m bench threads              measure how long waiting threads should spin
+    python -m bench.gpu_day              the first quarter of an hour on a GPU: docs/gpu_day.md
 
 Each takes --help. `pytest bench --benchmark-only` times the same cases with pytest-benchmark.
 
