@@ -167,9 +167,7 @@ def test_a_definition_that_is_broken(folder: Path, reference: str, message: str)
 def test_faults_of_the_data_are_found_when_the_task_is_loaded(folder: Path) -> None:
     """Fails if a reward's missing column or a record without a chat is found out by the first roll-out."""
     (folder / "rewards.py").write_text("def graded(completions, grade):\n    return [0.0] * len(completions)\n")
-    with pytest.raises(
-        DataError, match=r"has no column grade, which the reward graded takes; it has question, "
-    ):
+    with pytest.raises(DataError, match=r"has no column grade, which the reward graded takes; it has question, "):
         load_task(files(user="{question}", rewards=["rewards.py:graded"]))
     with pytest.raises(DataError, match=r"task.prompt=messages needs a chat in its record"):
         load_task(files(prompt="messages"))
