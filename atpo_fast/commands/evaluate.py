@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from atpo_fast.commands.launched import LaunchedVerb
-from atpo_fast.commands.model_folder import newest_model
+from atpo_fast.commands.model_folder import model_to_use
 from atpo_fast.commands.verb import Verb
 from atpo_fast.common.errors import STOPPED, DataError, StopRequested
 from atpo_fast.common.files import replacing
@@ -26,12 +26,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--name",
         type=_file_name,
         metavar="NAME",
-        help="write eval/NAME.jsonl, .json and .md in run_dir; default: given with model.path, else newest",
+        help="write eval/NAME.jsonl, .json and .md in run_dir; default: newest, or given for model.path",
     )
 
 
 def evaluate(run: Run, arguments: argparse.Namespace) -> int:
-    """Evaluate `model.path`, or else the run folder's newest model, on all sets; returns the exit code."""
+    """Evaluate the run folder's newest model, or else `model.path`, on all sets; returns the exit code."""
     from atpo_fast.evaluation.sets import evaluation_sets
     from atpo_fast.train.evaluate import AnswerFile, answer_header, answer_sets, answering_config
     from atpo_fast.train.sampler import Sampler
@@ -42,8 +42,7 @@ def evaluate(run: Run, arguments: argparse.Namespace) -> int:
     for question in (question for questions in sets.values() for question in questions):
         run.task.encode_prompt(question)  # raises for one that is too long, before the model is loaded
     run = replace(run, config=answering_config(run.config))
-    given = run.config.model.path
-    model = Path(given) if given else newest_model(run.folder)
+    model, given = model_to_use(run.folder, run.config.model.path, arguments.overrides)
     path = run.folder / "eval" / f"{arguments.name or ('given' if given else 'newest')}.jsonl"
     file = AnswerFile(path, answer_header(run.config, model))
     try:
@@ -119,7 +118,8 @@ def _file_name(name: str) -> str:
 EVALUATE = LaunchedVerb(
     name="eval",
     summary="answers to all evaluation sets: EM, F1, intervals, format, turns, tool calls, tokens, pass@k, maj@k",
-    detail="Evaluates model.path, or else the newest checkpoint of run_dir, on eval.sets (named lists of files) and "
+    detail="Evaluates model.path where the command line gives it, else the newest checkpoint of run_dir, else the "
+    "configuration's model.path, on eval.sets (named lists of files) and "
     "data.eval_files, by any engine. Writes eval/NAME.jsonl (every answer with its whole response), NAME.json and "
     "NAME.md (tables, published results beside ours) in run_dir. The same command continues an interrupted "
     "evaluation; answers of another model or configuration are put aside. data.max_eval_questions limits each set; "

@@ -76,4 +76,5 @@ TRAIN = LaunchedVerb(
     example="atpo-fast train --config configs/quickstart.yaml run_dir=runs/mine train.steps=10",
     work=train,
     keeps_config=True,
+    tells_cost=True,
 )
