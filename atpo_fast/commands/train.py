@@ -38,10 +38,12 @@ def _check(run: Run) -> None:
     if run.config.method == "react":
         raise ValueError("method=react has nothing to train: use `atpo-fast eval` with model.path, or another method")
     from atpo_fast.engines import check_engine
+    from atpo_fast.environment import check_tools
     from atpo_fast.train.from_config import make_objective, max_prefix
 
     max_prefix(run.config, make_objective(run.config))
     check_engine(run.config)
+    check_tools(run.config.tools)
 
 
 def _finish(run: Run, summary: dict[str, Any]) -> None:
@@ -54,6 +56,9 @@ def _finish(run: Run, summary: dict[str, Any]) -> None:
 
 
 def _closing_words(summary: dict[str, Any], questions: int, page: Path) -> str:
+    if not questions:
+        words = "nothing was evaluated: there are no evaluation questions (data.eval_files)"
+        return f"{words}; {summary['train_seconds']:.0f} s; report: {page}"
     words = (
         f"EM on {questions} evaluation questions: {summary['cold_start_em']:.3f} before RL, "
         f"{summary['final_em']:.3f} after"
@@ -71,4 +76,5 @@ TRAIN = LaunchedVerb(
     example="atpo-fast train --config configs/quickstart.yaml run_dir=runs/mine train.steps=10",
     work=train,
     keeps_config=True,
+    tells_cost=True,
 )

@@ -69,6 +69,10 @@ class RewardError(AtpoError, RuntimeError):
     exit_code = BAD_INPUT
 
 
+class ToolFailureError(AtpoError, RuntimeError):
+    """A tool answers no call, so that rolling out goes on for nothing; the message says which, why, and what to do."""
+
+
 class ForestError(AtpoError, RuntimeError):
     """A job of search trees cannot continue; the message says why, and what its file holds."""
 

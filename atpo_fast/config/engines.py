@@ -69,7 +69,8 @@ class ServerConfig:
     name: Literal["server"] = "server"
     """Kind of the engine."""
     urls: list[str] = Field(default_factory=list)
-    """Addresses of the replicas, such as http://node7:8000. All serve one model; ranks share them."""
+    """Addresses of the replicas, such as http://node7:8000. All serve one model; ranks share them. They are reached
+    directly: the environment's proxies (HTTP_PROXY) are not used."""
     cache_tokens: int = Field(default=262144, ge=64)
     """Room in the replicas' caches that a rank counts on, in tree tokens: no question begins beyond it."""
     model: str | None = None

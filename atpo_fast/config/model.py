@@ -27,8 +27,8 @@ class ModelConfig:
     """Python package that ships the model; `path` is then a path inside it. `make train` installs it."""
     reference_path: str | None = None
     """Hugging Face folder of the reference policy for the KL term; none: the policy as it was at the start of RL."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter dtype of the policy."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
+    """Parameter dtype of the policy. auto: bfloat16 on a GPU and on a CPU that multiplies in it, else float32."""
     gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_checkpointing_name)] = "none"
     """What the backward computes again instead of keeping it. layer (or true): whole decoder layers. mlp: the MLP of
     each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""

@@ -76,7 +76,8 @@ class ToolsConfig:
     index_dir: str | None = None
     """Index folder that `atpo-fast retriever` has built; none: the corpus is indexed in memory (bm25 only)."""
     search_url: str = "http://127.0.0.1:8000/retrieve"
-    """Address of the retrieval server."""
+    """Address of the retrieval server, asked once when a run starts. It is reached directly: the environment's proxies
+    (HTTP_PROXY) are not used."""
     top_k: int = Field(default=3, ge=1)
     """Number of passages per search."""
     passage_chars: int = Field(default=1000, ge=1)

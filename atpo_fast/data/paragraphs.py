@@ -16,6 +16,8 @@ from atpo_fast.common.errors import DataError
 from atpo_fast.data.fields import PARAGRAPH_FIELDS, in_json
 from atpo_fast.data.records import Record
 
+Fact = tuple[str, int | None]
+
 _TEXT_NAMES = ("paragraph_text", "text", "sentences", "content")
 _EVIDENCE_NAMES = ("is_supporting", "isgold")
 
@@ -39,16 +41,19 @@ def paragraphs_of(record: Record) -> list[Paragraph]:
     field, entries = _entries(record)
     if field is None:
         return []
-    facts = set(_fact_titles(_inside(record.value, "supporting_facts")))
+    facts = {title for title, _ in _facts(_inside(record.value, "supporting_facts"))}
     return [_paragraph(record, f"{field}[{i}]", entry, facts) for i, entry in enumerate(entries)]
 
 
 def evidence_titles(record: Record) -> list[str]:
     """Return the titles of the paragraphs that hold the evidence, in the order of the facts; none: not known."""
-    titles = _fact_titles(_inside(record.value, "supporting_facts"))
-    if not titles:
-        titles = [str(entry.get("title")) for entry in _marked(record.value)]
-    return list(dict.fromkeys(titles))
+    return list(dict.fromkeys(title for title, _ in supporting_facts(record)))
+
+
+def supporting_facts(record: Record) -> list[Fact]:
+    """Return the facts that support the answer, in their order: (title, number of the sentence or None)."""
+    facts = _facts(_inside(record.value, "supporting_facts"))
+    return facts or [(str(entry.get("title")), None) for entry in _marked(record.value)]
 
 
 def _marked(value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -69,18 +74,20 @@ def _inside(value: Mapping[str, Any], name: str) -> Any:
     return in_json(found)
 
 
-def _fact_titles(facts: Any) -> list[str]:
-    """Return the titles of supporting facts: pairs [title, sentence], objects with a title, or columns of both."""
+def _facts(facts: Any) -> list[Fact]:
+    """Read supporting facts: pairs [title, sentence], objects with a title, or columns of both."""
     if isinstance(facts, Mapping):
-        titles = facts.get("title")
-        return [str(title) for title in titles] if isinstance(titles, list) else []
-    titles = []
+        titles, sentences = facts.get("title"), facts.get("sent_id")
+        titles = titles if isinstance(titles, list) else []
+        facts = list(zip_longest(titles, sentences if isinstance(sentences, list) else []))[: len(titles)]
+    found: list[Fact] = []
     for fact in facts if isinstance(facts, list) else []:
-        if isinstance(fact, list | tuple) and fact:
-            titles.append(str(fact[0]))
-        elif isinstance(fact, Mapping) and fact.get("title") is not None:
-            titles.append(str(fact["title"]))
-    return titles
+        if isinstance(fact, Mapping):
+            fact = fact.get("title"), fact.get("sent_id")
+        if isinstance(fact, list | tuple) and fact and fact[0] is not None:
+            sentence = fact[1] if len(fact) > 1 else None
+            found.append((str(fact[0]), sentence if isinstance(sentence, int) else None))
+    return found
 
 
 def _entries(record: Record) -> tuple[str | None, list[Any]]:

@@ -6,6 +6,8 @@ Passages: `contents` (wiki-18: title in quotes, newline, text), `title` and `tex
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import DataError
-from atpo_fast.config import ColumnsConfig
+from atpo_fast.config import ColumnsConfig, DataConfig
 from atpo_fast.data.fields import (
     PARAGRAPH_FIELDS,
     answers_of,
@@ -30,6 +32,7 @@ from atpo_fast.data.records import Record, read_records
 _LOG = logging.getLogger(__name__)
 _SPLITS = ("train", "dev", "validation", "val", "test", "data")
 _ANY_COLUMNS = ColumnsConfig()
+_SLICE = re.compile(r"(.*)\[(\d*):(\d*)\]")
 
 
 def read_questions(path: str | Path, columns: ColumnsConfig = _ANY_COLUMNS) -> list[Question]:
@@ -38,14 +41,22 @@ def read_questions(path: str | Path, columns: ColumnsConfig = _ANY_COLUMNS) -> l
     The columns are those that `columns` names, else recognised (`fields.py`). A question that does not say which data
     set it comes from takes the file's name, or its folder's where the file is named after a split (`nq/test.jsonl`).
 
+    A path may end in a slice of Python, `train.json[:70]` or `train.json.gz[70:]`: only these questions of the file.
+
     Raises:
         FileNotFoundError: the file does not exist.
         DataError: the file is unreadable, or a record has no question or no answer; names file, record and field.
     """
+    path, wanted = _split_slice(path)
     source = source_name(path)
-    questions = [read_question(record, source, columns) for record in read_records(path)]
+    questions = [read_question(record, source, columns) for record in read_records(path)[wanted]]
     _warn_of_blank_answers(path, questions)
     return questions
+
+
+def data_root(data: DataConfig) -> Path:
+    """Return the folder that data files are relative to: the environment variable ATPO_DATA, else `data.root`."""
+    return Path(os.environ.get("ATPO_DATA") or data.root)
 
 
 def read_question_files(
@@ -60,17 +71,20 @@ def read_question_files(
         FileNotFoundError, DataError: as `read_questions`.
     """
     found = [(name, question) for name in names for question in read_questions(Path(root) / name, columns)]
-    uses = Counter(question.id for _, question in found)
+    ids = distinct_ids([(name, question.id) for name, question in found])
+    return [replace(question, id=new) for new, (_, question) in zip(ids, found, strict=True)]
+
+
+def distinct_ids(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Return an id for each (file name, id), of which none is twice (see `read_question_files`)."""
+    uses = Counter(given for _, given in found)
     taken: Counter[str] = Counter()
-    questions = []
-    for name, question in found:
-        if uses[question.id] > 1:
-            told_apart = f"{_without_suffixes(name)}:{question.id}"
-            taken[told_apart] += 1
-            number = taken[told_apart]
-            question = replace(question, id=told_apart if number == 1 else f"{told_apart}#{number}")
-        questions.append(question)
-    return questions
+    ids = []
+    for name, given in found:
+        told_apart = f"{_without_suffixes(name)}:{given}" if uses[given] > 1 else given
+        taken[told_apart] += 1
+        ids.append(told_apart if taken[told_apart] == 1 else f"{told_apart}#{taken[told_apart]}")
+    return ids
 
 
 def read_question(record: Record, source: str, columns: ColumnsConfig = _ANY_COLUMNS) -> Question:
@@ -100,6 +114,7 @@ def read_passages(path: str | Path) -> list[Passage]:
         FileNotFoundError: the file does not exist.
         DataError: the file is unreadable or has no passage, or a passage has no text.
     """
+    path, _ = _split_slice(path)  # passages are those of the whole file
     source = source_name(path)
     passages = distinct_passages([passage for record in read_records(path) for passage in _passages(record, source)])
     if not passages:
@@ -116,6 +131,14 @@ def distinct_passages(passages: list[Passage]) -> list[Passage]:
     for passage in passages:
         distinct.setdefault((passage.title, passage.text), passage)
     return list(distinct.values())
+
+
+def _split_slice(path: str | Path) -> tuple[Path, slice]:
+    """Split "train.json[:70]" into the path of the file and the slice; without one, all of it."""
+    found = _SLICE.fullmatch(str(path))
+    if found is None:
+        return Path(path), slice(None)
+    return Path(found[1]), slice(*(int(number) if number else None for number in found.group(2, 3)))
 
 
 def source_name(path: str | Path) -> str:

@@ -78,7 +78,9 @@ def saved_dataset_rows(folder: Path) -> list[Row]:
         splits = ", ".join(sorted(str(state.parent) for state in folder.glob("*/state.json")))
         raise DataError(f"{folder} holds several splits; name one of them: {splits}")
     if not (folder / "state.json").is_file():
-        raise DataError(f"{folder} is a folder, and not one of a data set saved with save_to_disk (it has no state.json)")
+        raise DataError(
+            f"{folder} is a folder, and not one of a data set saved with save_to_disk (it has no state.json)"
+        )
     rows: list[Row] = []
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))

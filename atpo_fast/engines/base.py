@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from atpo_fast.common.errors import EngineError
 from atpo_fast.engines.prefix_check import PrefixCheck
@@ -26,7 +26,7 @@ from atpo_fast.engines.request import (
     SamplingParams,
     TurnKey,
 )
-from atpo_fast.engines.stops import StopTables, end_of_sequence_ids
+from atpo_fast.engines.stops import StopTables, end_of_sequence_ids, missing_ids
 from atpo_fast.engines.weight_stream import checked
 
 __all__ = [
@@ -147,6 +147,11 @@ class CheckedEngine(Engine):
         tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
         vocab_size: V; token ids are in [0, V).
         shapes: the model's parameters as `parameter_shapes` lists them; `checked` compares new weights with them.
+        generation: the model's generation settings, which may name further end-of-sequence ids.
+
+    Attributes:
+        eos_ids: tokens that end a completion.
+        missing_ids: ids for which the tokenizer has no token, (m,); none of them is ever sampled.
     """
 
     def __init__(
@@ -154,11 +159,13 @@ class CheckedEngine(Engine):
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
         shapes: Mapping[str, tuple[str, torch.Size]],
+        generation: GenerationConfig | None,
     ) -> None:
         self.counters = EngineCounters()
         self.in_flight: dict[TurnKey, Request] = {}
         self.awake = True
-        self.eos_ids = end_of_sequence_ids(tokenizer)
+        self.eos_ids = end_of_sequence_ids(tokenizer, generation)
+        self.missing_ids = missing_ids(tokenizer, vocab_size)
         self.vocab_size, self.shapes = vocab_size, shapes
         self.stops = StopTables(tokenizer, vocab_size)
         self._prefixes = PrefixCheck()

@@ -15,8 +15,8 @@ class SamplingParams:
     """Parameters by which a completion is sampled.
 
     `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch truncation off. A completion ends after the token that
-    completes one of the `stop` strings (the token stays), after `eos_token_id`, or at `max_new_tokens`. `top_logprobs`
-    asks for the log-probs of as many likeliest candidates with each token; 0 costs nothing.
+    completes one of the `stop` strings (the token stays), after an end-of-sequence id, or at `max_new_tokens`.
+    `top_logprobs` asks for the log-probs of as many likeliest candidates with each token; 0 costs nothing.
     """
 
     max_new_tokens: int
@@ -69,7 +69,10 @@ class Completion:
 
     `logprobs`: log-prob of each token under the distribution it was really drawn from (temperature, top-p and top-k
     included). `policy_logprobs`: under the policy at this temperature without truncation, which is what the trainer
-    recomputes. The two are equal when truncation is off. Greedy decoding reports both at temperature 1.
+    recomputes. The two are equal when truncation is off and the tokenizer has a token for each row of the embedding:
+    rows without one are never drawn, and the trainer's softmax runs over them too. Engines that learn of such a row
+    only when it is drawn (vllm, server) leave their share out of `logprobs`. Greedy decoding reports both at
+    temperature 1.
     `top_logprobs`: where asked for, a list for each token with the log-probs of the `top_logprobs` likeliest candidates
     and, where it is none of them, of the sampled token. They are those of the distribution
     that `policy_logprobs` are of.

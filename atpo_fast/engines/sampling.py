@@ -57,32 +57,45 @@ def sample(
     logits: Tensor,  # (R, V) float32 or float64
     uniform: NDArray[np.float64],  # (R,) in [0, 1)
     params: SamplingTable,  # parameters of the same R rows
+    missing: Tensor | None = None,  # (m,) ids that are never drawn
 ) -> Draw:
     """Draw one token per row.
 
-    Order of truncation: temperature, then top-k, then top-p on what is left (at least one token stays). Greedy rows
-    (temperature 0) take the arg-max and report log-probs at temperature 1.
+    Order of truncation: temperature, then the `missing` ids, then top-k, then top-p on what is left (at least one token
+    stays). The normaliser of `policy_logprobs` runs over all V ids, the missing ones too, as the trainer's does. Greedy
+    rows (temperature 0) take the arg-max and report `policy_logprobs` at temperature 1.
     """
     greedy = params.temperature == 0
     logp = torch.log_softmax(_scale(logits, np.where(greedy, 1.0, params.temperature)), dim=-1)
-    if greedy.all():
-        tokens = logits.argmax(dim=-1)
-        chosen = _pick(logp, tokens)
-        return Draw(tokens, chosen, chosen)
+    possible = _without(logp, missing)
+    likeliest = _without(logits, missing).argmax(dim=-1) if greedy.any() else None
+    if greedy.all() and likeliest is not None:
+        return _untruncated(likeliest, logp, possible)
     numbers = torch.from_numpy(uniform).to(logits)
-    tokens = _invert_cdf(logp.exp(), numbers)
-    if greedy.any():
-        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), logits.argmax(dim=-1), tokens)
-    policy = _pick(logp, tokens)
+    tokens = _invert_cdf(possible.exp(), numbers)
+    if likeliest is not None:
+        tokens = torch.where(torch.from_numpy(greedy).to(logits.device), likeliest, tokens)
+    draw = _untruncated(tokens, logp, possible)
     truncated = ((params.top_k > 0) | (params.top_p < 1)) & ~greedy
     if not truncated.any():
-        return Draw(tokens, policy, policy)
+        return draw
     index = np.flatnonzero(truncated)
     rows = torch.from_numpy(index).to(logits.device)
-    drawn = policy.clone()
-    tokens[rows], drawn[rows] = _sample_truncated(logp[rows], numbers[rows], params.rows(index))
+    drawn, policy = draw.logprobs.clone(), draw.policy_logprobs
+    tokens[rows], drawn[rows] = _sample_truncated(possible[rows], numbers[rows], params.rows(index))
     policy[rows] = _pick(logp[rows], tokens[rows])
     return Draw(tokens, drawn, policy)
+
+
+def _without(values: Tensor, missing: Tensor | None) -> Tensor:
+    """Return (R, V) values that are minus infinity for the missing ids; the same tensor where there are none."""
+    return values if missing is None or not len(missing) else values.index_fill(1, missing, float("-inf"))
+
+
+def _untruncated(tokens: Tensor, logp: Tensor, possible: Tensor) -> Draw:
+    """Look up both log-probs of (R,) tokens that were drawn from what is `possible` of `logp`, (R, V) each."""
+    policy = _pick(logp, tokens)
+    return Draw(tokens, policy if possible is logp else policy - possible.logsumexp(dim=-1), policy)
 
 
 def candidate_logprobs(
@@ -90,6 +103,7 @@ def candidate_logprobs(
     draw: Draw,
     temperature: NDArray[np.float64],  # (R,) 0 is greedy
     counts: NDArray[np.int64],  # (R,) number of candidates of each row, none of them 0
+    missing: Tensor | None = None,  # (m,) ids that are no candidates
 ) -> Tensor:
     """Look up the log-probs of each row's likeliest candidates and of its drawn token.
 
@@ -97,8 +111,8 @@ def candidate_logprobs(
     stands from a row's count on, and for a drawn token that is among the candidates. They are those of the distribution
     of `Draw.policy_logprobs`, whose normaliser they share.
     """
-    count = min(int(counts.max()), logits.shape[1])
-    scaled, ids = torch.topk(logits, count, dim=-1)
+    count = min(int(counts.max()), logits.shape[1] - (0 if missing is None else len(missing)))
+    scaled, ids = torch.topk(_without(logits, missing), count, dim=-1)
     drawn = draw.tokens[:, None]
     heat = torch.from_numpy(np.where(temperature == 0, 1.0, temperature)).to(logits)[:, None]
     normaliser = logits.gather(1, drawn) / heat - draw.policy_logprobs[:, None]

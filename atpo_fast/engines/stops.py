@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 _TABLE_TOKENS = 16384  # tokens walked at once
 
@@ -57,10 +59,43 @@ class StopTables:
         return self._tables[stops]
 
 
-def end_of_sequence_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List the tokens that end a completion."""
-    ids = tokenizer.eos_token_id
-    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+def end_of_sequence_ids(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> list[int]:
+    """List the tokens that end a completion: the tokenizer's own first, then those of the model's generation settings.
+
+    Chat models often have several (`eos_token_id: [128001, 128008, 128009]`). A single id that was only taken over from
+    the model's configuration may be a default of its architecture, so it counts where it is a special token.
+    """
+    own, others = _listed(tokenizer.eos_token_id), _listed(generation.eos_token_id if generation else None)
+    if len(others) == 1 and getattr(generation, "_from_model_config", False):
+        others = [index for index in others if index in _special_ids(tokenizer)]
+    return list(dict.fromkeys([*own, *others]))
+
+
+def folder_generation(folder: Path | str) -> GenerationConfig:
+    """Read the generation settings of a model folder; where it has none, those of the model's configuration."""
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+
+
+def missing_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> NDArray[np.int64]:
+    """List the ids below `vocab_size` for which the tokenizer has no token, ascending.
+
+    They are rows of the embedding that are there for its size to be a multiple of some number, and may never be
+    sampled: no text would follow from them.
+    """
+    known = np.zeros(vocab_size, dtype=np.bool_)
+    known[[index for index in tokenizer.get_vocab().values() if index < vocab_size]] = True
+    return np.flatnonzero(~known)
+
+
+def _listed(ids: int | Sequence[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 class StopMatcher:
@@ -142,10 +177,10 @@ def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> lis
     """List the UTF-8 text that each of `vocab_size` token ids adds in the middle of a sequence.
 
     Byte-level BPE gives raw bytes, so that a stop string may end inside a character. Any other tokenizer is asked:
-    the text of an ordinary token followed by the token in question, less the text of the former. Ids beyond the
-    tokenizer's add nothing.
+    the text of an ordinary token followed by the token in question, less the text of the former. Ids without a token
+    add nothing.
     """
-    known = min(len(tokenizer), vocab_size)
+    known = min(max(tokenizer.get_vocab().values(), default=-1) + 1, vocab_size)
     if _is_byte_level(tokenizer):
         texts = _byte_level_texts(tokenizer, known)
     else:

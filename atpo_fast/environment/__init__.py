@@ -16,8 +16,9 @@ from atpo_fast.environment.tags import (
     parse_call,
     unescape_tags,
 )
+from atpo_fast.environment.tool_watch import ToolCounts, ToolWatch
 from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
-from atpo_fast.environment.tools import close_tools, described_schemas, make_toolbox, open_further_tools
+from atpo_fast.environment.tools import check_tools, close_tools, described_schemas, make_toolbox, open_further_tools
 
 __all__ = [
     "CALL_LIMIT_NOTICE",
@@ -34,8 +35,11 @@ __all__ = [
     "Tool",
     "ToolBox",
     "ToolCall",
+    "ToolCounts",
     "ToolError",
     "ToolResult",
+    "ToolWatch",
+    "check_tools",
     "close_tools",
     "describe_in_words",
     "describe_tools",

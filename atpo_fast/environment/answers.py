@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic_core import to_json
 
 from atpo_fast.environment.function_tool import ToolError
+
+FailureKind = Literal["error", "timeout", "empty", "refused"]
 
 _ERROR_CHARS = 200
 _FINAL_CHARS = 2000
@@ -18,13 +20,18 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The reason why a try gave no answer. When it is `final`, its text answers the call without another try."""
+    """The reason why a try gave no answer. When it is `final`, its text answers the call without another try.
+
+    `kind` refused is that of a call that the tool works on but does not accept (ToolError); it says nothing against
+    the tool.
+    """
 
     text: str
     final: bool = False
+    kind: FailureKind = "error"
 
 
-_EMPTY = Failure("returned empty output.")
+_EMPTY = Failure("returned empty output.", kind="empty")
 Outcome = str | Failure  # of one call in one try
 
 
@@ -47,10 +54,11 @@ def answer_text(answer: Any, max_chars: int) -> Outcome:
 def failure_of(error: BaseException) -> Failure:
     """Return the failure that an exception means; those that end a program are failures like others."""
     if isinstance(error, ToolError):
-        return Failure(_clean(str(error)[:_FINAL_CHARS]), final=True)
+        return Failure(_clean(str(error)[:_FINAL_CHARS]), final=True, kind="refused")
     if not isinstance(error, Exception):
         error = RuntimeError(_one_line(error))
-    return Failure(f"failed: {_one_line(error)}")
+    kind: FailureKind = "timeout" if isinstance(error, TimeoutError) else "error"
+    return Failure(f"failed: {_one_line(error)}", kind=kind)
 
 
 def _one_line(error: BaseException) -> str:

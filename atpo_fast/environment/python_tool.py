@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -16,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 from typing import IO, ClassVar
 
 from atpo_fast.environment import bubblewrap, python_sandbox
@@ -26,6 +28,8 @@ _FOLDER = Path(python_sandbox.__file__).parent
 _START = (
     f"import sys; sys.path.insert(0, {str(_FOLDER)!r}); import python_sandbox; del sys.path[0]; python_sandbox.main()"
 )
+_FENCE = re.compile(r"\s*(?:```+|~~~+)[ \t]*(?:python3?|py3?)?[ \t]*\n", re.IGNORECASE)
+_FENCE_END = re.compile(r"\n[ \t]*(?:```+|~~~+)\s*\Z")
 _CHUNK = 65536
 _MAX_CODE_BYTES = 1 << 20
 _MAX_OUTPUT_BYTES = 16 << 20  # code that writes more is stopped
@@ -69,10 +73,11 @@ class _Run:
 class PythonTool:
     """The tool that runs its argument as Python code and answers with what the code prints.
 
-    As in a notebook, a bare expression on the last line is printed (None is not). The answer is stdout when the code
-    succeeds, else the end of stderr. Each call has its own process, working directory and clean environment; no
-    network; and a read-only view of the files, as far as the system allows: what it allows is logged once, as a
-    warning where it is less than that. When the call is answered, no process and no file of it is left.
+    A Markdown fence around the code is removed. As in a notebook, a bare expression on the last line is printed (None
+    is not). The answer is stdout when the code succeeds, else the end of stderr. Each call has its own process, working
+    directory and clean environment; no network; and a read-only view of the files, as far as the system allows: what it
+    allows is logged once, as a warning where it is less than that. When the call is answered, no process and no file of
+    it is left.
 
     Args:
         timeout_seconds: longest time of a call; then all its processes are killed.
@@ -111,7 +116,7 @@ class PythonTool:
         """
         workdir = tempfile.mkdtemp(prefix="atpo_python_")
         try:
-            run = self._run(self._job(argument, workdir), workdir)
+            run = self._run(self._job(bare_code(argument), workdir), workdir)
         finally:
             shutil.rmtree(workdir, ignore_errors=True)
         self._log_facilities(run.report.head)
@@ -236,6 +241,12 @@ def _environment(workdir: str) -> dict[str, str]:
     if "LD_LIBRARY_PATH" in os.environ:
         environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
     return environment
+
+
+def bare_code(text: str) -> str:
+    """Return code without the Markdown fence around it, which may not be closed, and without shared indentation."""
+    match = _FENCE.match(text)
+    return dedent(text if match is None else _FENCE_END.sub("", text[match.end() :]))
 
 
 def _describe_status(status: int) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from atpo_fast.common.errors import DataError, ToolFailureError
 from atpo_fast.data.questions import Passage
 from atpo_fast.retrieval import BM25Index, Index, document_contents, open_index
 
 NO_RESULTS = "No search results found."
 _MAX_HITS = 10
+_PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _DESCRIPTION = "Finds passages about a query."
 _PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
 
@@ -97,10 +100,12 @@ class HTTPSearch:
     """The search tool over a retrieval server: `POST {"queries": [...], "topk": k, "return_scores": true}`.
 
     The answer is `{"result": [per query: [{"document": {...}, "score": ...}, ...]]}`, best first; bare documents are
-    understood too. A document has `contents`, or `title` and `text`.
+    understood too. A document has `contents`, or `title` and `text`; other common names are read as well
+    (`document_contents`).
 
     Connections are kept open between requests, and go straight to the server: a retrieval server stands in the local
-    network as a rule, so the proxies that the environment names (HTTP_PROXY, ALL_PROXY) are not used.
+    network as a rule, so the proxies that the environment names (HTTP_PROXY, ALL_PROXY) are not used, and an error of
+    the first request says so.
 
     Args:
         url: address of the server.
@@ -131,11 +136,14 @@ class HTTPSearch:
 
         Raises:
             ConnectionError: no answer, or an HTTP error.
+            TimeoutError: no answer in time.
             ValueError: the answer is not of the protocol.
         """
         body = {"queries": [clean_query(query) for query in queries], "topk": self.top_k, "return_scores": True}
         try:
             response = self._client.post(self.url, json=body).raise_for_status()
+        except httpx.TimeoutException as error:
+            raise TimeoutError(f"retrieval server {self.url}: no answer in time ({type(error).__name__})") from error
         except httpx.HTTPError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise ConnectionError(f"retrieval server {self.url}: {reason}") from error
@@ -145,7 +153,32 @@ class HTTPSearch:
             raise ValueError(
                 f'retrieval server {self.url}: expected {{"result": [...]}} with {len(queries)} lists of hits'
             )
-        return [format_hits([_contents(hit) for hit in hits], self.passage_chars) for hits in found]
+        try:
+            return [format_hits(_texts(hits), self.passage_chars) for hits in found]
+        except ValueError as error:
+            raise ValueError(f"retrieval server {self.url}: {error}") from None
+
+    def probe(self) -> None:
+        """Ask the server for the hits of one query, to see whether it is there and speaks the protocol.
+
+        Raises:
+            ToolFailureError: no answer, or one that cannot be used; says what to do.
+        """
+        try:
+            self("probe")
+        except (OSError, ValueError) as error:
+            proxies = sorted({name for name in os.environ if name.upper() in _PROXY_VARIABLES and os.environ[name]})
+            unused = f" ({', '.join(proxies)} of the environment are not used for it)" if proxies else ""
+            raise ToolFailureError(
+                f"{error}{unused}. Start a retrieval server (`atpo-fast retriever --corpus FILE`), or name one in "
+                "tools.search_url"
+            ) from error
+
+    def __enter__(self) -> HTTPSearch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connections; a later search opens new ones."""
@@ -165,6 +198,21 @@ def format_hits(contents: Sequence[str], passage_chars: int) -> str:
     return "\n".join(f"Page {number}: {page[:passage_chars]}" for number, page in enumerate(pages, start=1))
 
 
-def _contents(hit: dict[str, Any]) -> str:
-    """Return the text of one hit of a retrieval server."""
-    return document_contents({"text": ""} | hit.get("document", hit))
+def _texts(hits: Any) -> list[str]:
+    """Return the texts of one query's hits. Documents without text are left out where others have one.
+
+    Raises ValueError where none has, with the fields that the first has instead, and for anything but documents.
+    """
+    if not isinstance(hits, list):
+        raise ValueError(f"expected a list of hits for each query, not {type(hits).__name__}")
+    if others := [hit for hit in hits if not isinstance(hit, dict | str)]:
+        raise ValueError(f"a hit must be an object or a text, not {type(others[0]).__name__}")
+    texts, fault = [], None
+    for hit in hits:
+        try:
+            texts.append(document_contents(hit))
+        except DataError as error:
+            fault = fault or error
+    if fault is not None and not texts:
+        raise fault
+    return texts

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from textwrap import dedent
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,9 @@ def parse_call(text: str, tools: Sequence[str]) -> ToolCall | None:
     """Return the last call in `text`: of all tags in `tools`, the pair that closes last; None when no tag closes.
 
     The pair starts at the last opening tag before the closing one, so `<search>a<search>b</search>` asks for `b`.
-    An argument is stripped. An empty argument or a missing opening tag gives a call with a `problem`; its text holds no
-    tag, because it becomes part of the trajectory whose format is checked.
+    An argument is stripped, after the indentation that all its lines share. An empty argument or a missing opening tag
+    gives a call with a `problem`; its text holds no tag, because it becomes part of the trajectory whose format is
+    checked.
     """
     end, tool = max(((text.rfind(close_tag(name)), name) for name in tools), default=(-1, ""))
     if end < 0:
@@ -68,7 +70,7 @@ def parse_call(text: str, tools: Sequence[str]) -> ToolCall | None:
     start = text.rfind(open_tag(tool), 0, end)
     if start < 0:
         return ToolCall(tool, "", f"Tool({tool}) was not called: its opening tag is missing.")
-    argument = text[start + len(open_tag(tool)) : end].strip()
+    argument = dedent(text[start + len(open_tag(tool)) : end]).strip()
     if not argument:
         return ToolCall(tool, "", f"Tool({tool}) was not called: nothing is between its tags.")
     return ToolCall(tool, argument)

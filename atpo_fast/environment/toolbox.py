@@ -22,6 +22,7 @@ from atpo_fast.environment.descriptions import tool_schema
 from atpo_fast.environment.function_tool import as_tool
 from atpo_fast.environment.tags import TAGS, ToolCall
 from atpo_fast.environment.tool_queue import Attempt, ToolQueue
+from atpo_fast.environment.tool_watch import ToolCounts
 
 _MAX_BACKOFF_SECONDS = 30.0
 
@@ -64,6 +65,10 @@ class ToolBox:
         concurrency: by tool, instead of `workers`.
         timeouts: by tool, instead of `timeout_seconds`.
 
+    Attributes:
+        counts: by tool, what became of its calls.
+        last_failures: by tool, the text of the last failure.
+
     Raises:
         ValueError: two tools with one name, a name that cannot be a tag, a function that cannot be a tool, or a limit
             for a tool that does not exist.
@@ -105,6 +110,8 @@ class ToolBox:
         for name in (*concurrency, *timeouts):
             if name not in self.tools:
                 raise ValueError(f"a limit is set for the tool {name!r}; tools: {', '.join(self.names) or 'none'}")
+        self.counts = {name: ToolCounts() for name in self.tools}
+        self.last_failures: dict[str, str] = {}
         self._lock = threading.Lock()  # of the following three
         self._in_flight: dict[ToolCall, Future[ToolResult]] = {}
         self._pool: EventLoopThread | None = None
@@ -219,10 +226,13 @@ class ToolBox:
 
     def _finish(self, call: ToolCall, outcome: Outcome) -> None:
         """Give a call's outcome to everybody who asked for it."""
+        self.counts[call.tool].add(outcome)
         if isinstance(outcome, str):
             result = ToolResult(outcome, ok=True)
         else:
             result = ToolResult(outcome.text if outcome.final else f"Tool({call.tool}) {outcome.text}", ok=False)
+            if outcome.kind != "refused":
+                self.last_failures[call.tool] = result.text
         with self._lock:
             future = self._in_flight.pop(call, None)
         if future is not None:  # else `close` has answered it

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from atpo_fast.common.errors import ToolFailureError
 from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment.arguments import JsonSchema
@@ -19,6 +21,7 @@ from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
 
 __all__ = ["Tool", "ToolBox", "ToolResult", "make_toolbox"]
 
+_LOG = logging.getLogger(__name__)
 _CHARS_PER_TOKEN = 16  # far above what tokenizers reach on text: cutting here never shortens a result that would fit
 _TRY_SHARE = 0.9  # share of a try's time: code and servers stop before the tool box does, so that it abandons no thread
 
@@ -87,6 +90,25 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Seque
         raise
 
 
+def check_tools(tools: ToolsConfig) -> None:
+    """Find out, before anything expensive begins, whether the search server is there.
+
+    Behind a cache of results a run may do without it: then its absence is a warning.
+
+    Raises:
+        ToolFailureError: it does not answer, or not by the protocol.
+    """
+    if "search" not in tools.builtin or tools.search_backend != "http":
+        return
+    with HTTPSearch(tools.search_url, top_k=tools.top_k, timeout_seconds=_search_seconds(tools)) as search:
+        try:
+            search.probe()
+        except ToolFailureError as error:
+            if not (tools.cache or tools.published_cache):
+                raise
+            _LOG.warning("%s. Only what the cache of results holds will be answered", error)
+
+
 def close_tools(tools: Iterable[Any]) -> None:
     """Close the tools that can be closed."""
     for tool in tools:
@@ -111,7 +133,7 @@ def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
             tools.search_url,
             top_k=tools.top_k,
             passage_chars=tools.passage_chars,
-            timeout_seconds=_TRY_SHARE * tools.timeouts.get("search", tools.timeout_seconds),
+            timeout_seconds=_search_seconds(tools),
         )
         settings["url"] = tools.search_url
     elif tools.index_dir is not None:
@@ -131,6 +153,10 @@ def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
         settings=settings,
         published=read_published_cache(tools.published_cache) if tools.published_cache else None,
     )
+
+
+def _search_seconds(tools: ToolsConfig) -> float:
+    return _TRY_SHARE * tools.timeouts.get("search", tools.timeout_seconds)
 
 
 def _digest(passages: Sequence[Passage]) -> str:

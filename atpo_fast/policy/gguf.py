@@ -8,6 +8,9 @@ which they are; and the generation settings do not know the end of a turn.
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +36,13 @@ def convert_gguf(file: Path, folder: Path) -> None:
             supported; the message says which.
         RuntimeError: the converted model differs from the original.
     """
+    reader = open_gguf(file)
+    print(f"converting {file.name} to {folder} (once)", file=sys.stderr, flush=True)
     try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InputError(
-            f"{file}: reading GGUF files needs two packages more: pip install 'atpo-fast[gguf]' (gguf, accelerate)"
-        ) from None
-    _check_magic(file)
-    try:
-        named_ids = _named_ids(GGUFReader(file))
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        named_ids = _named_ids(reader)
+        with redirect_stderr(StringIO()):  # progress bars
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except Exception as error:  # of three packages, of any kind
         raise InputError(
             f"{file}: this GGUF file cannot be converted: {_one_line(error)}. Architectures that transformers reads "
@@ -56,6 +55,25 @@ def convert_gguf(file: Path, folder: Path) -> None:
         original.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         _check_equal(original, partial, tokenizer)
+
+
+def open_gguf(file: Path) -> Any:
+    """Open a GGUF file: its metadata and the shapes of its tensors, no weights.
+
+    Raises InputError when the packages that read such files are missing, or the file is none.
+    """
+    try:
+        import accelerate  # noqa: F401  transformers needs it
+        from gguf import GGUFReader
+    except ImportError:
+        raise InputError(
+            f"{file}: reading GGUF files needs two packages more: pip install 'atpo-fast[gguf]' (gguf, accelerate)"
+        ) from None
+    _check_magic(file)
+    try:
+        return GGUFReader(file)
+    except Exception as error:  # a broken file breaks the reader in many ways
+        raise InputError(f"{file}: a broken GGUF file: {_one_line(error)}") from error
 
 
 def _check_magic(file: Path) -> None:

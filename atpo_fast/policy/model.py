@@ -43,18 +43,29 @@ def local_model(path: str, package: str | None, folder: Path) -> Path:
         FileNotFoundError: there is no such folder, file or package.
         InputError: the file cannot be converted, or the hub does not give the model.
     """
-    place = Path(path) if package is None else _in_package(path, package)
+    place = find_model_file(path, package)
+    if place is None:
+        return _from_hub(path)
     if place.is_dir():
         return Path(model_folder(place))
+    target = folder / place.stem
+    if not target.is_dir():
+        convert_gguf(place, target)
+    return target
+
+
+def find_model_file(path: str, package: str | None) -> Path | None:
+    """Find the folder or the GGUF file that `model.path` names; None for a name on the hub.
+
+    Raises FileNotFoundError where it is none of the three, or `package` is not installed or does not hold it.
+    """
+    place = Path(path) if package is None else _in_package(path, package)
+    if place.is_dir() or (place.is_file() and place.suffix == ".gguf"):
+        return place
     if place.is_file():
-        if place.suffix != ".gguf":
-            raise FileNotFoundError(f"model.path={path}: a file; give a Hugging Face model folder or a .gguf file")
-        target = folder / place.stem
-        if not target.is_dir():
-            convert_gguf(place, target)
-        return target
+        raise FileNotFoundError(f"model.path={path}: a file; give a Hugging Face model folder or a .gguf file")
     if package is None and _HUB_NAME.fullmatch(path):
-        return _from_hub(path)
+        return None
     raise FileNotFoundError(
         f"model.path={path}: no such folder or file; give a Hugging Face model folder, a .gguf file, or a name on the "
         "hub such as HuggingFaceTB/SmolLM2-135M-Instruct"

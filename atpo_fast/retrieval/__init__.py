@@ -3,7 +3,8 @@
 from atpo_fast.config.retrieval import BM25Settings, DenseSettings
 from atpo_fast.retrieval.bm25 import BM25Index
 from atpo_fast.retrieval.build import build_index, open_index
-from atpo_fast.retrieval.documents import Documents, document_contents
+from atpo_fast.retrieval.contents import document_contents
+from atpo_fast.retrieval.documents import Documents
 from atpo_fast.retrieval.index import Hit, Index, Retriever
 from atpo_fast.retrieval.manifest import IndexMismatchError
 

@@ -4,6 +4,10 @@ A shard stores, for every word that occurs in it, the passages and their final s
 length of the whole corpus (eagerly computed scores: bm25s). Words are known by a 64-bit hash, so that no vocabulary has
 to be kept in memory: among 10 million words the chance of any two sharing a hash is 3e-6.
 
+Scripts that are written without spaces (Chinese, Japanese, Thai, ...) are cut into pairs of neighbouring characters,
+and so is Korean, whose particles stand at the end of words: a query finds what contains it. Passages are also found by
+single characters. See `scripts.py`.
+
 Scores are bm25s's "lucene" variant, bit for bit:
 
     score(word, passage) = idf(word) · tf / (k1·((1 − b) + b·length/mean length) + tf)
@@ -25,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atpo_fast.common.files import replacing
+from atpo_fast.retrieval.scripts import by_script
 
 _TOKENS: dict[str, Any] = {"token_pattern": r"(?u)\b\w+\b", "stopwords": "en"}  # lower-case words, no stemming
 _CHUNK = 4096  # passages counted at once
@@ -98,7 +103,7 @@ class BM25Index:
         """Return (Q, k) numbers of the best passages and (Q, k) scores, best first; -1 and 0 pad missing hits."""
         numbers = np.full((len(queries), k), -1, dtype=np.int64)
         scores = np.zeros((len(queries), k), dtype=np.float32)
-        words = [hash_words(words) for words in split_words(queries)]
+        words = [hash_words(words) for words in split_words([by_script(query) for query in queries])]
         first = 0
         for shard in self._shards:  # shard by shard, so that a shard's pages serve all queries
             for query, hashes in enumerate(words):
@@ -228,7 +233,8 @@ def _count_chunks(
     """Yield words, passages and counts of the pairs of each chunk, ascending in passages, and the passages' lengths."""
     remaining, first = iter(texts), 0
     while chunk := list(islice(remaining, _CHUNK)):
-        split = bm25s.tokenize(chunk, return_ids=True, show_progress=False, **_TOKENS)
+        spaced = [by_script(text, singles=True) for text in chunk]
+        split = bm25s.tokenize(spaced, return_ids=True, show_progress=False, **_TOKENS)
         lengths = np.array([len(ids) for ids in split.ids], dtype=np.int32)
         ids = np.fromiter(chain.from_iterable(split.ids), dtype=np.int64, count=int(lengths.sum()))
         vocabulary = max(len(split.vocab), 1)

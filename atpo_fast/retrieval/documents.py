@@ -26,6 +26,7 @@ from atpo_fast.common.errors import DataError
 from atpo_fast.common.files import replacing
 from atpo_fast.data.readers import read_passages
 from atpo_fast.data.records import parse_line
+from atpo_fast.retrieval.contents import TEXT_FIELDS, document_contents
 
 _BOM = b"\xef\xbb\xbf"
 _FLUSH_OFFSETS = 1 << 20
@@ -90,12 +91,11 @@ class Documents:
 
     def contents(self, number: int) -> str:
         """Return the text of a document. Raises as `__getitem__`, and DataError for a document without text."""
+        document = self[number]
         try:
-            return document_contents(self[number])
-        except KeyError:
-            raise DataError(
-                f"{self._where(number)}: no passage; expected the fields contents, or text, with or without title"
-            ) from None
+            return document_contents(document)
+        except DataError as error:
+            raise DataError(f"{self._where(number)}: {error}") from None
 
     def answer(self, number: int) -> bytes:
         """Return a document as the server sends it: as stored, with `contents` added, which published clients read."""
@@ -107,19 +107,6 @@ class Documents:
     def _where(self, number: int) -> str:
         place = bisect_right(self._ends, number)
         return f"{self._files[place].path}, document {number - (self._ends[place - 1] if place else 0) + 1}"
-
-
-def document_contents(document: dict[str, Any]) -> str:
-    """Return the text of a document: `contents`, or else `title` in quotes, newline, `text`. A title may be missing.
-
-    Raises:
-        KeyError: the document has neither `contents` nor `text`.
-    """
-    contents = document.get("contents")
-    if isinstance(contents, str):
-        return contents
-    text = str(document["text"])
-    return f'"{document["title"]}"\n{text}' if document.get("title") else text
 
 
 def store_documents(source: Path, folder: Path, number: int, advance: Callable[[int], None]) -> Path:
@@ -193,5 +180,6 @@ def _holds_documents(source: Path) -> bool:
     compressed = source.suffix == ".gz"
     for line in _read_lines(source, compressed, lambda done: None):
         if line.strip():
-            return not {"contents", "text"}.isdisjoint(parse_line(f"{source}, line 1", 1, line).value)
+            record = parse_line(f"{source}, line 1", 1, line).value
+            return "question" not in record and not set(TEXT_FIELDS).isdisjoint(record)
     return True

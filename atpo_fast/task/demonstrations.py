@@ -10,6 +10,7 @@ from atpo_fast.data.questions import Question
 from atpo_fast.data.records import Record, read_records
 from atpo_fast.environment.escaping import Escaper
 from atpo_fast.environment.extraction import Extraction
+from atpo_fast.environment.matching import normalise_answer
 from atpo_fast.environment.tags import TAGS, close_tag, format_result, open_tag
 from atpo_fast.task.prompt_encoder import PromptEncoder
 from atpo_fast.tree.turn_tree import TurnTree
@@ -38,6 +39,8 @@ def evidence_demonstrations(
     """Make chains that search each title of the gold evidence and then answer, where the evidence is known.
 
     They teach the format and when to search, not how to find titles. Observations are what `search_tool` really finds.
+    A chain whose observations do not hold the answer is left out, because it would teach to make answers up; the
+    answers yes and no need not be there.
 
     Raises:
         ConfigError: nobody knows how to write an answer that the task's own function reads.
@@ -56,19 +59,27 @@ def evidence_demonstrations(
 
     chains = []
     for question in questions:
-        titles = [escape(title) for title in question.meta.get("evidence_titles", [])[:_MAX_SEARCHES]]
-        if not (titles and question.answers):
+        titles = question.meta.get("evidence_titles", [])[:_MAX_SEARCHES]
+        found = [search_tool(title) for title in titles]
+        if not (titles and question.answers and _holds_answer(found, question.answers)):
             continue
         tree, turn = TurnTree(encode_prompt(question), question_id=question.id), 0
-        for title in titles:
+        for title, text in zip(map(escape, titles), found, strict=True):
             action = f"<think> I look for {title}. </think> <search> {title} </search>"
             action = action if turn else continued(action, encode_prompt.opening)
-            result = format_result(search_tool(title), escape)
+            result = format_result(text, escape)
             turn = tree.add_turn(turn, encode(action), observation_ids=encode(result))
         answer = f"<think> I know it. </think> {extraction.write(escape(question.answers[0]))}"
         tree.add_turn(turn, [*encode(answer), tokenizer.eos_token_id], finish_reason="eos")
         chains.append(tree)
     return chains
+
+
+def _holds_answer(texts: Sequence[str], answers: Sequence[str]) -> bool:
+    """Tell whether one of the texts holds one of the answers as whole words, or none needs to."""
+    read = [f" {normalise_answer(text)} " for text in texts]
+    wanted = [normalise_answer(answer) for answer in answers]
+    return any(answer in ("yes", "no") or any(f" {answer} " in text for text in read) for answer in wanted)
 
 
 def continued(action: str, opening: str) -> str:

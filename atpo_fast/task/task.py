@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import Config
+from atpo_fast.data.decontamination import normalise_question
 from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from atpo_fast.data.questions import Passage, Question
-from atpo_fast.data.readers import distinct_passages, read_passages, read_question_files
+from atpo_fast.data.readers import data_root, distinct_passages, read_passages, read_question_files
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment import (
     BM25Search,
@@ -91,11 +89,6 @@ def load_task(config: Config) -> Task:
         raise
 
 
-def normalise_question(text: str) -> str:
-    """Return the key of the overlap check: lower case, one space for each run of what is no letter or digit."""
-    return re.sub(r"[\W_]+", " ", text.lower()).strip()
-
-
 def drop_overlap(train: list[Question], held_out: list[Question]) -> list[Question]:
     """Return the training questions whose text (normalised) is not among the evaluation questions."""
     texts = {normalise_question(question.text) for question in held_out}
@@ -125,9 +118,9 @@ def _world_task(config: Config, definition: TaskDefinition, schemas: Sequence[Js
 def _files_task(config: Config, definition: TaskDefinition, schemas: Sequence[JsonSchema]) -> Task:
     """Read questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
     data = config.data
-    root = Path(os.environ.get("ATPO_DATA") or data.root)
-    if not data.train_files and not data.eval_files:
-        raise DataError("data.source=files needs data.train_files or data.eval_files; both are empty")
+    root = data_root(data)
+    if not (data.train_files or data.eval_files or config.eval.sets):
+        raise DataError("data.source=files needs data.train_files or data.eval_files (or eval.sets); all are empty")
     everything = read_question_files(root, data.train_files, data.columns)
     held_out = read_question_files(root, data.eval_files, data.columns)
     held_out = held_out[: data.max_eval_questions]

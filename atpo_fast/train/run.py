@@ -114,7 +114,7 @@ def start_run(config: Config) -> Run:
         if config.train.resume == "never":
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    config = with_local_model(config, folder, is_main=is_main)
+    config = with_local_model(with_dtype(config, cuda=cuda), folder, is_main=is_main)
     task = load_task(config)
     return Run(
         config=config,
@@ -127,6 +127,14 @@ def start_run(config: Config) -> Run:
         timer=PhaseTimer(),
         stop=StopSignal(),
     )
+
+
+def with_dtype(config: Config, *, cuda: bool) -> Config:
+    """Return the configuration with a `model.dtype` that is no longer `auto`."""
+    if config.model.dtype != "auto":
+        return config
+    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return replace(config, model=replace(config.model, dtype="bfloat16" if fast else "float32"))
 
 
 def with_local_model(config: Config, folder: Path, *, is_main: bool) -> Config:

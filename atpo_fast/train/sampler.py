@@ -20,7 +20,7 @@ from atpo_fast.common.errors import StopRequested
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import make_engine
 from atpo_fast.engines.base import LeaderFailedError
-from atpo_fast.environment import make_toolbox
+from atpo_fast.environment import ToolWatch, check_tools, make_toolbox
 from atpo_fast.policy import Policy
 from atpo_fast.rollout import TreeSearch
 from atpo_fast.telemetry import PhaseTimer
@@ -40,6 +40,7 @@ class Sampler:
     def __init__(self, run: Run, folder: Path | str, device: torch.device):
         config = run.config
         self._run = run
+        check_tools(config.tools)
         self._policy: Policy | None = None  # policy whose weights the engine has; None: it has those of its folder
         positions: int = AutoConfig.from_pretrained(folder).max_position_embeddings
         self.engine = make_engine(
@@ -50,10 +51,12 @@ class Sampler:
             max_positions=positions,
             current_weights=self._current_weights,
         )
+        toolbox = make_toolbox(config.tools, run.task.passages, run.task.tools)
+        self._watch = ToolWatch(toolbox.counts, toolbox.last_failures)
         self.tree_search = TreeSearch(
             self.engine,
             run.task.tokenizer,
-            make_toolbox(config.tools, run.task.passages, run.task.tools),
+            toolbox,
             config.rollout,
             config.tools,
             cache_tokens=config.engine.cache_tokens,
@@ -61,11 +64,18 @@ class Sampler:
         )
 
     def counts(self) -> dict[str, float]:
-        """Return the engine's counters under `tokens/` and the tree search's under `count/`, all since the start."""
+        """Return the counters of the engine under `tokens/`, of the tree search under `count/`, of each tool under
+        `tool/NAME/`, all since the start.
+        """
         tokens = {
             f"tokens/{name.removesuffix('_tokens')}": float(n) for name, n in asdict(self.engine.counters).items()
         }
-        return tokens | {f"count/{name}": float(n) for name, n in asdict(self.tree_search.counters).items()}
+        tools = {
+            f"tool/{tool}/{name}": float(n)
+            for tool, counts in self.tree_search.toolbox.counts.items()
+            for name, n in asdict(counts).items()
+        }
+        return tokens | tools | {f"count/{name}": float(n) for name, n in asdict(self.tree_search.counters).items()}
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights; a collective under ZeRO-3."""
@@ -89,6 +99,7 @@ class Sampler:
 
         Raises:
             StopRequested: the run was asked to stop.
+            ToolFailureError: a tool answered none of its calls; after the last tree.
         """
         run = self._run
         report = self._report if timer is None else self._check_stop
@@ -110,6 +121,7 @@ class Sampler:
                 break
             yield finished
         self.engine.sleep()
+        self._watch.settle()
 
     def _check_stop(self, done: int, total: int, decoded_tokens: int) -> None:
         self._run.stop.check()

@@ -53,6 +53,7 @@ def rollout_metrics(
         "rate/train_tokens_per_s": counts["tokens/trained"] / update_seconds,
         "time/total": step_seconds,
         **counts,
+        **_failure_rates(counts),
     }
 
 
@@ -63,6 +64,16 @@ def _rewards_by_name(scores: Sequence[LeafScore]) -> dict[str, float]:
         for name, value in score.rewards.items():
             values.setdefault(f"reward/{name}", []).append(value)
     return {name: float(np.mean(found)) for name, found in values.items()}
+
+
+def _failure_rates(counts: Mapping[str, float]) -> dict[str, float]:
+    """Compute the share of each tool's calls that failed, of the tools that were called."""
+    tools = [name.removesuffix("/calls") for name, calls in counts.items() if _is_calls(name) and calls]
+    return {f"{tool}/failure_rate": counts[f"{tool}/failures"] / counts[f"{tool}/calls"] for tool in tools}
+
+
+def _is_calls(name: str) -> bool:
+    return name.startswith("tool/") and name.endswith("/calls")
 
 
 def add_up(numbers: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import Config, DataConfig, ModelConfig, TaskConfig
+from atpo_fast.data.decontamination import normalise_question
 from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT, content_of
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import read_passages, read_questions
@@ -23,7 +24,7 @@ from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment.extraction import EXTRACTIONS
 from atpo_fast.task import PromptEncoder
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
-from atpo_fast.task.task import load_task, normalise_question
+from atpo_fast.task.task import load_task
 
 REAL = os.environ.get("ATPO_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="set ATPO_DATA to a folder with the real data sets")

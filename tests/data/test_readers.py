@@ -92,7 +92,7 @@ def test_trl_messages_without_what_answers_them(tmp_path: Path) -> None:
 
 
 def test_a_data_set_saved_to_disk(tmp_path: Path) -> None:
-    """Fails if the rows of a folder of `save_to_disk` are lost or out of order, or a folder of splits is not told of."""
+    """Fails if the rows of a folder of `save_to_disk` are lost or out of order, or its splits are not told of."""
     folder = tmp_path / "saved" / "train"
     folder.mkdir(parents=True)
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast.common.errors import EngineError, is_engine_error
 from atpo_fast.config import ServerConfig, VLLMConfig
@@ -21,6 +22,7 @@ from atpo_fast.engines.server.engine import ServerEngine
 from atpo_fast.engines.vllm import engine as vllm_engine
 from atpo_fast.engines.vllm.engine import VLLMEngine
 from atpo_fast.world.tokenizer import split_words, word_level_tokenizer
+from atpo_kernels import linear_logprob
 from tests.helpers.completions_server import CompletionsServer
 
 TOKENIZER = word_level_tokenizer(split_words(" one two three?\n:Page Tool"))
@@ -28,24 +30,28 @@ PROMPT = TOKENIZER.encode(" one two?\n", add_special_tokens=False)
 VOCABULARY = len(TOKENIZER)
 
 
-def make_model(seed: int = 0) -> PreTrainedModel:
+def make_model(seed: int = 0, padding: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    sizes = dict(vocab_size=VOCABULARY + padding, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     sizes |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128)
     ends: dict[str, Any] = dict(eos_token_id=TOKENIZER.eos_token_id, bos_token_id=None, pad_token_id=None)
     return Qwen3ForCausalLM(Qwen3Config(**sizes, **ends)).eval()
 
 
 class StandIn:
-    """What the vllm engine uses of `vllm.LLM`: a token for each request and step, with the log-prob -1."""
+    """What the vllm engine uses of `vllm.LLM`: a token for each request and step, with the log-prob -1.
 
-    def __init__(self) -> None:
+    `draw` says which token, from the parameters of the request and the number of tokens that are left.
+    """
+
+    def __init__(self, draw: Callable[[Any, int], int] = lambda sampling, left: PROMPT[0]) -> None:
+        self.draw, self.sampling = draw, dict[str, Any]()
         self.llm_engine = self
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
         self.left: dict[str, int] = {}
 
     def add_request(self, name: str, prompt: Any, sampling: Any) -> None:
-        self.left[name] = sampling.max_tokens
+        self.left[name], self.sampling[name] = sampling.max_tokens, sampling
 
     def abort_request(self, names: list[str]) -> None:
         for name in names:
@@ -55,12 +61,12 @@ class StandIn:
         outputs = []
         for name in list(self.left):
             self.left[name] -= 1
-            done = not self.left[name]
+            done, token = not self.left[name], self.draw(self.sampling[name], self.left[name])
             if done:
                 del self.left[name]
             news = SimpleNamespace(
-                token_ids=[PROMPT[0]],
-                logprobs=[{PROMPT[0]: SimpleNamespace(logprob=-1.0)}],
+                token_ids=[token],
+                logprobs=[{token: SimpleNamespace(logprob=-1.0)}],
                 finish_reason="length" if done else None,
             )
             outputs.append(SimpleNamespace(request_id=name, num_cached_tokens=0, outputs=[news], finished=done))
@@ -80,7 +86,7 @@ STAND_IN_MODULE = SimpleNamespace(
 
 
 def paged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedEngine]:
-    yield PagedEngine(make_model(), TOKENIZER, cache_tokens=1000)
+    yield PagedEngine(AutoModelForCausalLM.from_pretrained(folder / "model"), TOKENIZER, cache_tokens=1000)
 
 
 def vllm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedEngine]:
@@ -98,6 +104,9 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedEng
         engine.close()
 
 
+ENGINES = pytest.mark.parametrize("make", [paged, vllm, server], ids=lambda make: make.__name__)
+
+
 @pytest.fixture(params=[paged, vllm, server], ids=lambda make: make.__name__)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedEngine]:
     make_model().save_pretrained(tmp_path / "model")
@@ -105,14 +114,21 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     yield from made(tmp_path, monkeypatch)
 
 
-def ask(number: int, *parts: list[int], tree: str = "t", numbers: tuple[int, ...] = (), tokens: int = 4) -> Request:
+def ask(
+    number: int,
+    *parts: list[int],
+    tree: str = "t",
+    numbers: tuple[int, ...] = (),
+    tokens: int = 4,
+    temperature: float = 1.0,
+) -> Request:
     """A request for turn `number`; its prompt is made of the parts, those of the turns `numbers` (0, 1, ...)."""
     parts = parts or (PROMPT,)
     ends = np.cumsum([len(part) for part in parts]).tolist()
     names = numbers or range(len(parts))
     return Request(
         prompt_ids=[token for part in parts for token in part],
-        sampling=SamplingParams(max_new_tokens=tokens),
+        sampling=SamplingParams(max_new_tokens=tokens, temperature=temperature),
         seed=number,
         path=tuple(PathNode(key=(tree, name), end=end) for name, end in zip(names, ends, strict=True)),
         turn_key=(tree, number),
@@ -251,6 +267,76 @@ def test_what_an_engine_counts_adds_up(engine: CheckedEngine) -> None:
     assert counters.decoded_tokens == decoded and counters.evicted_tokens == 0
     assert counters.cache_hit_tokens + counters.prefilled_tokens == 3 * len(PROMPT) + decoded
     assert counters.forwarded_tokens == counters.prefilled_tokens - 3
+
+
+@ENGINES
+def test_each_of_several_end_tokens_ends_a_turn(
+    make: Callable[..., Iterator[CheckedEngine]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fails if only the tokenizer's end of sequence is known, and a turn runs to its limit on another one.
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(VOCABULARY))
+    model.save_pretrained(tmp_path / "model")
+    for engine in make(tmp_path, monkeypatch):
+        for completion in engine.generate([ask(number, tree=f"t{number}") for number in range(1, 5)]):
+            assert completion.finish_reason == "eos" and len(completion.token_ids) == 1
+
+
+def asked_of_a_padded_model() -> list[Request]:
+    return [ask(number, tree=f"t{number}", tokens=8) for number in range(1, 31)]
+
+
+def test_the_paged_engine_never_samples_a_row_without_a_token(tmp_path: Path) -> None:
+    # Fails if a tenth of the tokens has no text, or if engine and trainer disagree about the log-probs of the others.
+    model, engine = make_model(padding=4), PagedEngine(make_model(padding=4), TOKENIZER, cache_tokens=1000)
+    for request, completion in zip(asked_of_a_padded_model(), engine.generate(asked_of_a_padded_model()), strict=True):
+        ids = torch.tensor([*request.prompt_ids, *completion.token_ids])
+        assert int(ids.max()) < VOCABULARY
+        hidden = model.base_model(ids[None]).last_hidden_state[0, len(PROMPT) - 1 : -1]
+        logprob, _ = linear_logprob(hidden, model.lm_head.weight, ids[len(PROMPT) :])  # as the policy's head has it
+        np.testing.assert_allclose(completion.policy_logprobs, logprob.tolist(), atol=1e-5)
+        drawn = torch.log_softmax(model.lm_head(hidden)[:, :VOCABULARY], -1).gather(1, ids[len(PROMPT) :, None])
+        np.testing.assert_allclose(completion.logprobs, drawn[:, 0].tolist(), atol=1e-5)
+
+
+def test_a_server_s_turn_with_a_row_without_a_token_is_asked_for_again(tmp_path: Path) -> None:
+    # Fails if such a turn is taken as it is, or asked for again with the seed that gave it.
+    make_model(padding=4).save_pretrained(tmp_path / "model")
+    with CompletionsServer(partial(make_model, padding=4), TOKENIZER) as replica:
+        for retries in (50, 0):
+            config = ServerConfig(urls=[replica.url], retries=retries, backoff_seconds=0.001)
+            engine = ServerEngine(tmp_path / "model", TOKENIZER, config)
+            try:
+                if retries:
+                    done = engine.generate(asked_of_a_padded_model())
+                    assert max(token for completion in done for token in completion.token_ids) < VOCABULARY
+                else:
+                    with pytest.raises(EngineError, match=r"token \d+, which this run's tokenizer does not have"):
+                        engine.generate(asked_of_a_padded_model())
+            finally:
+                engine.close()
+
+
+def test_vllm_goes_on_after_a_row_without_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fails if such a token is kept, tokens before it are lost, or the same seed or a greedy turn meets it for ever.
+    def draw(sampling: Any, left: int) -> int:
+        lost = not sampling.logit_bias if not sampling.temperature else (sampling.seed >> 7) % 3 == 0
+        return VOCABULARY if lost and left % 2 else PROMPT[left % 2]
+
+    monkeypatch.setattr(vllm_engine, "check_vllm", lambda: Version("0.32.0"))
+    monkeypatch.setattr(vllm_engine, "start_llm", lambda *_: (STAND_IN_MODULE, StandIn(draw)))
+    make_model(padding=4).save_pretrained(tmp_path / "model")
+    engine = VLLMEngine(tmp_path / "model", TOKENIZER, VLLMConfig(), cache_tokens=1000, max_positions=128)
+    asked = asked_of_a_padded_model()
+    greedy = ask(99, tree="greedy", tokens=8, temperature=0.0)
+    for completion in engine.generate([*asked, greedy]):
+        assert completion.token_ids == [PROMPT[left % 2] for left in range(7, -1, -1)]
+        assert len(completion.logprobs) == 8 and completion.finish_reason == "length"
+    assert engine.counters.decoded_tokens == 8 * 31
+    monkeypatch.setattr(engine._llm, "draw", lambda sampling, left: VOCABULARY)
+    with pytest.raises(EngineError, match="do model and tokenizer belong together"):
+        engine.generate([ask(100, tree="lost")])
+    assert not engine._writings
 
 
 def test_errors_of_engines_are_found_behind_others() -> None:

@@ -76,11 +76,12 @@ def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[fl
             logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double().numpy()
         logp = np.log(np.exp(x := logits / (params.temperature or 1.0) - logits.max()) / np.exp(x).sum())
         order = np.argsort(-logp, kind="stable")
+        order = order[order < VOCABULARY]  # rows beyond the tokenizer are never drawn
         kept = order[: params.top_k or None]
         probs = np.exp(logp[kept]) / np.exp(logp[kept]).sum()
         kept = kept[np.concatenate([[0.0], probs.cumsum()[:-1]]) < params.top_p]
         if params.temperature == 0:
-            token, logprob = int(order[0]), logp[order[0]]
+            token, logprob = int(order[0]), logp[order[0]] - np.log(np.exp(logp[order]).sum())
         else:
             if params.top_k == 0 and params.top_p == 1.0:
                 kept = np.sort(kept)  # untruncated draws go through the vocabulary in order of the ids

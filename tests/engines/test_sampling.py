@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atpo_fast.engines.sampling import SamplingTable, sample, uniforms
+from atpo_fast.engines.sampling import SamplingTable, candidate_logprobs, sample, uniforms
 
 
 def table(rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> SamplingTable:
@@ -31,19 +31,26 @@ def brute_force(logits: np.ndarray, temperature: float, top_k: int, top_p: float
     return out
 
 
-# A wrong order of the truncations, an off-by-one in the nucleus, or log-probs that are not renormalised fail here.
-@settings(max_examples=40, deadline=None)
+# A wrong order of the truncations, an off-by-one in the nucleus, log-probs that are not renormalised, a missing id that
+# is drawn, or a trainer's log-prob whose normaliser leaves it out, fail here.
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     temperature=st.sampled_from([0.5, 1.0, 1.7]),
     top_k=st.sampled_from([0, 1, 3, 50]),  # off, one token, some, more than the vocabulary
     top_p=st.sampled_from([1e-6, 0.4, 0.9, 1.0]),  # one token, some, most, off
+    missing=st.sampled_from([[], [19], [0, 7, 18, 19]]),
 )
-def test_distribution_equals_brute_force(seed: int, temperature: float, top_k: int, top_p: float) -> None:
+def test_distribution_equals_brute_force(
+    seed: int, temperature: float, top_k: int, top_p: float, missing: list[int]
+) -> None:
     logits = np.random.default_rng(seed).normal(scale=2.0, size=20)
-    expected = brute_force(logits, temperature, top_k, top_p)
+    possible = logits.copy()
+    possible[missing] = -np.inf
+    expected = brute_force(possible, temperature, top_k, top_p)
     grid = (np.arange(2000) + 0.5) / 2000  # evenly spaced uniforms: frequencies are exact to 1/2000 per token
-    draw = sample(torch.from_numpy(logits).expand(len(grid), -1), grid, table(len(grid), temperature, top_k, top_p))
+    given = torch.from_numpy(logits).expand(len(grid), -1)
+    draw = sample(given, grid, table(len(grid), temperature, top_k, top_p), torch.tensor(missing, dtype=torch.int64))
     tokens = draw.tokens.numpy()
     frequencies = np.bincount(tokens, minlength=20) / len(grid)
     np.testing.assert_allclose(frequencies, expected, atol=1.01 / len(grid))
@@ -70,6 +77,18 @@ def test_rows_with_different_parameters_do_not_mix() -> None:
         expected = torch.log_softmax(logits[row], -1).max()
         torch.testing.assert_close(together.logprobs[row], expected)
         torch.testing.assert_close(together.policy_logprobs[row], expected)
+
+
+def test_missing_ids_are_neither_the_likeliest_nor_candidates() -> None:
+    """Fails if a greedy row, or a list of candidates, has an id for which there is no token."""
+    logits, missing = torch.tensor([[1.0, 0.5, 9.0, 0.0]]), torch.tensor([2])
+    draw = sample(logits, np.zeros(1), table(1, temperature=0.0), missing)
+    assert draw.tokens.item() == 0
+    torch.testing.assert_close(draw.policy_logprobs, torch.log_softmax(logits, -1)[:, 0])
+    torch.testing.assert_close(draw.logprobs, torch.log_softmax(logits[:, [0, 1, 3]], -1)[:, 0])
+    listed = candidate_logprobs(logits, draw, np.zeros(1), np.array([4]), missing)
+    torch.testing.assert_close(listed[0, :3], torch.log_softmax(logits, -1)[0, [0, 1, 3]])
+    assert listed.shape == (1, 4) and listed[0, 3].isnan()
 
 
 # Rounding number x total up to the total would return V (out of range) or a token of probability 0.

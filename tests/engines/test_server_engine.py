@@ -144,6 +144,17 @@ def test_trees_are_those_of_the_paged_engine(serve: Serve, connect: Connect, exp
     assert [len(found) for found in beginnings] == [2, 2] and not beginnings[0] & beginnings[1]
 
 
+def test_proxies_of_the_environment_are_not_used(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fails if requests to servers in the cluster are sent to a proxy for the world outside, which does not answer.
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert len(connect(serve(), patience_seconds=5.0).generate([request()])) == 1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_candidates_are_those_of_the_paged_engine(serve: Serve, connect: Connect, temperature: float) -> None:
     # Fails if they come of another distribution or position, or without the drawn token.

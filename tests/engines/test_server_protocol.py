@@ -25,8 +25,9 @@ def answer(ids: list[int], finish: str = "length", cause: Any = None, **choice: 
 
 def read(answered: Any, asked: Request | None = None) -> Any:
     asked = asked or request()
-    stops = StopTable(vocabulary_bytes(SMALL, len(SMALL)), ("</search>",))
-    return read_answer(answered, asked, stops, [SMALL.eos_token_id]).completion
+    stops = StopTable(vocabulary_bytes(SMALL, len(SMALL) + 4), ("</search>",))
+    missing = {len(SMALL) + number for number in range(4)}
+    return read_answer(answered, asked, stops, [SMALL.eos_token_id], missing).completion
 
 
 ONE, TWO = SMALL.encode(" one two", add_special_tokens=False)
@@ -81,6 +82,12 @@ def test_older_servers_give_ids_in_place_of_words() -> None:
         (answer([ONE], "stop", "</search>"), ServerError, "another tokenizer"),
         (answer([ONE], "abort"), TransientError, "aborted turn"),
         (answer([]), TransientError, "0 token ids"),
+        *(
+            (answer([ONE, TWO], logprobs={"token_logprobs": [-0.5, value]}), TransientError, "log-prob of token 1 is")
+            for value in (None, float("nan"), float("-inf"), "?")
+        ),
+        (answer([ONE], logprobs={"token_logprobs": [None]}), ServerError, "does not return log-probs"),
+        *((answer([ONE, len(SMALL) + n]), TransientError, "this run's tokenizer does not have") for n in (0, 4)),
         ({"choices": []}, TransientError, "not one completion"),
         (["?"], TransientError, "not one completion"),
     ],
@@ -89,6 +96,12 @@ def test_answers_that_cannot_be_used(answered: Any, error: type[Exception], word
     # Fails if a server that adds tokens, ends turns by its own rules or sends no ids is believed.
     with pytest.raises(error, match=words):
         read(answered)
+
+
+def test_what_follows_the_end_of_a_turn_does_not_matter() -> None:
+    """Fails if a turn is refused for tokens that are dropped anyway."""
+    listed = {"token_logprobs": [-0.5, -0.5, None]}
+    assert read(answer([ONE, STOP, len(SMALL)], "stop", "</search>", logprobs=listed)).token_ids == [ONE, STOP]
 
 
 def test_nothing_is_left_to_the_server_s_defaults() -> None:

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from atpo_fast.engines.stops import StopMatcher, StopTable, vocabulary_bytes
+from atpo_fast.engines.stops import (
+    StopMatcher,
+    StopTable,
+    end_of_sequence_ids,
+    missing_ids,
+    vocabulary_bytes,
+)
 from tests.helpers.small_tokenizers import byte_level, first_stop, metaspace, word_level
 
 
@@ -99,3 +106,31 @@ def test_matcher_keeps_requests_apart() -> None:
 def test_empty_stop_string_is_an_error() -> None:
     with pytest.raises(ValueError, match="must not be empty"):
         StopTable([b"a"], ("",))
+
+
+def test_several_ends_of_a_sequence() -> None:
+    """Fails if only the tokenizer's end counts, or a default of the architecture ends turns at an ordinary token."""
+    tokenizer = word_level()
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)
+
+    def ends(eos: int | list[int] | None, of_model: bool) -> list[int]:
+        generation = GenerationConfig(eos_token_id=eos)
+        generation._from_model_config = of_model
+        return end_of_sequence_ids(tokenizer, generation)
+
+    (turn,) = tokenizer.convert_tokens_to_ids(["<turn>"])
+    assert end_of_sequence_ids(tokenizer) == ends(None, False) == [0]
+    assert ends([3, 0, 5], False) == ends([3, 0, 5], True) == [0, 3, 5]
+    assert ends(2, False) == [0, 2] and ends(2, True) == [0] and ends(turn, True) == [0, turn]
+
+
+def test_rows_without_a_token() -> None:
+    """Fails if the rows of a padded embedding, or holes in the vocabulary, are taken for tokens."""
+    tokenizer = byte_level()
+    assert missing_ids(tokenizer, len(tokenizer)).tolist() == []
+    assert missing_ids(tokenizer, len(tokenizer) + 2).tolist() == [len(tokenizer), len(tokenizer) + 1]
+    assert missing_ids(tokenizer, len(tokenizer) - 2).tolist() == []
+    holes = Tokenizer(models.WordLevel({"<eos>": 0, "a": 2, "b": 5}, unk_token="a"))
+    holed = PreTrainedTokenizerFast(tokenizer_object=holes, eos_token="<eos>")
+    assert missing_ids(holed, 7).tolist() == [1, 3, 4, 6]
+    assert [len(text.strip()) for text in vocabulary_bytes(holed, 7)] == [5, 0, 1, 0, 0, 1, 0]

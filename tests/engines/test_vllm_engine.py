@@ -95,8 +95,22 @@ def test_greedy_decoding_is_that_of_the_paged_engine(engine: VLLMEngine) -> None
             theirs.finish_reason,
             theirs.stop,
         )
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
         np.testing.assert_allclose(ours.policy_logprobs, theirs.policy_logprobs, atol=1e-4)
+
+
+def test_rows_without_a_token_are_never_sampled(tmp_path: Path) -> None:
+    """Fails if a fifth of the tokens has no text, or a turn that goes on after one has other log-probs."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES | {"vocab_size": 5 * len(TOKENIZER) // 4, "initializer_range": 0.02}))
+    engine = make_engine(tmp_path, model.eval(), truncates=True)
+    trees = roots(4, lengths=(40, 60))
+    grow(engine, trees)
+    assert max(int(turn.action_ids.max()) for tree in trees for turn in tree.turns[1:]) < len(TOKENIZER)
+    check_logprobs(model, trees, 1e-4)
+    for options in ({"temperature": 0.0}, {"top_p": 0.9}):
+        for done in samples(engine, SamplingParams(max_new_tokens=20, **options), 8, str(options)):
+            assert max(done.token_ids) < len(TOKENIZER) and len(done.policy_logprobs) == len(done.token_ids)
+    engine.close()
 
 
 # Fails if another position's or another temperature's candidates come, or the drawn token is left out.

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
+from atpo_fast.common.errors import ToolFailureError
 from atpo_fast.config import RolloutConfig, ToolsConfig
-from atpo_fast.environment import HTTPSearch, ToolBox, ToolCall
+from atpo_fast.environment import (
+    HTTPSearch,
+    ToolBox,
+    ToolCall,
+    ToolCounts,
+    ToolError,
+    ToolWatch,
+    check_tools,
+)
 from atpo_fast.rollout import TreeSearch
 from tests.helpers.scripted_engine import TOKENIZER, ScriptedEngine, questions, roll_out, search_then_answer
 
@@ -46,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(500)
         if mode == "slow":
             self.server.release.wait(600)
-        answer = ANSWERS.get(mode, ANSWERS["fine"])
+        answer = json.dumps(self.server.own).encode() if self.server.own else ANSWERS.get(mode, ANSWERS["fine"])
         if mode not in FAILING and mode != "not UTF-8" and len(body["queries"]) > 1:
             found = json.loads(answer)["result"]
             answer = json.dumps({"result": found * len(body["queries"])}).encode()
@@ -63,6 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     mode = "fine"
     faults = 0  # so many requests fail first
+    own: Any = None  # an answer in place of the mode's
     daemon_threads = True
 
     def __init__(self) -> None:
@@ -133,6 +145,50 @@ def test_the_answer_tells_what_went_wrong(server: _Server, mode: str) -> None:
     assert not result.ok and result.text.startswith("Tool(search) failed: ") and len(result.text) < 400
 
 
+@pytest.mark.parametrize(
+    ("hit", "expected"),
+    [
+        ({"document": {"id": "1", "content": "one"}}, "one"),
+        ({"document": {"passage": "one", "title": "T"}, "score": 1.0}, '"T"\none'),
+        ({"document": {"contents": None, "text": "one"}}, "one"),
+        ({"document": {"metadata": {"text": "one"}, "id": 3}}, "one"),
+        ({"_source": {"title": "T", "body": "one"}, "_score": 2.0}, '"T"\none'),
+        ({"text": "beside", "document": {"contents": "one"}}, "one"),
+        ({"document": "one"}, "one"),
+        ("one", "one"),
+        ({"page_content": "one", "metadata": {"source": "x"}}, "one"),
+        ({"document": {"title": "T", "text": ["one", "two"]}}, '"T"\none two'),
+    ],
+)
+def test_common_names_of_a_hit_s_text(server: _Server, hit: Any, expected: str) -> None:
+    """Fails if a server that names its text otherwise is taken for one that finds nothing."""
+    server.own = {"result": [[hit, hit, {"document": {"id": 2, "contents": None}}]]}
+    with HTTPSearch(server.url) as search:
+        assert search("x") == f"Page 1: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("hits", "words"),
+    [
+        (
+            [{"document": {"id": "1", "contents": None}}],
+            "found the fields document.id, document.contents (null); expec",
+        ),
+        ([{"document": {"id": "1", "abstract": "one"}}], "document.abstract; expected one of contents, text, content"),
+        ([{}], "a dict without fields"),
+        (["one", 3], "a hit must be an object or a text, not int"),
+        ({"documents": []}, "expected a list of hits for each query, not dict"),
+        (None, "expected a list of hits for each query, not NoneType"),
+    ],
+)
+def test_hits_without_text_are_a_failure(server: _Server, hits: Any, words: str) -> None:
+    """Fails if hits whose text is not found are answered with "No search results found."."""
+    server.own = {"result": [hits]}
+    with HTTPSearch(server.url) as search, pytest.raises(ValueError, match=re.escape(words)) as error:
+        search("x")
+    assert server.url in str(error.value)
+
+
 def test_a_server_that_comes_back_is_used_again(server: _Server) -> None:
     """Fails if one fault puts a tool out of use."""
     with make_toolbox(server.url, retries=0) as toolbox:
@@ -147,6 +203,80 @@ def test_a_retry_hides_a_transient_error(server: _Server) -> None:
     with make_toolbox(server.url, retries=3) as toolbox:
         (result,) = toolbox.run([ToolCall("search", "one")])
     assert result.ok and result.text == "Page 1: one two"
+
+
+DEAD = "http://127.0.0.1:9/retrieve"
+
+
+def test_what_became_of_the_calls_is_counted(server: _Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Fails if a failure is not counted as what it was, or a roll-out with many of them passes in silence."""
+    with make_toolbox(server.url, retries=0, timeout_seconds=0.2) as toolbox:
+        watch = ToolWatch(toolbox.counts, toolbox.last_failures)
+        for number, mode in enumerate(("fine", "500", "slow", "fine", "malformed", "fine", "no hits")):
+            server.mode = mode
+            toolbox.run([ToolCall("search", str(number))])
+        toolbox.run([ToolCall("search", "", problem="nothing to run"), ToolCall("unknown", "x")])
+        assert toolbox.counts == {"search": ToolCounts(calls=7, failures=3, timeouts=1)}
+        watch.settle()
+        (line,) = caplog.messages
+        assert line.startswith("tool 'search': 3 of 7 calls failed (1 timed out); last: Tool(search) failed: ")
+        server.mode = "fine"
+        toolbox.run([ToolCall("search", "once more")])
+        caplog.clear()
+        watch.settle()
+        assert not caplog.messages
+
+
+def test_a_tool_s_refusals_say_nothing_against_it() -> None:
+    """Fails if a policy that writes bad calls ends the run."""
+
+    def refuse(text: str) -> str:
+        raise ToolError("not like this")
+
+    def nothing(text: str) -> str:
+        return ""
+
+    with ToolBox([refuse, nothing], retries=0) as toolbox:
+        watch = ToolWatch(toolbox.counts, toolbox.last_failures)
+        toolbox.run([ToolCall("refuse", str(number)) for number in range(9)])
+        watch.settle()
+        assert toolbox.counts["refuse"] == ToolCounts(calls=9, refused=9)
+        toolbox.run([ToolCall("nothing", str(number)) for number in range(4)])
+        assert toolbox.counts["nothing"] == ToolCounts(calls=4, failures=4, empty=4)
+        with pytest.raises(ToolFailureError, match=r"no call of 'nothing' was answered, 4 in a row; last: .*empty"):
+            watch.settle()
+
+
+def test_a_tool_that_answers_nothing_ends_the_run() -> None:
+    """Fails if a dead server lets a run go on, one failed call ends it, or the message does not help."""
+    with make_toolbox(DEAD, retries=0) as toolbox:
+        watch = ToolWatch(toolbox.counts, toolbox.last_failures)
+        toolbox.run([ToolCall("search", "a"), ToolCall("search", "b")])
+        watch.settle()
+        watch.settle()  # nothing was called
+        toolbox.run([ToolCall("search", "a"), ToolCall("search", "b")])
+        words = rf"no call of 'search' was answered, 4 in a row; last: Tool\(search\) failed: .*{DEAD}.* goes on from"
+        with pytest.raises(ToolFailureError, match=words):
+            watch.settle()
+
+
+def test_a_dead_server_is_found_when_a_run_starts(
+    server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fails if nobody at tools.search_url is noticed, the message does not help, or a cache cannot do without it."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:10")  # is not asked
+    check_tools(ToolsConfig(search_backend="http", search_url=server.url))
+    check_tools(ToolsConfig(search_url=DEAD))
+    check_tools(ToolsConfig(builtin=["python"], search_backend="http", search_url=DEAD))
+    words = rf"retrieval server {DEAD}: .*http_proxy of the environment are not used.*atpo-fast retriever.*search_url"
+    with pytest.raises(ToolFailureError, match=words):
+        check_tools(ToolsConfig(search_backend="http", search_url=DEAD))
+    server.own = {"result": [[{"document": {"abstract": "one"}}]]}
+    with pytest.raises(ToolFailureError, match=r"document\.abstract; expected one of contents"):
+        check_tools(ToolsConfig(search_backend="http", search_url=server.url))
+    assert not caplog.messages
+    check_tools(ToolsConfig(search_backend="http", search_url=DEAD, cache=str(tmp_path / "cache.sqlite")))
+    assert f"retrieval server {DEAD}" in caplog.messages[0] and "the cache of results" in caplog.messages[0]
 
 
 def _held() -> tuple[int, int]:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from atpo_fast.environment import PythonTool, ToolError, bubblewrap
-from atpo_fast.environment.python_tool import _MAX_OUTPUT_BYTES
+from atpo_fast.environment import PythonTool, ToolError, bubblewrap, parse_call
+from atpo_fast.environment.python_tool import _MAX_OUTPUT_BYTES, bare_code
 
 HERE = Path(__file__).resolve().parents[1] / "helpers"
 TIME_OUT = "TimeoutError: the code ran longer than 1 seconds."
@@ -120,6 +120,35 @@ def assert_gone(text: str) -> None:
 def test_answers(tool: Confined, code: str, answer: str) -> None:
     """Fails if code runs in another way than in an interpreter of its own with an empty folder."""
     assert tool.answer(code) == answer
+
+
+FENCE = "`" * 3
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        f"\n{FENCE}python\nx = 1\nprint(x + 1)\n{FENCE}\n",
+        f"{FENCE}\nx = 1\nx + 1\n{FENCE}",
+        f"\n  {FENCE}py\n  for x in (1,):\n      print(x + 1)\n  {FENCE}\n",
+        f"{FENCE}Python3 \nprint(2)",
+        "~~~\nprint(2)\n~~~",
+        "\n    x = 1\n    if x:\n        print(x + 1)\n",
+        " x = 1\n print(x + 1)",
+        "\tx = 1\n\n\tprint(x + 1)\n",
+        "x = 1\nprint(x + 1)",
+    ],
+)
+def test_code_as_models_write_it(written: str) -> None:
+    """Fails if code in a fence, or that is indented as a whole, is a syntax error."""
+    call = parse_call(f"<think> I compute. </think> <python>{written}</python>", ["python"])
+    assert call is not None and PythonTool()(call.argument) == "2"
+
+
+@pytest.mark.parametrize("code", [f"x = [\n{FENCE!r}\n]\nprint(1)", "x = '`'", "if x:\n    pass", FENCE, "~~~"])
+def test_code_without_a_fence_stays(code: str) -> None:
+    """Fails if what only looks like a fence is cut out of code."""
+    assert bare_code(code) == code
 
 
 def test_errors_are_the_answer() -> None:

@@ -54,7 +54,7 @@ def grow(engine: Engine, trees: Sequence[TurnTree], rounds: int = 2, shuffle: bo
                 rng = np.random.default_rng(1000 * index + batch[at].turn_key[1])
                 seen = [] if leaf else rng.integers(2, VOCABULARY, rng.integers(0, 9)).tolist()
                 node = trees[index].add_turn(
-                    parent, done.token_ids, done.logprobs, seen, finish_reason=done.finish_reason
+                    parent, done.token_ids, done.policy_logprobs, seen, finish_reason=done.finish_reason
                 )
                 if not leaf:
                     following.append((index, node))

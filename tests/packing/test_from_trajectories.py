@@ -240,6 +240,36 @@ def test_errors(change: dict[str, Any], message: str) -> None:
         from_trajectories(given_batch | change, Objective.preset("at2po"), 20)
 
 
+def test_none_is_a_logprob_that_nobody_sampled() -> None:
+    """Fails if None on tool tokens is not read as NaN is, or passes where a token was sampled."""
+    given_batch: dict[str, Any] = {
+        "input_ids": [[1, 2, 3, 4, 5], [1, 2, 6]],
+        "loss_mask": [[0, 1, 0, 0, 1], [0, 1, 1]],
+        "advantages": [[None, 1.0, None, None, 1.0], [None, -1.0, -1.0]],
+        "old_logprobs": [[None, -0.5, None, None, -1], [None, -0.5, -2.0]],
+    }
+    objective = Objective.preset("at2po")
+    as_nan = {
+        name: [[float("nan") if value is None else value for value in row] for row in given_batch[name]]
+        for name in ("advantages", "old_logprobs")
+    }
+    rows = from_trajectories(given_batch, objective, 20)
+    for row, other in zip(rows, from_trajectories(given_batch | as_nan, objective, 20), strict=True):
+        assert row.old_logprob is not None and other.old_logprob is not None
+        assert torch.equal(row.old_logprob, other.old_logprob) and torch.equal(row.weight_pos, other.weight_pos)
+    padded = [[None, -0.5, None, None, -1], [None, -0.5, -2.0, None, None]]
+    ids, mask = [[1, 2, 3, 4, 5], [1, 2, 6, 0, 0]], [[0, 1, 0, 0, 1], [0, 1, 1, 0, 0]]
+    real = [[1] * 5, [1, 1, 1, 0, 0]]
+    more = {"input_ids": ids, "loss_mask": mask, "old_logprobs": padded, "attention_mask": real}
+    (row,) = from_trajectories(given_batch | more, objective, 20)
+    assert torch.equal(row.input_ids, rows[0].input_ids)
+    for name in ("old_logprobs", "rollout_logprobs"):
+        values = [[None, -0.5, None, None, None], [None, -0.5, -2.0]]
+        message = rf"{name} of trajectory 0 .* action token 1 \(token 4\) has nan; None and NaN .* loss_mask is 0"
+        with pytest.raises(ValueError, match=message):
+            from_trajectories(given_batch | {name: values}, objective, 20)
+
+
 def test_empty_batch() -> None:
     nothing = Trajectories(input_ids=[], loss_mask=[], advantages=[], old_logprobs=[])
     assert from_trajectories(nothing, Objective.preset("at2po"), 20) == []

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from atpo_fast.retrieval import BM25Index, BM25Settings, bm25_build, build_index, open_index
 from atpo_fast.retrieval.bm25 import Postings, hash_words, split_words
+from atpo_fast.retrieval.scripts import by_script
 from tests.helpers.retrieval_cases import random_queries, random_rows, write_corpus
 
 
@@ -63,6 +64,36 @@ def test_any_text_scores_as_in_bm25s(texts: list[str], query: str) -> None:
     wanted = expected(texts, [query], len(texts))
     np.testing.assert_array_equal(numbers, wanted[0])
     np.testing.assert_array_equal(scores, wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("passage", "queries", "others"),
+    [
+        (
+            "富士山は日本で最も高い山である。",
+            ["富士山", "日本", "富士山の高さ", "山"],
+            ["東京", "士富", "海"],
+        ),
+        ("上海是中国的城市", ["上海", "中国的", "城"], ["海中", "北京"]),
+        ("서울은 대한민국의 수도이다.", ["서울", "대한민국", "수도"], ["부산", "울서"]),
+        ("กรุงเทพเป็นเมืองหลวงของประเทศไทย", ["กรุงเทพ", "ประเทศไทย", "เมืองหลวง"], ["ลาว"]),
+        ("iPhone発売は2007年", ["iphone", "発売", "2007", "iPhone発売"], ["ipho", "200"]),
+    ],
+)
+def test_scripts_without_spaces(tmp_path: Path, passage: str, queries: list[str], others: list[str]) -> None:
+    """Fails if a passage is found by a whole clause alone, or by what it does not contain."""
+    texts = ["The rival of e1.", passage, "naïve é"]
+    corpus = write_corpus(tmp_path / "c.jsonl", [{"contents": text} for text in texts])
+    build_index(tmp_path / "index", [corpus], BM25Settings())
+    for index in (BM25Index.from_texts(texts), open_index(tmp_path / "index").index):
+        numbers, _ = index.search([*queries, *others], 1)
+        assert numbers[:, 0].tolist() == [1] * len(queries) + [-1] * len(others)
+
+
+def test_other_scripts_are_left_as_they_are() -> None:
+    """Fails if the words of a text with spaces change: Latin, Greek, Cyrillic, Arabic, Devanagari."""
+    for text in ("Zoë naïve — “1914–1918” ﬁ", "Σωκράτης", "Москва́", "القاهرة", "दिल्ली", "a_b ½ ¥ 。"):
+        assert by_script(text) == by_script(text, singles=True) == text
 
 
 def test_a_corpus_without_words_has_no_hits() -> None:

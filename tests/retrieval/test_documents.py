@@ -84,7 +84,10 @@ def test_question_files_and_json_arrays_are_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"contents": "x"}\n{"title": "only"}\n', "c.jsonl, document 2: no passage"),
+        (
+            b'{"contents": "x"}\n{"title": "only"}\n',
+            "c.jsonl, document 2: no text in a document: found the fields title",
+        ),
         (b'{"contents": "x"}\n{"contents": \n', "c.jsonl, document 2: malformed JSON"),
         (b'{"contents": "x"}\n[1]\n', "c.jsonl, document 2: expected a JSON object"),
         (b'{"contents": "x"}\n{"contents": "\xff"}\n', "c.jsonl, document 2: not UTF-8"),

@@ -13,6 +13,7 @@ import pytest
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import EngineCounters
+from atpo_fast.environment import ToolCounts
 from atpo_fast.environment.reward import LeafScore
 from atpo_fast.rollout import RolloutCounters
 from atpo_fast.train.sampler import BatchSampler, Sampler, by_question
@@ -64,6 +65,7 @@ def test_a_batch_has_its_trees_in_order_and_what_was_counted_for_it() -> None:
         assert batch.staleness == 0
     names = {f"count/{name}" for name in asdict(RolloutCounters())}
     names |= {f"tokens/{name.removesuffix('_tokens')}" for name in asdict(EngineCounters())}
+    names |= {f"tool/search/{name}" for name in asdict(ToolCounts())}
     assert first.counts.keys() == names
 
 
@@ -110,9 +112,11 @@ def test_counts_become_metrics_once() -> None:
     scored = ScoredTree(question, tree, [score])
     counts = SimpleNamespace(**asdict(RolloutCounters(turns=5, tool_calls=4, failed_tool_calls=3, failed_trees=1)))
     given = {f"count/{name}": float(n) for name, n in vars(counts).items()}
-    given |= {"tokens/decoded": 7.0, "tokens/trained": 7.0}
+    given |= {"tokens/decoded": 7.0, "tokens/trained": 7.0, "tool/search/calls": 4.0, "tool/search/failures": 3.0}
+    given |= {"tool/python/calls": 0.0, "tool/python/failures": 0.0}
     metrics = rollout_metrics([scored], given, rollout_seconds=2.0, waited=0.5, step_seconds=4.0)
     assert metrics["rate/rollout_tokens_per_s"] == 3.5 and metrics["rollout/turns"] == 1.0
     assert metrics["rate/train_tokens_per_s"] == 2.0
+    assert metrics["tool/search/failure_rate"] == 0.75 and "tool/python/failure_rate" not in metrics
     assert {name: metrics[name] for name in given} == given
     assert not any(name.endswith(("failed_trees", "failed_tool_calls")) for name in metrics.keys() - given.keys())

@@ -34,11 +34,14 @@ class ContinuousBatch:
 
     Args:
         eos_ids: tokens that end a completion.
+        missing: ids that are never sampled, (m,) on the model's device.
         batch_size: number of requests decoded at once, at most.
     """
 
-    def __init__(self, model: PagedModel, cache: PrefixCache, eos_ids: Sequence[int], batch_size: int):
-        self.model, self.cache = model, cache
+    def __init__(
+        self, model: PagedModel, cache: PrefixCache, eos_ids: Sequence[int], missing: Tensor, batch_size: int
+    ) -> None:
+        self.model, self.cache, self.missing = model, cache, missing
         self.eos_ids = np.asarray(eos_ids, dtype=np.int64)
         self.limit = self.batch_size = batch_size
         self.retired = 0  # requests since `limit` was changed
@@ -155,7 +158,7 @@ class ContinuousBatch:
         table, indices = self.table, rows.requests
         numbers = uniforms(table.seeds[indices], table.counts[indices])
         logits = self.model.logits(rows.hidden)
-        draw = sample(logits, numbers, table.sampling(indices))
+        draw = sample(logits, numbers, table.sampling(indices), self.missing)
         tokens = draw.tokens.cpu().numpy()
         table.append(indices, tokens, draw.logprobs.cpu().numpy(), draw.policy_logprobs.cpu().numpy())
         if table.top[indices].any():
@@ -173,7 +176,7 @@ class ContinuousBatch:
         requests, rows = indices[asking], torch.from_numpy(asking).to(logits.device)
         drawn = Draw(*(values[rows] for values in draw))
         top, temperature = self.table.top[requests], self.table.temperature[requests]
-        values = candidate_logprobs(logits[rows], drawn, temperature, top)
+        values = candidate_logprobs(logits[rows], drawn, temperature, top, self.missing)
         self.table.append_candidates(requests, values.cpu().numpy())
 
     def _forward(self, tokens: Tensor) -> None:

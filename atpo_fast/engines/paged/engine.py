@@ -51,13 +51,14 @@ class PagedEngine(CheckedEngine):
             raise ValueError(f"cache_tokens={cache_tokens} and batch_size={batch_size} must be at least 1")
         self.batch_size = batch_size
         self.model = PagedModel(model, torch.device(device or model.device), dtype)
-        super().__init__(tokenizer, self.model.vocab_size, parameter_shapes(model))
+        super().__init__(tokenizer, self.model.vocab_size, parameter_shapes(model), model.generation_config)
+        self._missing = torch.from_numpy(self.missing_ids).to(self.model.device)
         self.cache = PrefixCache(SlotPool(cache_tokens), self.counters)
         self._batch: ContinuousBatch | None = None  # batch while requests are in flight
 
     def _begin(self, request: Request, forwarded: int) -> None:
         if self._batch is None:
-            self._batch = ContinuousBatch(self.model, self.cache, self.eos_ids, self.batch_size)
+            self._batch = ContinuousBatch(self.model, self.cache, self.eos_ids, self._missing, self.batch_size)
         prompt = np.asarray(request.prompt_ids, dtype=np.int64)
         self._batch.add(request, prompt, self.stops.table(request.sampling.stop))
 

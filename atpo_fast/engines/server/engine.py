@@ -25,6 +25,7 @@ from atpo_fast.engines.base import CheckedEngine, Completion, Request, TurnKey
 from atpo_fast.engines.server.pool import ReplicaPool
 from atpo_fast.engines.server.protocol import Answer, ServerError, read_answer, refuse_truncation, request_body
 from atpo_fast.engines.server.weights import folder_weights, shared_outcome, write_weights
+from atpo_fast.engines.stops import folder_generation
 from atpo_fast.engines.weight_stream import parameter_shapes
 
 _POLL_SECONDS = 0.01  # longest wait of a poll: tools' answers have to be looked at as well
@@ -67,7 +68,8 @@ class ServerEngine(CheckedEngine):
             raise ValueError("engine.sleep needs ranks=1: another rank may still be rolling out")
         self._model_config = AutoConfig.from_pretrained(folder)
         vocab_size = self._model_config.get_text_config().vocab_size
-        super().__init__(tokenizer, vocab_size, parameter_shapes(self._model_config))
+        super().__init__(tokenizer, vocab_size, parameter_shapes(self._model_config), folder_generation(folder))
+        self._missing = frozenset(self.missing_ids.tolist())
         self.config, self.bucket_bytes = config, config.bucket_mb << 20
         self._futures: dict[TurnKey, Future[Answer]] = {}  # answers of the requests in flight
         self._finished: SimpleQueue[tuple[TurnKey, Future[Answer]]] = SimpleQueue()
@@ -101,7 +103,7 @@ class ServerEngine(CheckedEngine):
         key, stops = request.turn_key, self.stops.table(request.sampling.stop)
 
         def read(answer: Any) -> Answer:
-            return read_answer(answer, request, stops, self.eos_ids)
+            return read_answer(answer, request, stops, self.eos_ids, self._missing)
 
         body = request_body(request, self.eos_ids)
         future = self._thread.submit(self._pool.complete(key[0], f"turn {key}", body, read))

@@ -66,7 +66,9 @@ class ReplicaPool:
         """
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
-        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, headers=self._headers)
+        # The servers stand in the cluster: the environment's proxies are not used, its certificates are.
+        direct = dict.fromkeys(("all://", "http://", "https://"))
+        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, headers=self._headers, mounts=direct)
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
         while not all(replica.asked for replica in self.replicas) or not any(replica.up for replica in self.replicas):
             if self._refused is not None:
@@ -106,6 +108,8 @@ class ReplicaPool:
                 problem, avoid = f"{replica.url}: {error}", replica
                 if error.down:
                     self._suspect(replica, str(error))
+                if error.redraw:
+                    body["seed"] = (body["seed"] + 1) % 2**63
             except ServerError as error:
                 raise ServerError(f"{replica.url}: {error}") from error
             finally:

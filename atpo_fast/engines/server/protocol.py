@@ -8,8 +8,9 @@ decodes some tokens past a stop string (speculative decoding) changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from atpo_fast.common.errors import EngineError
@@ -28,11 +29,14 @@ class ServerError(EngineError):
 
 
 class TransientError(Exception):
-    """A failure that another try may not meet; `down`: the replica may be dead, so its health has to be checked."""
+    """A failure that another try may not meet.
 
-    def __init__(self, message: str, *, down: bool = False):
+    `down`: the replica may be dead, so its health has to be checked. `redraw`: the same seed would meet it again.
+    """
+
+    def __init__(self, message: str, *, down: bool = False, redraw: bool = False):
         super().__init__(message)
-        self.down = down
+        self.down, self.redraw = down, redraw
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +86,31 @@ def request_body(request: Request, eos_ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def read_answer(answer: Any, request: Request, stops: StopTable, eos_ids: Sequence[int]) -> Answer:
+def read_answer(
+    answer: Any, request: Request, stops: StopTable, eos_ids: Sequence[int], missing: Set[int] = frozenset()
+) -> Answer:
     """Read the completion in the JSON of an answer.
 
     Raises:
         ServerError: the server does not speak token ids, or ends turns by other rules than those asked for.
-        TransientError: the JSON is no answer of the protocol, or the server aborted the request.
+        TransientError: the JSON is no answer of the protocol, the server aborted the request, a log-prob is missing or
+            no number, or a token is one of those `missing` in the tokenizer.
     """
     choice = _choice(answer)
     token_ids, logprobs = _tokens(choice)
     _check_prompt(choice.get("prompt_token_ids"), request)
-    kept, reason, stop = _end(token_ids, stops, eos_ids)
+    kept, reason, stop = _end(token_ids, stops, eos_ids, missing)
     if reason is None:
         _require_length(choice, request, stops)
         reason = "length"
-    logprobs = logprobs[:kept]
+    logprobs = _numbers(logprobs[:kept], request)
     completion = Completion(
         token_ids=token_ids[:kept],
         logprobs=logprobs,
         policy_logprobs=logprobs,
         finish_reason=reason,
         stop=stop,
-        top_logprobs=_candidates(choice["logprobs"], request.sampling.top_logprobs, kept),
+        top_logprobs=_candidates(choice["logprobs"], request, kept),
     )
     details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
     return Answer(completion, int(details.get("cached_tokens") or 0))
@@ -125,8 +132,8 @@ def _choice(answer: Any) -> dict[str, Any]:
     return choices[0]
 
 
-def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
-    """Read the token ids and their log-probs."""
+def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[Any]]:
+    """Read the token ids and their log-probs, some of which may be no numbers (`_numbers`)."""
     listed = choice.get("logprobs") or {}
     logprobs, names = listed.get("token_logprobs"), listed.get("tokens") or ()
     ids = choice.get("token_ids")
@@ -134,18 +141,29 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[int], list[float]]:
         ids = [int(name.removeprefix(_TOKEN_ID)) for name in names]
     if ids is None:
         raise ServerError(f"the server does not return token ids: {_HOW_TO_START}")
-    if logprobs is None or None in logprobs:
+    if logprobs is None or (logprobs and all(value is None for value in logprobs)):
         raise ServerError("the server does not return log-probs: it must honour `logprobs` in POST /v1/completions")
     if not ids or len(ids) != len(logprobs):
         raise TransientError(f"{len(ids)} token ids came with {len(logprobs)} log-probs")
-    return [int(token) for token in ids], [float(value) for value in logprobs]
+    return [int(token) for token in ids], list(logprobs)
 
 
-def _candidates(listed: dict[str, Any], count: int, kept: int) -> list[list[float]] | None:
-    """Read the log-probs of the `count` likeliest candidates of the first `kept` tokens; None where `count` is 0.
+def _numbers(logprobs: Sequence[Any], request: Request) -> list[float]:
+    """Return log-probs as numbers. Raise TransientError where one is missing or not finite."""
+    for index, value in enumerate(logprobs):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise TransientError(
+                f"turn {request.turn_key}: the log-prob of token {index} is {value!r}, not a finite number"
+            )
+    return [float(value) for value in logprobs]
+
+
+def _candidates(listed: dict[str, Any], request: Request, kept: int) -> list[list[float]] | None:
+    """Read the log-probs of the likeliest candidates of the first `kept` tokens; None where none are asked for.
 
     vLLM lists the sampled token with them; for servers that do not, it is added where it is none of them.
     """
+    count = request.sampling.top_logprobs
     if not count:
         return None
     tops = listed.get("top_logprobs") or ()
@@ -156,7 +174,7 @@ def _candidates(listed: dict[str, Any], count: int, kept: int) -> list[list[floa
         )
     sampled = zip(listed["tokens"], listed["token_logprobs"], strict=True)
     return [
-        list((top if name in top else {**top, name: value}).values())
+        _numbers(list((top if name in top else {**top, name: value}).values()), request)
         for top, (name, value) in zip(tops[:kept], sampled, strict=False)
     ]
 
@@ -175,11 +193,16 @@ def _check_prompt(returned: list[int] | None, request: Request) -> None:
 
 
 def _end(
-    token_ids: Sequence[int], stops: StopTable, eos_ids: Sequence[int]
+    token_ids: Sequence[int], stops: StopTable, eos_ids: Sequence[int], missing: Set[int]
 ) -> tuple[int, FinishReason | None, str | None]:
-    """Find the end of a turn: (its tokens, why it ends there, stop string); without an end, all tokens and None."""
-    state = 0
+    """Find the end of a turn: (its tokens, why it ends there, stop string); without an end, all tokens and None.
+
+    Raises TransientError for a token that is `missing` or beyond the model's vocabulary.
+    """
+    state, vocabulary = 0, stops.next_state.shape[1]
     for count, token in enumerate(token_ids, start=1):
+        if token in missing or not 0 <= token < vocabulary:
+            raise TransientError(f"it sampled token {token}, which this run's tokenizer does not have", redraw=True)
         state = int(stops.next_state[state, token])
         if token in eos_ids:
             return count, "eos", None

@@ -4,13 +4,17 @@ Stop strings are found on token ids by the same automaton as in the paged engine
 request is aborted as soon as the automaton has found one. Where vLLM runs ahead of us (asynchronous scheduling), tokens
 after the stop are dropped.
 
+vLLM samples from all rows of the embedding. A token that the tokenizer does not have is rejected, and the rest of the
+turn is asked for again with another seed: what is kept has the distribution without such tokens, and the log-probs that
+the trainer recomputes. Greedy turns are asked for again with a bias against them.
+
 Only this package calls vLLM: `start.py` builds the `LLM`, vLLM's workers load `worker.py`, and `transfer.py` sends
 weights to workers in other processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,17 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from atpo_fast.common.errors import EngineError
 from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.base import CheckedEngine, Completion, FinishReason, Request, TurnKey
-from atpo_fast.engines.stops import StopTable
+from atpo_fast.engines.stops import StopTable, folder_generation
 from atpo_fast.engines.vllm.start import check_vllm, llm_options, start_llm
 from atpo_fast.engines.weight_stream import parameter_shapes
 
 Weights = Iterable[tuple[str, Tensor]]
+
+_MOST_REJECTED = 50  # tokens in a row that the tokenizer does not have, before the model is given up
+_NEXT_SEED = 0x9E3779B97F4A7C15
 
 
 class VLLMEngine(CheckedEngine):
@@ -68,7 +76,9 @@ class VLLMEngine(CheckedEngine):
     ):
         self._version = check_vllm()
         self._model_config = AutoConfig.from_pretrained(folder)
-        super().__init__(tokenizer, self._model_config.vocab_size, parameter_shapes(self._model_config))
+        shapes = parameter_shapes(self._model_config)
+        super().__init__(tokenizer, self._model_config.vocab_size, shapes, folder_generation(folder))
+        self._missing = frozenset(self.missing_ids.tolist())
         self.config, self.device, self.truncates = config, torch.device(device), truncates
         self.max_positions, self.bucket_bytes = max_positions, config.bucket_mb << 20
         self._current_weights = current_weights
@@ -99,11 +109,15 @@ class VLLMEngine(CheckedEngine):
             raise ValueError("top_logprobs with top_p or top_k: vLLM tells those of the truncated distribution only")
 
     def _begin(self, request: Request, forwarded: int) -> None:
+        self._ask(_Writing(request, forwarded, self.stops.table(request.sampling.stop)))
+
+    def _ask(self, writing: _Writing) -> None:
+        """Ask vLLM for the rest of a turn."""
         self._begun += 1
         name = str(self._begun)
-        self._writings[name] = _Writing(request, forwarded, self.stops.table(request.sampling.stop))
-        prompt = {"prompt_token_ids": list(request.prompt_ids)}
-        self._llm.llm_engine.add_request(name, prompt, self._sampling(name, request))
+        self._writings[name] = writing
+        prompt = {"prompt_token_ids": [*writing.request.prompt_ids, *writing.token_ids]}
+        self._llm.llm_engine.add_request(name, prompt, self._sampling(name, writing))
 
     def _advance(self) -> list[tuple[TurnKey, Completion]]:
         """Take one step of vLLM's scheduler. Raise RuntimeError when vLLM aborted a request."""
@@ -115,22 +129,27 @@ class VLLMEngine(CheckedEngine):
     def _step(self) -> list[_Writing]:
         """Take a step and return the completions that it has finished."""
         engine = self._llm.llm_engine
-        finished, stopped = {}, []
+        finished, rejected, stopped = {}, [], []
         for output in engine.step():
             writing = self._writings.get(output.request_id)
             if writing is None:  # it has been stopped, and vLLM had gone on
                 continue
-            writing.extend(output, self.eos_ids)
+            complete = writing.extend(output, self.eos_ids, self._missing)
+            if not complete:
+                rejected.append(output.request_id)
             if writing.finish_reason is not None:
                 finished[output.request_id] = self._writings.pop(output.request_id)
-                if not output.finished:
-                    stopped.append(output.request_id)
+            if not output.finished and (writing.finish_reason is not None or not complete):
+                stopped.append(output.request_id)
         if stopped:
             engine.abort_request(stopped)
-        cut = [name for name, writing in finished.items() if _truncated(writing.request)]
+        again = {name: self._writings.pop(name) for name in rejected}
+        cut = {name: writing for name, writing in (finished | again).items() if _truncated(writing.request)}
         if cut:
-            for name, masses in zip(cut, self._log_kept_probability(cut), strict=True):
-                finished[name].log_kept_probability = masses[: len(finished[name].token_ids)]
+            for writing, masses in zip(cut.values(), self._log_kept_probability(list(cut)), strict=True):
+                writing.log_kept_probability += masses[: len(writing.token_ids) - len(writing.log_kept_probability)]
+        for writing in again.values():
+            self._ask(writing)
         return list(finished.values())
 
     def _cancel(self, keys: Sequence[TurnKey]) -> None:
@@ -143,13 +162,15 @@ class VLLMEngine(CheckedEngine):
         if names and self.truncates:
             self._log_kept_probability(names)
 
-    def _sampling(self, name: str, request: Request) -> Any:
-        wanted = request.sampling
+    def _sampling(self, name: str, writing: _Writing) -> Any:
+        request, wanted = writing.request, writing.request.sampling
+        greedy_again = writing.rejected and not wanted.temperature
         truncation = {"truncation": {"name": name, "top_k": wanted.top_k, "top_p": wanted.top_p}}
         return self._vllm.SamplingParams(
             temperature=wanted.temperature,
-            max_tokens=wanted.max_new_tokens,
-            seed=request.seed & (2**63 - 1),
+            max_tokens=wanted.max_new_tokens - len(writing.token_ids),
+            seed=(request.seed + writing.rejected * _NEXT_SEED) & (2**63 - 1),
+            logit_bias=dict.fromkeys(self._missing, -100.0) if greedy_again else None,
             logprobs=wanted.top_logprobs,  # 0: that of the sampled token only
             stop_token_ids=self.eos_ids,
             ignore_eos=True,  # they are the model configuration's, which may be others
@@ -233,19 +254,25 @@ class _Writing:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[float]] = field(default_factory=list)  # candidates' by token, where they are asked for
-    log_kept_probability: list[float] | None = (
-        None  # log of the kept probability by token, where the distribution is truncated
+    log_kept_probability: list[float] = field(
+        default_factory=list  # log of the kept probability by token, where the distribution is truncated
     )
+    rejected: int = 0  # tokens so far that the tokenizer does not have
+    rejected_here: int = 0  # of them, those since the last token
     cached: int = -1  # number of prompt tokens found in the cache; -1 until vLLM reports it
     finish_reason: FinishReason | None = None
     stop: str | None = None
 
-    def extend(self, output: Any, eos_ids: Sequence[int]) -> None:
-        """Take new tokens up to the end of the turn."""
+    def extend(self, output: Any, eos_ids: Sequence[int], missing: Set[int]) -> bool:
+        """Take new tokens up to the end of the turn, or to one that is `missing`; return whether there is none."""
         if self.cached < 0:
             self.cached = output.num_cached_tokens or 0
         (news,) = output.outputs
         for token, entry in zip(news.token_ids, news.logprobs or (), strict=True):
+            if token in missing:
+                self._reject(token)
+                return False
+            self.rejected_here = 0
             self.token_ids.append(int(token))
             self.logprobs.append(float(entry[token].logprob))
             if self.request.sampling.top_logprobs:  # the sampled token is among them
@@ -254,20 +281,31 @@ class _Writing:
             found = int(self.stops.found[self.state])
             if token in eos_ids:
                 self.finish_reason = "eos"
-                return
+                return True
             if found >= 0:
                 self.finish_reason, self.stop = "stop", self.stops.stops[found]
-                return
+                return True
         if output.finished:
             if news.finish_reason != "length":
                 raise RuntimeError(f"vLLM aborted turn {self.request.turn_key}: {news.finish_reason}")
             self.finish_reason = "length"
+        return True
+
+    def _reject(self, token: int) -> None:
+        """Count a token that the tokenizer does not have. Raise EngineError where one follows the other."""
+        self.rejected += 1
+        self.rejected_here += 1
+        if self.rejected_here > _MOST_REJECTED:
+            raise EngineError(
+                f"turn {self.request.turn_key}: the model went on with token {token} or others that the tokenizer does "
+                f"not have, {self.rejected_here} times: do model and tokenizer belong together?"
+            )
 
     def completion(self) -> Completion:
         """Return the completion of the finished turn."""
         assert self.finish_reason is not None
         policy = self.logprobs
-        if self.log_kept_probability is not None:
+        if self.log_kept_probability:
             policy = np.add(self.logprobs, self.log_kept_probability).tolist()
         return Completion(
             token_ids=self.token_ids,

@@ -22,7 +22,7 @@ class Trajectories:
     input_ids: Values  # prompt and response tokens
     loss_mask: Values  # 1 on action tokens, one entry per token
     advantages: Values  # one number per trajectory, turn (maximal run of the mask), action token or token
-    old_logprobs: Values  # one entry per token (read on action tokens) or per action token
+    old_logprobs: Values  # one entry per token (None or NaN where nobody sampled it) or per action token
     rollout_logprobs: Values | None = None  # log-probs of the engine, in the same form; the old ones if not given
     attention_mask: Values | None = None  # 1 on real tokens of padded tensors
     group_ids: Values | None = None  # trajectories with equal ids share a tree; all do if not given
@@ -120,6 +120,8 @@ def _turn_starts(action: Bools, trajectory_starts: Ints) -> Bools:
 
 def _on_tokens(name: str, i: int, values: NDArray, mask: Bools) -> Floats:
     """Spread values per trajectory, turn, action token or token over one trajectory: (tokens,), 0 off the actions."""
+    if values.dtype == object:
+        values = values.astype(np.float64)  # None becomes NaN
     actions = int(mask.sum())
     turn_lengths = np.diff(np.append(np.flatnonzero(_turn_starts(mask, np.zeros(1, dtype=np.int64))[mask]), actions))
     if values.size == mask.size and values.ndim:
@@ -136,7 +138,12 @@ def _on_tokens(name: str, i: int, values: NDArray, mask: Bools) -> Floats:
             f"{len(turn_lengths)} turns, but {values.size} {name}"
         )
     if not np.isfinite(on_actions).all():
-        raise ValueError(f"from_trajectories: {name} of trajectory {i} are not all finite on its action tokens")
+        at = int(np.flatnonzero(~np.isfinite(on_actions))[0])
+        token = int(np.flatnonzero(mask)[at])
+        raise ValueError(
+            f"from_trajectories: {name} of trajectory {i} are not all finite on its action tokens: action token {at} "
+            f"(token {token}) has {on_actions[at]}; None and NaN may stand only where loss_mask is 0"
+        )
     full = np.zeros(mask.size)
     full[mask] = on_actions
     return full
