@@ -52,7 +52,7 @@ def question_of(record: Record, columns: ColumnsConfig) -> tuple[str, Messages]:
     """
     value, named = record.value, columns.question
     chats = CHAT_NAMES if named is None else (named, *CHAT_NAMES)
-    chat = next((found for name in chats if (found := _messages(_column(value, name)))), ())
+    chat = next((messages for name in chats if (messages := _messages(_column(value, name)))), ())
     own = QUESTION_NAMES if named is None else (named,)
     text = next((found for name in own if (found := _plain_text(value, name))), None)
     if text is not None:

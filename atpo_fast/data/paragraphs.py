@@ -97,7 +97,7 @@ def _entries(record: Record) -> tuple[str | None, list[Any]]:
         return None, []
     entries = _inside(record.value, field)
     if isinstance(entries, Mapping):  # columns in place of a list
-        texts = next((entries[name] for name in _TEXT_NAMES if isinstance(entries.get(name), list)), [])
+        texts: list[Any] = next((entries[name] for name in _TEXT_NAMES if isinstance(entries.get(name), list)), [])
         entries = [list(pair) for pair in zip_longest(entries.get("title", []), texts)]
     if not isinstance(entries, list):
         raise DataError(f"{record.where}: the field {field} is {type(entries).__name__}; expected a list of paragraphs")
