@@ -7,6 +7,7 @@
     python -m bench streaming            compare the schedules of rollouts
     python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
     python -m bench threads              measure how long waiting threads should spin
+    python -m bench real-model           compare engine and update with Hugging Face on a model of real size
 
 Each takes --help. `pytest bench --benchmark-only` times the same cases with pytest-benchmark.
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "streaming": "bench.systems.streaming",
     "retrieval": "bench.systems.retrieval",
     "threads": "bench.systems.threads",
+    "real-model": "bench.systems.real_model",
 }
 
 
