@@ -8,7 +8,7 @@ the first character of each of them as an HTML entity (`&lt;tool_call>`).
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atpo_fast.environment.tags import Reserved, as_entity
 
@@ -34,7 +34,7 @@ class Escaper:
     ) -> None:
         tokens = reserved_tokens(tokenizer)
         self._reserved = Reserved(tools, tokens, allowed)
-        self._normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         if self._normalizer is not None:  # it is applied to added tokens as well
             self._normalised = Reserved(tools, [*tokens, *map(self._normalizer.normalize_str, tokens)], allowed)
 

@@ -62,7 +62,7 @@ def curves(folder: Path) -> dict[str, list[dict[str, float]]]:
         kept = {
             key: value
             for key, value in record.items()
-            if key in _STEP_KEYS or key.startswith(("cold_start/", "eval/")) and isinstance(value, int | float)
+            if key in _STEP_KEYS or (key.startswith(("cold_start/", "eval/")) and isinstance(value, int | float))
         }
         found[record["phase"]].append({"step": record["step"], **kept})
     return found
