@@ -1,4 +1,4 @@
-"""Every tile that is shipped, at sizes that fill none of them: on a GPU those of its generation, all of them; in Triton's
+"""Every tile that is shipped, at sizes that fill none of them: on a GPU all of its generation's, in Triton's
 interpreter a few of those for sm_90.
 
 Other tests of the kernels take small tiles, so that small inputs have several; what a GPU runs are these.
@@ -37,7 +37,7 @@ def tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(head_launch, "target_of", lambda _: "sm_90")
         monkeypatch.setattr(attention_launch, "target_of", lambda _: "sm_90")
-        monkeypatch.setitem(fused_tiles.GRADIENT_ROWS, "cpu", fused_tiles.GRADIENT_ROWS["gpu"])
+        monkeypatch.setitem(fused_tiles.GRADIENT_TILES, "cpu", fused_tiles.GRADIENT_TILES["gpu"])
 
 
 def check_head(size: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
