@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from bench.attention import cases as attention
+from bench.attention.goals import EXPECTED as ATTENTION_EXPECTED
 from bench.attention.goals import GPU as ATTENTION_GPU
 from bench.core.case import Case
 from bench.core.verdicts import Goals
 from bench.head import cases as head
 from bench.head.goals import CPU as HEAD_CPU
+from bench.head.goals import EXPECTED as HEAD_EXPECTED
 from bench.head.goals import GPU as HEAD_GPU
 from bench.packing.cases import HOST
 from bench.packing.report import CPU as PACKING_CPU
 from bench.packing.report import GPU as PACKING_GPU
 from bench.update import cases as update
 from bench.update.goals import CPU as UPDATE_CPU
+from bench.update.goals import EXPECTED as UPDATE_EXPECTED
 from bench.update.goals import GPU as UPDATE_GPU
 
 GPU_GOALS: Goals = HEAD_GPU | ATTENTION_GPU | UPDATE_GPU | PACKING_GPU
+EXPECTED = HEAD_EXPECTED | ATTENTION_EXPECTED | UPDATE_EXPECTED
 CPU_GOALS: Goals = HEAD_CPU | UPDATE_CPU | PACKING_CPU
 
 

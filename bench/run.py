@@ -32,25 +32,30 @@ _SECONDS = {"cuda": 1.0, "cpu": 3.0}  # of samples per implementation
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the chosen cases and write their records; exits with `BROKEN` where the GPU answers no more."""
+    """Measure the chosen cases and write their records; exits with 1 where a case failed, with `BROKEN` where the
+    GPU answers no more."""
     options = _parser().parse_args(arguments)
     cases = chosen(options)
     if options.list:
         print("\n".join(case.name for case in cases))
         return
-    begun = time.perf_counter()
+    begun, failed = time.perf_counter(), 0
     for at, case in enumerate(cases):
         spent = time.perf_counter() - begun
         if options.budget is not None and spent > options.budget:
             print(f"budget of {options.budget:g} s spent: {len(cases) - at} cases not run")
             break
         print(f"{STARTS}{case.name}", flush=True)
-        print(f"[{spent:.0f} s] {case.name}: {_measured(case, options)}", flush=True)
+        told, good = _measured(case, options)
+        failed += not good
+        print(f"[{spent:.0f} s] {case.name}: {told}", flush=True)
         try:
             synchronize(options.device)
         except Exception as error:  # after an illegal access every call fails: what is left needs another process
             print(f"the GPU answers no more: {one_line(error)}; {len(cases) - at - 1} cases not run", flush=True)
             sys.exit(BROKEN)
+    if failed:
+        sys.exit(f"{failed} of {len(cases)} cases failed")
 
 
 def chosen(options: argparse.Namespace) -> list[Case]:
@@ -62,24 +67,26 @@ def chosen(options: argparse.Namespace) -> list[Case]:
         if (case.name in parts if options.exact else any(part in case.name for part in parts))
         and (case.quick or not options.quick)
     ]
+    if options.exact:
+        cases.sort(key=lambda case: parts.index(case.name))
     if wanted != [""]:
         cases = [replace(case, peers=tuple(name for name in case.peers if name in wanted)) for case in cases]
     return cases
 
 
-def _measured(case: Case, options: argparse.Namespace) -> str:
-    """Measure a case and write its record; return what is to be printed of it, an error as well as times."""
+def _measured(case: Case, options: argparse.Namespace) -> tuple[str, bool]:
+    """Measure a case and write its record; return what is to be printed of it, and whether it could be measured."""
     try:
         record = run_case(case.small() if options.small else case, options.device, options.seconds)
         if options.small:
             record |= case.fields() | {"rehearsed": True}
     except Exception as error:
-        return f"failed: {one_line(error)}"
+        return f"failed: {one_line(error)}", False
     try:
         write_record(case.name, case.bench, options.device, options.results, **record)
     except OSError as error:
-        return f"{_summary(record)} (not written: {error})"
-    return _summary(record)
+        return f"{_summary(record)} (not written: {error})", False
+    return _summary(record), True
 
 
 def _parser() -> argparse.ArgumentParser:

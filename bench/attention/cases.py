@@ -11,7 +11,7 @@ HEADS = {"qwen3-0.6b, 1.7b": (16, 8, 128), "qwen3-4b": (32, 8, 128)}
 ROWS = (16384, 32768, 65536)
 STAR = 24576  # 32 answers of 512 tokens to a prompt of 8,192
 CPU_ROW = 2048
-CANDIDATES: tuple[str, ...] = ()
+CANDIDATES = ("key_stages_3", "key_partial_2", "partial_1")
 """Our own implementation with other tiles: see `candidates.py`."""
 _PLAIN = (("tree", "published"), ("variant", ""))
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.attention.candidates import CHANGES, changed
 from bench.attention.cases import AttentionCase
 from bench.attention.peers import ATTENTION, Attention, Heads
 from bench.core.measure import Makers, peak_bytes, side_by_side, synchronize
@@ -91,6 +94,7 @@ class Problem:
 class Call:
     """An implementation on a problem, with its lists and masks prepared."""
 
+    name: str
     problem: Problem
     attention: Attention
     prepared: Any
@@ -98,7 +102,8 @@ class Call:
 
     def __call__(self) -> tuple[Tensor, ...]:
         """Compute the output, and with gradients those of q, k and v."""
-        return self.problem.call(self.attention, self.prepared)
+        with changed(self.name) if self.name in CHANGES else nullcontext():
+            return self.problem.call(self.attention, self.prepared)
 
 
 def makers(case: AttentionCase, device: str) -> Makers:
@@ -112,7 +117,9 @@ def _makers(case: AttentionCase, problem: Problem) -> Makers:
 
 def _make(name: str, problem: Problem) -> Call:
     attention = ATTENTION[name].make()
-    return Call(problem, attention, *_prepared(attention, problem))
+    if name in CHANGES:
+        import_module("atpo_kernels.tree_attention.launch")  # there is nothing to change without Triton
+    return Call(name, problem, attention, *_prepared(attention, problem))
 
 
 def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
     pairs = visible_pairs(problem.host_end)
 
     def first(name: str, call: Call) -> dict[str, Any]:
-        found = problem.errors(call(), causal=name == "causal")
+        found = problem.errors(call(), causal=name.startswith("causal"))
         results, peak = peak_bytes(call, device)
         kept = sum(x.numel() * x.element_size() for x in results[1:])
         measured = {"errors": found, "peak_bytes": peak, "gradient_bytes": kept, "host_ms": call.host_ms}
@@ -136,7 +143,7 @@ def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
     entries, _, _ = side_by_side(_makers(case, problem), first, about, device, seconds)
     for name, entry in entries.items():
         if "ms" in entry:
-            done = tokens * (tokens + 1) // 2 if name == "causal" else pairs
+            done = tokens * (tokens + 1) // 2 if name.startswith("causal") else pairs
             entry["tflops"] = problem.flops(done) / entry["ms"]["p50"] / 1e9
             if entry["same_work"]:
                 entry["tokens_per_s"] = {layout: 1000 * n / entry["ms"]["p50"] for layout, n in counted.items()}

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atpo_kernels import make_attention_blocks, tree_attention
 from atpo_kernels.tree_attention.reference import tree_mask
+from bench.attention.candidates import CHANGES
 from bench.attention.flex import make_flex_mask
 from bench.attention.sdpa import tree_attention_sdpa
 from bench.attention.xformers import tree_attention_xformers
@@ -94,12 +95,13 @@ def _compiled_flex(dynamic: bool) -> Callable[..., Tensor]:
     return torch.compile(import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=dynamic)
 
 
-def _flex(dynamic: bool) -> Attention:
-    """Attend with a BlockMask built from our block lists."""
+def _flex(dynamic: bool, backend: str | None = None) -> Attention:
+    """Attend with a BlockMask built from our block lists, by PyTorch's choice of kernel or by a named one."""
     flex = _compiled_flex(dynamic)
+    options = {} if backend is None else {"kernel_options": {"BACKEND": backend}}
     return Attention(
         lambda subtree_end, _, device: make_flex_mask(subtree_end.to(device)),
-        lambda q, k, v, _, mask: _heads_first(flex, q, k, v, block_mask=mask),
+        lambda q, k, v, _, mask: _heads_first(flex, q, k, v, block_mask=mask, **options),
     )
 
 
@@ -194,9 +196,24 @@ def _causal() -> Attention:
     return Attention(lambda *_: None, attend)
 
 
+def _flash(module: str) -> Attention:
+    """Run a FlashAttention of its own package over as many tokens, all of one sequence."""
+    function = import_module(module).flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: Any) -> Tensor:
+        out = function(q[None], k[None], v[None], causal=True)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    return Attention(lambda *_: None, attend)
+
+
 ATTENTION: dict[str, Peer] = {
     "ours": Peer(make=lambda: _tree_attention("auto")),
     "flex": Peer(make=lambda: _flex(True), note="compiled FlexAttention with a BlockMask of our lists, for any length"),
+    "flex_flash": Peer(
+        make=lambda: _flex(False, "FLASH"),
+        note="FlexAttention on FlashAttention 4's kernels (BACKEND=FLASH), same mask",
+    ),
     "flex_static": Peer(make=lambda: _flex(False), note="the same, compiled again for every length"),
     "flex_dense": Peer(make=_flex_dense, note="FlexAttention whose BlockMask is made from a dense mask"),
     "areal": Peer(make=_areal, note="AReaL: trie and dense mask made on the host, FlexAttention"),
@@ -204,6 +221,21 @@ ATTENTION: dict[str, Peer] = {
     "varlen": Peer(make=_varlen, flat=True, note="FlashAttention on flat rows, torch.nn.attention.varlen"),
     "xformers": Peer(make=_xformers, flat=True, note="xformers' BlockDiagonalCausalMask on flat rows"),
     "causal": Peer(
-        make=_causal, flat=True, same_work=False, note="yardstick: FlashAttention, causal, as many tokens in a sequence"
+        make=_causal,
+        flat=True,
+        same_work=False,
+        note="yardstick: FlashAttention 2, as PyTorch's SDPA has it, causal, as many tokens in a sequence",
     ),
-}
+    "causal_fa3": Peer(
+        make=lambda: _flash("flash_attn_interface"),
+        flat=True,
+        same_work=False,
+        note="yardstick: FlashAttention 3, causal, as many tokens in a sequence",
+    ),
+    "causal_fa4": Peer(
+        make=lambda: _flash("flash_attn.cute"),
+        flat=True,
+        same_work=False,
+        note="yardstick: FlashAttention 4, causal, as many tokens in a sequence",
+    ),
+} | {name: Peer(make=lambda: _tree_attention("auto"), note=change.note) for name, change in CHANGES.items()}

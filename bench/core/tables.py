@@ -127,7 +127,7 @@ _COLUMNS: dict[str, Callable[[Record, Entry], str]] = {
     "unique tokens/s": _part("tokens_per_s", "unique"),
     "flat tokens/s": _part("tokens_per_s", "flat"),
     "MFU, unique": _part("mfu", "unique", "{:.1%}".format),
-    "MFU, flat": _part("mfu", "flat", "{:.1%}".format),
+    "effective MFU": _part("mfu", "flat", "{:.1%}".format),
     **{f"TFLOP/s at {count}": _part("tflops", count) for count in ("2ADV", "6ADV", "8ADV")},
     "TFLOP/s, visible pairs": _value("tflops"),
     "of the matrix products": _value("fraction_of_gemm", "{:.0%}".format),

@@ -45,7 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
         environment=stage_environment(ROOT / ".whl"),
     )
     say(describe()[-1])
-    outcomes = run_stages(session, stages(calls))
+    outcomes: list[Outcome] = []
+    try:
+        run_stages(session, stages(calls), outcomes)
+    finally:  # also when a signal ends the session
+        archive.renew(lambda: summarise(archive, outcomes), force=True)
     print(summarise(archive, outcomes))
     if options.rehearse and any(outcome.result != "ok" for outcome in outcomes):
         sys.exit(1)

@@ -80,9 +80,12 @@ class Outcome:
     last_line: str = ""
 
 
-def run_stages(session: Session, stages: Sequence[Stage]) -> list[Outcome]:
-    """Run the stages for which there is time, print a line for each, and keep the archive up to date."""
-    begun, outcomes = session.clock.now(), []
+def run_stages(session: Session, stages: Sequence[Stage], outcomes: list[Outcome]) -> None:
+    """Run the stages for which there is time, print a line for each, and keep the archive up to date.
+
+    How they ended is appended to `outcomes`, where it is found also after a signal.
+    """
+    begun = session.clock.now()
     for at, stage in enumerate(stages, start=1):
         spent = session.clock.now() - begun
         left = float("inf") if session.seconds is None else session.seconds - spent
@@ -94,7 +97,6 @@ def run_stages(session: Session, stages: Sequence[Stage]) -> list[Outcome]:
         used = f"{outcome.seconds:.0f} of {stage.limit:.0f} s"
         session.say(f"[{stage.call} {at}/{len(stages)}] {stage.name}: {outcome.result}, {used}. {outcome.last_line}")
         session.archive.renew(lambda: session.summary(outcomes), force=True)
-    return outcomes
 
 
 def run_stage(session: Session, stage: Stage, before: list[Outcome]) -> Outcome:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atpo_kernels import linear_logprob
+from bench.head.candidates import NOTES as OURS
 from bench.head.problems import CLIP_HIGH, CLIP_LOW, Problem
 
 LogProb = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -180,6 +181,36 @@ def _liger_grpo() -> TurnLoss:
     return turn_loss
 
 
+def _liger_grpo_triton() -> TurnLoss:
+    """Give Liger's Triton kernel of the loss the logits of whole turns, each as one of its sequences."""
+    function = import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    if not torch.cuda.is_available():
+        raise ModuleNotFoundError("Liger's triton_grpo_loss is measured on CUDA only")
+
+    def turn_loss(hidden: Tensor, weight: Tensor, problem: Problem) -> Tensor:
+        turns = problem.turns
+        padded = F.pad(hidden.view(-1, turns.length, hidden.shape[1]), (0, 0, 0, 1))  # it wants one position more
+        loss, *_ = function(
+            F.linear(padded, weight),
+            turns.old_logprob.view(-1, turns.length),
+            None,
+            problem.head.targets.view(-1, turns.length),
+            turns.advantages,
+            completion_mask=turns.acting[:, None].expand(-1, turns.length).to(torch.int32).contiguous(),
+            temperature=1.0,
+            beta=0.0,
+            eps_low=CLIP_LOW,
+            eps_high=CLIP_HIGH,
+            inplace=True,
+            loss_type="bnpo",
+            importance_sampling_level="sequence",
+            reduce=True,
+        )
+        return loss
+
+    return turn_loss
+
+
 PEERS: dict[str, Peer] = {
     "ours": Peer(package="atpo-kernels", logprob=_ours, without_loss="left out"),
     "plain": Peer(logprob=lambda: plain_logprob, note="logits in the dtype of the inputs, float32 statistics"),
@@ -211,4 +242,12 @@ PEERS: dict[str, Peer] = {
         entropy=False,
         note="every turn as one sequence; no log-probs out, no entropy",
     ),
+    "liger_grpo_triton": Peer(
+        package="liger-kernel",
+        turn_loss=_liger_grpo_triton,
+        entropy=False,
+        note="materialises the logits, then Liger's Triton loss on them; every turn as one sequence; no entropy",
+    ),
+} | {
+    name: Peer(package="atpo-kernels", logprob=_ours, without_loss="left out", note=note) for name, note in OURS.items()
 }

@@ -101,6 +101,12 @@ GPU: Goals = {
     "whole update, half of the turns clipped: at least 1.25× faster again": _clipped,
     "whole update: MFU on unique tokens at least 45 % for the 1.7B shape": _mfu,
 }
+EXPECTED = {
+    "whole update: MFU on unique tokens at least 45 % for the 1.7B shape": "36-40 % expected with checkpointing, 47 % "
+    "without; less where liger-kernel is missing, since norms and activations are then separate kernels",
+    "whole update, half of the turns clipped: at least 1.25× faster again": "1.2× expected: the bar lies on the bound",
+}
+"""What is expected of goals that nobody has measured, by arithmetic."""
 _SMALL = "whole update of a 20 M-parameter model"
 CPU: Goals = {
     f"{_SMALL} at 36 % overlap, best flat baseline: at least 0.8 of the bound": _of_bound(best_flat, 0.36, "tokens"),

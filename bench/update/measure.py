@@ -163,7 +163,11 @@ def _first_layer(model: Model, device: str) -> Callable[[str, Callable[[], None]
 def _rates(
     seconds: float, work: dict[str, Work], flops: dict[str, dict[str, float]], peak: float | None
 ) -> dict[str, Any]:
-    """Return tokens a second, and MFU where the GPU's peak is known, on unique and on flat tokens."""
+    """Return tokens a second, and MFU where the GPU's peak is known.
+
+    On "unique" tokens MFU is what the GPU does; on "flat" ones it is effective: what it would have to do in the same
+    time to go through the trajectories written out, and may be above 1.
+    """
     found: dict[str, Any] = {"tokens_per_s": {layout: done.tokens / seconds for layout, done in work.items()}}
     if peak is not None:
         found["mfu"] = {layout: sum(parts.values()) / seconds / peak for layout, parts in flops.items()}

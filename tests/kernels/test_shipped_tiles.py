@@ -1,4 +1,4 @@
-"""Every tile that is shipped, at sizes that fill none of them: on a GPU those of its generation, all of them; in Triton's
+"""Every tile that is shipped, at sizes that fill none of them: on a GPU all of its generation's, in Triton's
 interpreter a few of those for sm_90.
 
 Other tests of the kernels take small tiles, so that small inputs have several; what a GPU runs are these.
@@ -16,6 +16,8 @@ from atpo_kernels import TokenWeights
 from atpo_kernels.linear_logprob import launch as head_launch
 from atpo_kernels.linear_turn_policy_loss import tiles as fused_tiles
 from atpo_kernels.tree_attention import launch as attention_launch
+from bench.attention import candidates as attention_candidates
+from bench.head import candidates
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.error_bounds import assert_within, attention_bounds, head_bounds
 from tests.helpers.interpreter import DEVICE, INTERPRETED
@@ -37,7 +39,7 @@ def tiles_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(head_launch, "target_of", lambda _: "sm_90")
         monkeypatch.setattr(attention_launch, "target_of", lambda _: "sm_90")
-        monkeypatch.setitem(fused_tiles.GRADIENT_ROWS, "cpu", fused_tiles.GRADIENT_ROWS["gpu"])
+        monkeypatch.setitem(fused_tiles.GRADIENT_TILES, "cpu", fused_tiles.GRADIENT_TILES["gpu"])
 
 
 def check_head(size: tuple[int, int, int], dtype: torch.dtype, bias: bool) -> None:
@@ -150,3 +152,34 @@ def test_fused_loss_interpreted(turn: int, clipped: float, monkeypatch: pytest.M
 def test_attention_interpreted(width: int, group: int, prefix: int) -> None:
     """The same for attention: a padded width, idle rows of a group of 7, a prefix."""
     check_attention(150, width, group, prefix, HALF)
+
+
+KERNELS = (*candidates.CHANGES, *attention_candidates.CHANGES)
+
+
+def check_candidate(name: str, head: tuple[int, int, int], tokens: int) -> None:
+    """A kernel or tile that may become the default calculates as rightly as what it would replace."""
+    if name in attention_candidates.CHANGES:
+        with attention_candidates.changed(name):
+            check_attention(tokens, 128, 4, 65, HALF)
+        return
+    with candidates.changed(name):
+        check_head(head, HALF, True)
+        for turn in (40, head[0]):
+            check_loss(head, HALF, 0.5, turn)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_candidates(name: str) -> None:
+    """Fails if a candidate would be recommended for being fast and wrong."""
+    check_candidate(name, HEAD, 700)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["specialised", "branch", "prefetch", "strips_64"])
+def test_candidates_interpreted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for those that are code of their own."""
+    monkeypatch.setattr(head_launch, "SCRATCH_BYTES", 0)
+    check_candidate(name, SMALL_HEAD, 0)

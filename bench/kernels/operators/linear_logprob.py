@@ -32,7 +32,7 @@ def _statistics(tile: Tile, dtype: torch.dtype, has_bias: bool, stored: bool) ->
         "tiles_per_split": "i32", "scale": "fp32",
     }  # fmt: skip
     label = _label(tile, dtype, has_bias) + (", stored" if stored else "")
-    return _variant(_statistics_kernel, label, types, {"STORED": stored}, tile)
+    return _variant(_statistics_kernel, label, types, {"STORED": stored, "BRANCH": tile.branch}, tile)
 
 
 def _gradient(tile: Tile, dtype: torch.dtype, has_bias: bool, has_entropy: bool) -> Variant:
@@ -55,6 +55,7 @@ def _merge() -> Variant:
 
 def _label(tile: Tile, dtype: torch.dtype, has_bias: bool) -> str:
     moved = "descriptors" if tile.descriptors else "pointers"
+    moved += ", specialised" * tile.warp_specialised + ", branch" * tile.branch
     size = f"{tile.rows}x{tile.columns}x{tile.depth}"
     return f"{DTYPE_NAMES[dtype]} {size} {moved}" + (", bias" if has_bias else "")
 
@@ -62,16 +63,21 @@ def _label(tile: Tile, dtype: torch.dtype, has_bias: bool) -> str:
 def _operands(tile: Tile, dtype: torch.dtype, has_bias: bool) -> dict[str, str]:
     name = DTYPE_NAMES[dtype]
     hidden, weight = (
-        f"tensordesc<{name}[{rows}, {tile.depth}]>" if tile.descriptors else f"*{name}"
+        f"tensordesc<{name}[{rows}, {tile.depth}]>" if _described(tile) else f"*{name}"
         for rows in (tile.rows, tile.columns)
     )
     return {"hidden": hidden, "weight": weight, "bias": f"*{name}" if has_bias else "constexpr"}
 
 
+def _described(tile: Tile) -> bool:
+    """Say whether a launch passes descriptors; specialised kernels make theirs of pointers."""
+    return tile.descriptors and not tile.warp_specialised
+
+
 def _buffer(tile: Tile, dtype: torch.dtype) -> str:
     return (
         f"tensordesc<{DTYPE_NAMES[dtype]}[{tile.rows}, {tile.columns}]>"
-        if tile.descriptors
+        if _described(tile)
         else f"*{DTYPE_NAMES[dtype]}"
     )
 

@@ -9,7 +9,7 @@ import torch
 
 from atpo_kernels.linear_logprob.tiles import Tile, tile_for
 from atpo_kernels.linear_turn_policy_loss.kernels import _kept_rows_kernel, _softmax_gradient_kernel
-from atpo_kernels.linear_turn_policy_loss.tiles import GRADIENT_ROWS, KEPT_BLOCK
+from atpo_kernels.linear_turn_policy_loss.tiles import GRADIENT_TILES, KEPT_BLOCK, GradientTile
 from bench.kernels.operators import DTYPE_NAMES, Variant
 
 
@@ -32,7 +32,9 @@ def variants(target: str) -> list[Variant]:
     return found
 
 
-def _gradient_variant(tile: Tile, dtype: torch.dtype, every: bool, has_entropy: bool) -> Variant:
+def _gradient_variant(
+    tile: Tile, dtype: torch.dtype, every: bool, has_entropy: bool, ours: GradientTile = GRADIENT_TILES["gpu"]
+) -> Variant:
     stored = "*fp32" if dtype == torch.float32 else "*fp16"
     floats = ("references", "logprob", "entropy", "peak", "log_total", "grad_logprob")
     types = {"exponentials": stored, "dlogits": f"*{DTYPE_NAMES[dtype]}", "targets": "*i64"}
@@ -41,7 +43,8 @@ def _gradient_variant(tile: Tile, dtype: torch.dtype, every: bool, has_entropy: 
     types |= {"scale": "fp32", "inverse_temperature": "fp32"}
     types |= ({} if every else {"kept": "*i32"}) | ({"grad_entropy": "*fp32"} if has_entropy else {})
     constants: dict[str, Any] = {name: None for name in ("kept", "grad_entropy") if name not in types}
-    constants |= {"ALL_ROWS": every, "HAS_ENTROPY": has_entropy, "ROWS": GRADIENT_ROWS["gpu"], "COLUMNS": tile.columns}
+    constants |= {"ALL_ROWS": every, "HAS_ENTROPY": has_entropy, "PARTS": ours.parts, "PREFETCH": ours.prefetch}
+    constants |= {"ROWS": ours.rows, "COLUMNS": tile.columns // ours.parts}
     label = DTYPE_NAMES[dtype] + (", all rows" if every else ", kept rows") + (", entropy" if has_entropy else "")
     pointers = tuple(name for name, kind in types.items() if kind.startswith("*"))
     return Variant(

@@ -88,6 +88,7 @@ def _statistics_kernel(
     hidden, weight, bias, targets, partial, exponentials, references, start, rows, vocab, width,
     hidden_stride, weight_stride, stride, capacity, splits, tiles_per_split, scale,
     HAS_BIAS: tl.constexpr, STORED: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
+    SPECIALISED: tl.constexpr, BRANCH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute statistics of rows [start, start + rows) over one range of the vocabulary; STORED keeps the exponentials.
@@ -96,17 +97,24 @@ def _statistics_kernel(
     peak rises by d c, 2^x shrinks by 2^(-d c), and x by d c: sum x 2^x becomes 2^(-dc) (sum x 2^x - dc sum 2^x).
     """
     # 1. this program's rows and their targets
+    if SPECIALISED:
+        hidden = tl.make_tensor_descriptor(hidden, [start + rows, width], [hidden_stride, 1], [ROWS, DEPTH])
+        weight = tl.make_tensor_descriptor(weight, [vocab, width], [weight_stride, 1], [COLUMNS, DEPTH])
+        if STORED:
+            exponentials = tl.make_tensor_descriptor(exponentials, [rows, vocab], [stride, 1], [ROWS, COLUMNS])
     first_row, split = _first_row_and_split(rows, splits, ROWS, GROUP)
     row = first_row + tl.arange(0, ROWS)
     live = row < rows
     target = tl.load(targets + start + row, mask=live, other=-1)
+    if SPECIALISED or BRANCH:  # half the registers; elsewhere ptxas then spills others under Triton 3.6
+        target = target.to(tl.int32)
     peak = tl.full((ROWS,), MASKED, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     weighted = tl.zeros((ROWS,), tl.float32)
     chosen = tl.full((ROWS,), MASKED, tl.float32)
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab, COLUMNS))
-    for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
+    for tile in tl.range(first_tile, last_tile, flatten=FLATTEN, warp_specialize=SPECIALISED):
         # 2. logits of one tile
         first_column = tile * COLUMNS
         logits = _logits(
@@ -115,8 +123,14 @@ def _statistics_kernel(
         )  # fmt: skip
         # 3. the target's logit, straight from the accumulators
         column = first_column + tl.arange(0, COLUMNS)
-        hit = column[None, :] == target[:, None]
-        chosen = tl.maximum(chosen, tl.max(tl.where(hit, logits, MASKED), 1))
+        if BRANCH:
+            here = (target >= first_column) & (target < first_column + COLUMNS)
+            if tl.max(here.to(tl.int32), 0) > 0:
+                hit = column[None, :] == target[:, None]
+                chosen = tl.maximum(chosen, tl.max(tl.where(hit, logits, MASKED), 1))
+        else:
+            hit = column[None, :] == target[:, None]
+            chosen = tl.maximum(chosen, tl.max(tl.where(hit, logits, MASKED), 1))
         # 4. running sums relative to the running peak
         risen = tl.maximum(peak, tl.max(logits, 1))
         fall = (peak - risen) * scale
@@ -179,14 +193,21 @@ def _gradient_kernel(
     hidden, weight, bias, targets, dlogits, peak, log_total, entropy, grad_logprob, grad_entropy, start, rows, vocab,
     width, hidden_stride, weight_stride, stride, splits, tiles_per_split, scale, inverse_temperature,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
+    SPECIALISED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute gradients by the logits of rows [start, start + rows), whose logits are computed again."""
+    if SPECIALISED:
+        hidden = tl.make_tensor_descriptor(hidden, [start + rows, width], [hidden_stride, 1], [ROWS, DEPTH])
+        weight = tl.make_tensor_descriptor(weight, [vocab, width], [weight_stride, 1], [COLUMNS, DEPTH])
+        dlogits = tl.make_tensor_descriptor(dlogits, [rows, vocab], [stride, 1], [ROWS, COLUMNS])
     first_row, split = _first_row_and_split(rows, splits, ROWS, GROUP)
     row = first_row + tl.arange(0, ROWS)
     live = row < rows
     at = start + row
     target = tl.load(targets + at, mask=live, other=-1)
+    if SPECIALISED:
+        target = target.to(tl.int32)
     top = tl.load(peak + at, mask=live, other=0.0)
     in_bits = tl.load(log_total + at, mask=live, other=0.0)
     # 2. their upstream gradients; those of logit / temperature become those of the logit
@@ -198,7 +219,7 @@ def _gradient_kernel(
         row_entropy = tl.load(entropy + at, mask=live, other=0.0)
     first_tile = split * tiles_per_split
     last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(vocab, COLUMNS))
-    for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
+    for tile in tl.range(first_tile, last_tile, flatten=FLATTEN, warp_specialize=SPECIALISED):
         first_column = tile * COLUMNS
         logits = _logits(
             hidden, weight, bias, start + first_row, first_column, start + rows, vocab, width,

@@ -12,6 +12,7 @@ from math import ceil, log
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -110,7 +111,7 @@ class TritonHead:
         _statistics_kernel[grid](
             *self._operands(), self.targets, partial, exponentials, references, start, rows, *self._sizes(),
             stride, capacity, splits, self._tiles_per_split(splits), self.scale,
-            STORED=scratch is not None, **self._constants(),
+            STORED=scratch is not None, BRANCH=self.tile.branch, **self._constants(),
         )  # fmt: skip
         _merge_kernel[(ceil(rows / MERGED_ROWS),)](
             partial, *out, start, rows, splits, self.scale, ROWS=MERGED_ROWS, SPLITS=MOST_SPLITS
@@ -146,7 +147,9 @@ class TritonHead:
     def _operands(self) -> tuple[Any, Any, Any]:
         """Give hidden, weight and bias as the kernels load them: by descriptors or through pointers."""
         tile = self.tile
-        if not tile.descriptors:
+        if tile.warp_specialised:
+            triton.set_allocator(_allocate)  # for this thread: the memory of the descriptors that kernels make
+        if tile.warp_specialised or not tile.descriptors:
             return self.hidden, self.weight, self.bias
         hidden = TensorDescriptor.from_tensor(self.hidden, [tile.rows, tile.depth])
         return hidden, TensorDescriptor.from_tensor(self.weight, [tile.columns, tile.depth]), self.bias
@@ -154,7 +157,9 @@ class TritonHead:
     def _out(self, buffer: Tensor) -> Any:
         """Give a scratch buffer as the kernels store into it."""
         tile = self.tile
-        return TensorDescriptor.from_tensor(buffer, [tile.rows, tile.columns]) if tile.descriptors else buffer
+        if tile.warp_specialised or not tile.descriptors:
+            return buffer
+        return TensorDescriptor.from_tensor(buffer, [tile.rows, tile.columns])
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """List vocabulary, width, and the strides of hidden and weight."""
@@ -162,6 +167,11 @@ class TritonHead:
 
     def _constants(self) -> dict[str, Any]:
         return self.tile.constants(self.bias is not None)
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Allocate what Triton asks for on the current GPU; torch aligns to 512 bytes, more than it ever asks."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def rows_per_chunk(head: TritonHead) -> int:

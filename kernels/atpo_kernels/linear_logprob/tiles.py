@@ -27,6 +27,12 @@ class Tile:
     """Whether tiles are moved by tensor descriptors (the copy engine of Hopper and later) or through pointers."""
     group: int = 16
     """Row tiles that run side by side, so that they share the weight's tiles in the L2 cache."""
+    warp_specialised: bool = False
+    """Whether one warpgroup loads tiles for two that multiply, which may drift apart; `num_warps` are those of one.
+
+    The kernels then make their descriptors themselves: with those of a launch Triton 3.6 compiles wrong code."""
+    branch: bool = False
+    """Whether the target's logit is looked for in those tiles alone that hold one of their rows' targets."""
 
     def constants(self, has_bias: bool) -> dict[str, Any]:
         """List the constants and options of the kernels that multiply by this tile.
@@ -37,7 +43,8 @@ class Tile:
         return {
             "HAS_BIAS": has_bias,
             "DESCRIPTORS": self.descriptors,
-            "FLATTEN": self.descriptors and not has_bias,
+            "FLATTEN": self.descriptors and not has_bias and not self.warp_specialised,
+            "SPECIALISED": self.warp_specialised,
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "DEPTH": self.depth,

@@ -58,8 +58,9 @@ def linear_turn_policy_loss(
 
     Without gradients (torch.no_grad, or no input that requires one) none are computed. `old_logprob=None` takes the
     current log-probs (the first pass over freshly sampled data: every ratio is 1). The chunks are planned on the host:
-    give `turn_offsets` on the CPU, or there is one wait for the device. Memory beside inputs and outputs: a scratch
-    buffer of at most 0.95 GB on a GPU whatever A is, and the weight's gradient is summed in float32 (V, D), then cast.
+    give `turn_offsets` on the CPU, or there is one wait for the device, and an error while a CUDA graph is captured.
+    Memory beside inputs and outputs: a scratch buffer of at most 0.95 GB on a GPU whatever A is, and the weight's
+    gradient is summed in float32 (V, D), then cast.
 
     Returns LinearTurnLoss: the fields of TurnLoss, and `logprob` and `entropy` (A,), detached.
     Raises ValueError as `linear_logprob` and `turn_policy_loss` do.

@@ -43,22 +43,38 @@ def _kept_rows_kernel(grad_logprob, kept, count, start, rows, BLOCK: tl.constexp
     tl.store(count, found)
 
 
+@triton.jit
+def _load_rows(exponentials, kept, first, total, column, stride, ALL_ROWS: tl.constexpr, ROWS: tl.constexpr):
+    """Load (ROWS, COLUMNS) exponentials, as they are stored, of the rows that become `first` and those behind it."""
+    slot = first + tl.arange(0, ROWS)
+    live = slot < total
+    row = slot
+    if not ALL_ROWS:
+        row = tl.load(kept + slot, mask=live, other=0)
+    source = exponentials + row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(source, mask=live[:, None] & (column < stride)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_ROW)
 def _softmax_gradient_kernel(
     exponentials, dlogits, references, kept, count, targets, logprob, entropy, peak, log_total, grad_logprob,
     grad_entropy, start, stride, capacity, scale, inverse_temperature,
-    ALL_ROWS: tl.constexpr, HAS_ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALL_ROWS: tl.constexpr, HAS_ENTROPY: tl.constexpr, PARTS: tl.constexpr, PREFETCH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Overwrite the exponentials of the kept rows by d loss / d logits, and move these rows to the front.
 
-    A program owns one tile of columns and goes down its rows. Row i of the result comes from row kept[i] >= i, so in
-    order nothing is overwritten before it is read. The softmax of the target is taken from its log-prob, which has not
-    been rounded. `exponentials` and `dlogits` are the same memory.
+    A program owns one of PARTS parts of a tile of columns and goes down its rows. Row i of the result comes from row
+    kept[i] >= i, so in order nothing is overwritten before it is read; PREFETCH reads one step ahead of that. The
+    softmax of the target is taken from its log-prob, which has not been rounded. `exponentials` and `dlogits` are the
+    same memory.
     """
     tile = tl.program_id(0)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = (column < stride)[None, :]  # rows are padded, and whole vectors are moved
     total = count if ALL_ROWS else tl.load(count)
+    if PREFETCH:
+        following = _load_rows(exponentials, kept, 0, total, column, stride, ALL_ROWS, ROWS)
     for first in range(0, total, ROWS):
         # 1. where the rows of this step lie
         slot = first + tl.arange(0, ROWS)
@@ -67,10 +83,14 @@ def _softmax_gradient_kernel(
         if not ALL_ROWS:
             row = tl.load(kept + slot, mask=live, other=0)
         at = start + row
-        source = exponentials + row.to(tl.int64)[:, None] * stride + column[None, :]
-        exponential = tl.load(source, mask=live[:, None] & inside, other=0.0).to(tl.float32)
+        if PREFETCH:
+            stored = following
+            following = _load_rows(exponentials, kept, first + ROWS, total, column, stride, ALL_ROWS, ROWS)
+        else:
+            stored = _load_rows(exponentials, kept, first, total, column, stride, ALL_ROWS, ROWS)
+        exponential = stored.to(tl.float32)
         # 2. their softmax
-        reference = tl.load(references + tile * capacity + row, mask=live, other=0.0)
+        reference = tl.load(references + tile // PARTS * capacity + row, mask=live, other=0.0)
         shift = (reference - tl.load(peak + at, mask=live, other=0.0)) * scale
         shift -= tl.load(log_total + at, mask=live, other=0.0) + STORED_BITS
         hit = column[None, :] == tl.load(targets + at, mask=live, other=-1)[:, None]

@@ -19,7 +19,7 @@ from atpo_kernels.autograd import attach_gradients
 from atpo_kernels.choices import RatioLevel
 from atpo_kernels.linear_logprob.launch import Gradients, Scratch, Statistics, TritonHead, rows_per_chunk
 from atpo_kernels.linear_turn_policy_loss.kernels import _kept_rows_kernel, _softmax_gradient_kernel
-from atpo_kernels.linear_turn_policy_loss.tiles import GRADIENT_ROWS, KEPT_BLOCK, Chunk, plan_chunks
+from atpo_kernels.linear_turn_policy_loss.tiles import KEPT_BLOCK, Chunk, gradient_tile, plan_chunks
 from atpo_kernels.records import HeadInputs, LinearTurnLoss, LossConfig
 from atpo_kernels.turn_policy_loss.launch import PackedLoss
 
@@ -57,12 +57,13 @@ def softmax_gradient(
 ) -> None:
     """Turn the exponentials of a chunk's rows into the gradients by their logits, the kept rows first."""
     kept, count, every = (None, rows, True) if isinstance(rows, int) else (rows.index, rows.count, False)
-    step = GRADIENT_ROWS["cpu" if scratch.dlogits.device.type == "cpu" else "gpu"]
-    _softmax_gradient_kernel[(scratch.references.shape[0],)](
+    tile = gradient_tile(scratch.dlogits.device)
+    _softmax_gradient_kernel[(scratch.references.shape[0] * tile.parts,)](
         *scratch, kept, count, head.targets,
         known.logprob, known.entropy, known.peak, known.log_total, *grads, start,
         scratch.dlogits.stride(0), scratch.references.shape[1], head.scale, 1 / head.temperature,
-        ALL_ROWS=every, HAS_ENTROPY=grads[1] is not None, ROWS=step, COLUMNS=head.tile.columns, num_warps=4,
+        ALL_ROWS=every, HAS_ENTROPY=grads[1] is not None, PARTS=tile.parts, PREFETCH=tile.prefetch,
+        ROWS=tile.rows, COLUMNS=head.tile.columns // tile.parts, num_warps=4,
     )  # fmt: skip
 
 

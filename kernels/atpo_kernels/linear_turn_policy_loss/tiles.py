@@ -9,10 +9,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 KEPT_BLOCK = 1024  # rows that the search for rows with gradient looks at together
-GRADIENT_ROWS = {"gpu": 16, "cpu": 4}  # 16 rows x 256 columns are 8 KiB in flight a program
 WORTH_COPYING = 0.85  # in PyTorch, tokens are skipped when fewer than this share of a chunk has a gradient
+
+
+@dataclass(slots=True, frozen=True)
+class GradientTile:
+    """What a program that turns exponentials into gradients works on at a time."""
+
+    rows: int
+    parts: int = 1
+    """Programs that share a tile of columns of the statistics."""
+    prefetch: bool = False
+    """Whether the rows of the next step are loaded before those of this one are stored."""
+
+
+# 16 rows x 256 columns are 8 KiB in flight a program
+GRADIENT_TILES = {"gpu": GradientTile(16), "cpu": GradientTile(4)}
+
+
+def gradient_tile(device: torch.device) -> GradientTile:
+    """Look up the tile of the gradients in place of the exponentials."""
+    return GRADIENT_TILES["gpu" if device.type == "cuda" else "cpu"]
 
 
 @dataclass(slots=True, frozen=True)

@@ -94,7 +94,8 @@ def make_attention_blocks(
     """Build the `blocks` of a row that `tree_attention` takes, for tensors of this shape, dtype and device.
 
     `prefix` is how many more tokens k and v have than q. `device` defaults to that of subtree_end. The blocks are built
-    on the host, so give subtree_end on the CPU, and nothing waits for the device. None for implementations that use no
+    on the host, so give subtree_end on the CPU, and nothing waits for the device; they are copied to it on the current
+    stream, for which another stream that uses them has to wait. None for implementations that use no
     blocks. Raises ValueError if subtree_end is not that of depth-first pre-order, or prefix is negative.
     """
     if prefix < 0:
