@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from atpo_fast.evaluation.published import PUBLISHED, SIZES, PublishedRow
+from atpo_fast.evaluation.published import PUBLISHED, SIZES, SOURCE, PublishedRow
 from atpo_fast.evaluation.sets import BENCHMARKS, MULTI_HOP, SINGLE_HOP, benchmark_of
 from atpo_fast.evaluation.statistics import LEVEL, Estimate
 from atpo_fast.evaluation.summary import Average, SetSummary, Summary
@@ -41,10 +41,9 @@ def benchmark_table(summary: Summary) -> list[str]:
         ["*published: questions*", *_published_sizes()],
     ]
     notes = ["* unicode: scored once more, with one form of accents, dashes, quotes and widths (reward.normalise)"]
-    notes += [f"* published: {row.label}: {row.source}" for row in PUBLISHED]
     notes.append(
-        "* Published rows are EM of other models on whole evaluation sets, with retrieval over all of Wikipedia; they "
-        "compare with ours only where questions and corpus are the same."
+        f"* Published rows ({SOURCE}) are EM of other models on whole evaluation sets, with retrieval over all of "
+        "Wikipedia; they compare with ours only where questions and corpus are the same."
     )
     incomplete = [part for name, part in summary.averages.items() if name in _GROUPS and not part.complete]
     notes += [f"* \\* average over {', '.join(part.sets)} only" for part in incomplete]
@@ -113,9 +112,7 @@ def _published_cells(row: PublishedRow) -> list[str]:
     cells = [f"*published: {row.label}*"]
     for group in _GROUPS:
         names = [benchmark.name for benchmark in BENCHMARKS if benchmark.group == group]
-        own = group == row.group
-        cells += [f"{row.exact_match[name]:.2f}" if own else "" for name in names]
-        cells.append(f"{row.average:.1f}" if own else "")
+        cells += [*(f"{row.exact_match[name]:.2f}" for name in names), f"{row.averages[group]:.2f}"]
     return cells
 
 

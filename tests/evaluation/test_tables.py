@@ -52,22 +52,30 @@ def test_the_table_has_the_published_layout() -> None:
         "HotpotQA", "2Wiki", "MuSiQue", "Bamboogle", "Avg", "NQ", "TriviaQA", "PopQA", "Avg"
     ]  # fmt: skip
     assert cells(lines[2])[1:] == ["0.00", "25.00", "50.00", "75.00", "37.50", "–", "–", "100.00", "100.00\\*"]
-    (published,) = (line for line in lines if "published: Qwen3-4B" in line and line.startswith("|"))
+    (published,) = (line for line in lines if "published: Qwen3-4B + GRPO*" in line and line.startswith("|"))
     assert cells(published) == [
-        "*published: Qwen3-4B + GRPO*", "44.76", "51.40", "21.60", "50.40", "46.0", "", "", "", ""
-    ]  # fmt: skip
+        "*published: Qwen3-4B + GRPO*",
+        *("44.76", "51.40", "21.60", "50.40", "46.02"),
+        *("45.98", "65.17", "49.18", "54.97"),
+    ]
     assert any("average over popqa only" in line for line in lines)
     assert {len(cells(line)) for line in lines if line.startswith("|")} == {10}
     assert benchmark_table(summarise([question("own", 0, 1.0)])) == []
 
 
 def test_published_averages_follow_from_their_rows() -> None:
-    """Fails for a number that was copied wrongly: the averages are weighted by the numbers of questions."""
+    """Fails for a number that was copied wrongly: the averages are weighted by the numbers of questions.
+
+    A few of the printed ones are off by up to 0.13, as printed.
+    """
+    off = 0
     for row in PUBLISHED:
-        total = sum(SIZES[name] for name in row.exact_match)
-        mean = sum(SIZES[name] * value for name, value in row.exact_match.items()) / total
-        assert round(mean, 1) == row.average
-        assert {b.name for b in BENCHMARKS if b.group == row.group} == set(row.exact_match)
+        for group, average in row.averages.items():
+            names = [benchmark.name for benchmark in BENCHMARKS if benchmark.group == group]
+            mean = sum(SIZES[name] * row.exact_match[name] for name in names) / sum(SIZES[name] for name in names)
+            assert mean == pytest.approx(average, abs=0.13), row.label
+            off += abs(mean - average) > 0.031
+    assert off == 2  # Qwen3-8B + DAPO, Qwen3-4B + AT²PO
 
 
 @pytest.mark.parametrize(
