@@ -120,7 +120,10 @@ def score_trees(
         for tree, question in zip(trees, questions, strict=True)
     ]
     earned = earn(rules.rewards, groups, reward, rules.loop)
-    return [_scores(tree, *parts, reward.overlong, limit) for tree, *parts in zip(trees, groups, earned, strict=True)]
+    return [
+        _scores(tree, group, mine, reward.overlong, limit)
+        for tree, group, mine in zip(trees, groups, earned, strict=True)
+    ]
 
 
 def overlong_penalty(tokens: int, limit: int, overlong: OverlongConfig) -> float:

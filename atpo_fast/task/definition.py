@@ -56,7 +56,9 @@ class TaskDefinition:
     @property
     def extraction(self) -> Extraction:
         """Way in which the answer is read. Raises ConfigError for what is none."""
-        answer = load_own(self.answer, "task.answer") if _is_path(self.answer) else self.answer
+        answer: Any = self.answer
+        if isinstance(answer, str) and ":" in answer:
+            answer = load_own(answer, "task.answer")
         if isinstance(answer, str) and answer in EXTRACTIONS:
             return EXTRACTIONS[answer]  # type: ignore[index]
         if not callable(answer):
@@ -91,10 +93,6 @@ def load_definition(config: TaskConfig) -> TaskDefinition:
     return TaskDefinition(
         prompt=prompt, answer=config.answer, rewards=[RewardTerm(**as_dict(term)) for term in config.rewards]
     )
-
-
-def _is_path(answer: object) -> bool:
-    return isinstance(answer, str) and ":" in answer
 
 
 def _term(reward: RewardLike) -> RewardTerm:

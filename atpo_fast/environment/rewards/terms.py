@@ -144,7 +144,7 @@ def _load_own(term: RewardTerm, where: str, failed_value: float | None) -> Rewar
     if not callable(function):
         raise ConfigError(f"{where}: is {type(function).__name__}, which cannot be called")
     signature = read_signature(function, term.arguments, where)
-    name = term.name or getattr(function, "__name__", type(function).__name__)
+    name = term.name or str(getattr(function, "__name__", type(function).__name__))
     return Reward(
         name=name,
         function=function,
