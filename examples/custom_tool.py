@@ -10,10 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
+from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment import Escaper, FunctionTool, ToolBox, describe_tools, format_result, parse_call
+from atpo_fast.task import PromptEncoder
 
 METRES = {"km": 1000.0, "mi": 1609.344}
 
@@ -35,9 +36,10 @@ def main() -> None:
     tool = FunctionTool(convert)
     tokenizer = train_bpe([SYSTEM_PROMPT], vocab_size=600)  # in a run: the tokenizer of the model
     with ToolBox([tool]) as toolbox:
-        tools = describe_tools(toolbox.schemas(), tokenizer, "published")
+        prompt = PROMPTS["published"]
+        tools = describe_tools(toolbox.schemas(), tokenizer, prompt)
         question = Question(id="q", text="How many miles are 42 km?", answers=("26.1 mi",))
-        prompt_ids = encode_prompt(question, tokenizer, "published", max_tokens=4000, tools=tools)
+        prompt_ids = PromptEncoder(prompt, tokenizer, max_tokens=4000, tools=tools)(question)
         print("--- prompt, after the published instructions")
         print(tokenizer.decode(prompt_ids).partition(SYSTEM_PROMPT)[2].strip())
 

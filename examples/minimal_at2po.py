@@ -1,6 +1,6 @@
 """AT²PO in one visible loop: search → score → credit → pack → gradient → sync, in the embedded world.
 
-    python examples/minimal_at2po.py [--cold-start-steps 150] [--steps 20]
+    python examples/minimal_at2po.py [--cold-start-steps 150] [--steps 20] [--device cuda]
 
 A small model made from scratch imitates scripted demonstrations, most of which are bad, and then learns by tree search
 to answer questions of one or two look-ups with a search tool. One process, no DeepSpeed, no run folder, minutes on two
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
-from atpo_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, ToolsConfig, WorldConfig
+from atpo_fast.config import Config, DataConfig, ModelConfig, RolloutConfig, TaskConfig, ToolsConfig, WorldConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.paged import PagedEngine
 from atpo_fast.environment import make_toolbox
@@ -27,7 +27,8 @@ from atpo_fast.task import Task, load_task
 from atpo_fast.train.from_config import build_model
 
 CONFIG = Config(
-    data=DataConfig(source="world", prompt="short", max_prompt_tokens=32),
+    data=DataConfig(source="world", max_prompt_tokens=32),
+    task=TaskConfig(prompt="short"),
     world=WorldConfig(
         entities=30, relations=4, max_hops=2, train_questions=300, eval_questions=60, demonstrations=1000
     ),
@@ -46,17 +47,18 @@ ROW_TOKENS = 8192
 QUESTIONS_PER_STEP, QUESTIONS_PER_MINIBATCH = 16, 8
 
 
-def train(cold_start_steps: int, steps: int) -> list[float]:
+def train(cold_start_steps: int, steps: int, device: str = "cpu") -> list[float]:
     """Learn; returns the share of right answers (EM) of the training rollouts of each step."""
     torch.manual_seed(CONFIG.seed)
     draw = np.random.default_rng(CONFIG.seed)
     task = load_task(CONFIG)
-    policy = Policy(build_model(CONFIG.model, task.tokenizer, CONFIG.seed))
+    policy = Policy(build_model(CONFIG.model, task.tokenizer, CONFIG.seed).to(device))
     cold_start(policy, task, cold_start_steps, draw)
 
     objective = Objective.preset("at2po")  # a ratio per turn, clipped at 3e-3 and 4e-3, no KL
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, weight_decay=0.0)
-    engine = PagedEngine(build_model(CONFIG.model, task.tokenizer, CONFIG.seed), task.tokenizer, cache_tokens=65536)
+    model = build_model(CONFIG.model, task.tokenizer, CONFIG.seed)
+    engine = PagedEngine(model, task.tokenizer, cache_tokens=65536, device=device)
     engine.update_weights(policy.model.named_parameters())
     toolbox = make_toolbox(CONFIG.tools, task.passages)
     search = TreeSearch(engine, task.tokenizer, toolbox, CONFIG.rollout, CONFIG.tools, cache_tokens=65536)
@@ -105,7 +107,8 @@ def cold_start(policy: Policy, task: Task, steps: int, draw: np.random.Generator
         batch: list[TurnTree] = [task.demonstrations[i] for i in draw.integers(len(task.demonstrations), size=32)]
         for tree in batch:
             tree.advantages = np.ones(len(tree))
-        loss = sum(-(row.weight_pos * policy(row)[0]).sum() for row in pack_trees(batch, likelihood, ROW_TOKENS))
+        rows = [row.to(policy.device) for row in pack_trees(batch, likelihood, ROW_TOKENS)]
+        loss = sum(-(row.weight_pos * policy(row)[0]).sum() for row in rows)
         loss.backward()
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 20, 0.1 + (steps - step) / steps)
         optimizer.step()
@@ -126,5 +129,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cold-start-steps", type=int, default=150, help="optimizer steps of imitation")
     parser.add_argument("--steps", type=int, default=20, help="steps of reinforcement learning")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
-    train(arguments.cold_start_steps, arguments.steps)
+    train(arguments.cold_start_steps, arguments.steps, arguments.device)

@@ -21,7 +21,6 @@ SHORT = {
     "atpo_fast/common/threads.py": "one setting, which has to be made before PyTorch is imported",
     "atpo_fast/config/logging.py": "a section of the configuration, of which each has its file",
     "atpo_fast/config/section.py": "what all sections share, which none of them can hold",
-    "atpo_fast/policy/model.py": "loads a model, also for engines that have no policy",
     "bench/attention/bench_attention.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/attention/sdpa.py": "one implementation to compare with, of which each has its file",
     "bench/update/bench_update.py": "what pytest-benchmark runs of this subject, of which each has its file",

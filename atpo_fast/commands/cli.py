@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from atpo_fast.commands.cold_start import COLD_START
+from atpo_fast.commands.data import PREPARE
 from atpo_fast.commands.doctor import DOCTOR
-from atpo_fast.commands.evaluate import EVALUATE
+from atpo_fast.commands.evaluate import COMPARE, EVALUATE
 from atpo_fast.commands.export import EXPORT
 from atpo_fast.commands.methods import METHODS_VERB
 from atpo_fast.commands.report import REPORT
@@ -19,13 +20,13 @@ from atpo_fast.common.errors import exit_code
 from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
-VERBS = (*(verb.as_verb() for verb in LAUNCHED), REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
+VERBS = (*(verb.as_verb() for verb in LAUNCHED), COMPARE, PREPARE, REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 for a failure, 2 for bad input, 128 + a signal that stopped it."""
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(join_verb(sys.argv[1:] if argv is None else argv))
     overrides = getattr(arguments, "overrides", None)
     if (overrides is None and rest) or any(word.startswith("-") for word in rest):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
@@ -41,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return code
+
+
+def join_verb(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with a verb of two words, such as `eval compare`, as one."""
+    both = " ".join(words[:2])
+    return [both, *words[2:]] if any(verb.name == both for verb in VERBS) else list(words)
 
 
 def _parser() -> argparse.ArgumentParser:

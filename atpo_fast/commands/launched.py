@@ -36,6 +36,8 @@ class LaunchedVerb:
     """Function that adds the verb's own options, each with the default None."""
     keeps_config: bool = False
     """Whether the configuration is written into the run folder."""
+    tells_cost: bool = False
+    """Whether a dry run estimates time and memory."""
     old_names: tuple[str, ...] = ()
 
     def as_verb(self) -> Verb:
@@ -80,6 +82,10 @@ def _launch(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         print(dump_config(config), batch_arithmetic(config), sep="\n")
+        if verb.tells_cost:
+            from atpo_fast.commands.cost import cost_lines
+
+            print(*cost_lines(config), sep="\n")
         return 0
     read_deepspeed(config)
     from atpo_fast.commands.launcher import launch, place
@@ -95,10 +101,11 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
 
     set_up_logging()
     try:
-        run = start_run(load_config(arguments.config, arguments.overrides))
+        config = load_config(arguments.config, arguments.overrides)
+        run = start_run(config)
         try:
             if run.is_main and verb.keeps_config:
-                save_config(run.config, run.folder / "config.yaml")
+                save_config(config, run.folder / "config.yaml")
             with run.progress:
                 return verb.work(run, arguments)
         finally:

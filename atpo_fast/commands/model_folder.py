@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -13,6 +14,19 @@ def find_model(folder: Path) -> Path | None:
     newest_first = sorted(folder.glob("checkpoints/step_*/hf"), reverse=True)
     candidates = (folder / "hf", *newest_first, folder / "cold_start", folder)
     return next((candidate for candidate in candidates if _holds_model(candidate)), None)
+
+
+def model_to_use(run_folder: Path, given: str | None, overrides: Sequence[str]) -> tuple[Path, bool]:
+    """Choose the model that a verb answers with: (its Hugging Face folder, whether it is the given one).
+
+    It is `model.path` where that is given on the command line, else the run folder's newest model, else `model.path`.
+
+    Raises FileNotFoundError when there is none of them.
+    """
+    asked_for = any(override.startswith("model.path=") for override in overrides)
+    if given is not None and (asked_for or find_model(run_folder) is None):
+        return Path(given), True
+    return newest_model(run_folder), False
 
 
 def newest_model(run_folder: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atpo_fast.commands.launched import LaunchedVerb
-from atpo_fast.commands.model_folder import newest_model
+from atpo_fast.commands.model_folder import model_to_use
 from atpo_fast.common.errors import STOPPED
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def rollout(run: Run, arguments: argparse.Namespace) -> int:
     if arguments.questions != "all":
         asked = asked[: int(arguments.questions or run.config.train.questions_per_step)]
     path = Path(arguments.out) if arguments.out else run.folder / "rollouts.jsonl"
-    sampler = Sampler(run, run.config.model.path or newest_model(run.folder), run.device)
+    model, _ = model_to_use(run.folder, run.config.model.path, arguments.overrides)
+    sampler = Sampler(run, model, run.device)
     left = write_forest(run, sampler, asked, path)
     if run.is_main and not left:
         print(f"trees of {len(asked)} questions in {path}")
@@ -72,7 +73,8 @@ def _split(name: str) -> str:
 ROLLOUT = LaunchedVerb(
     name="rollout",
     summary="search trees without training: token ids, log-probs, rewards and texts, as JSON lines or Parquet",
-    detail="Uses model.path, or else the newest checkpoint of run_dir, or running servers (engine.name=server). The "
+    detail="Uses model.path where the command line gives it, else the newest checkpoint of run_dir, else the "
+    "configuration's model.path, or running servers (engine.name=server). The "
     "same command continues an interrupted job: questions that the file holds are passed over. `atpo-fast report FILE` "
     "draws the trees.",
     example="atpo-fast rollout --config runs/quickstart/config.yaml --questions all --split eval --out trees.parquet",

@@ -56,6 +56,9 @@ def _finish(run: Run, summary: dict[str, Any]) -> None:
 
 
 def _closing_words(summary: dict[str, Any], questions: int, page: Path) -> str:
+    if not questions:
+        words = "nothing was evaluated: there are no evaluation questions (data.eval_files)"
+        return f"{words}; {summary['train_seconds']:.0f} s; report: {page}"
     words = (
         f"EM on {questions} evaluation questions: {summary['cold_start_em']:.3f} before RL, "
         f"{summary['final_em']:.3f} after"
@@ -73,4 +76,5 @@ TRAIN = LaunchedVerb(
     example="atpo-fast train --config configs/quickstart.yaml run_dir=runs/mine train.steps=10",
     work=train,
     keeps_config=True,
+    tells_cost=True,
 )

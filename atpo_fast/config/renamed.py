@@ -6,6 +6,7 @@ from typing import Any
 
 RENAMED = {
     "credit.k": "credit.pass_at_k",
+    "data.prompt": "task.prompt",
     "rollout.cache_dtype": "engine.cache_dtype",
     "rollout.cache_tokens": "engine.cache_tokens",
     "rollout.engine": "engine.name",

@@ -23,6 +23,7 @@ from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
 from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.section import STRICT
+from atpo_fast.config.task import TaskConfig
 from atpo_fast.config.tools import ToolsConfig
 from atpo_fast.config.train import ColdStartConfig, EvalConfig, OptimConfig, TrainConfig
 
@@ -45,6 +46,8 @@ class Config:
     """DeepSpeed JSON: stage and offload. Batch sizes, precision, clipping and the optimizer come from here."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Questions and passages."""
+    task: TaskConfig = Field(default_factory=TaskConfig)
+    """Prompt, answer and rewards."""
     world: WorldConfig = Field(default_factory=WorldConfig)
     """The embedded world."""
     model: ModelConfig = Field(default_factory=ModelConfig)

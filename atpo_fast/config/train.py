@@ -30,6 +30,10 @@ class OptimConfig:
 class ColdStartConfig:
     """The cold start: imitation of demonstrations before RL."""
 
+    when: Literal["auto", "always", "never"] = "auto"
+    """When `train` has a cold start. auto: where demonstrations are asked for (`from_evidence`, `demonstrations`), and
+    in the world for a model made from scratch. always: whatever the model; an error without demonstrations. never: RL
+    starts from the given weights."""
     steps: int = Field(default=300, ge=1)
     """Number of optimizer steps."""
     batch_size: int = Field(default=64, ge=1)
@@ -38,6 +42,12 @@ class ColdStartConfig:
     """Peak learning rate (linear warm-up, cosine decay)."""
     warmup_steps: int = Field(default=20, ge=0)
     """Number of steps of warm-up."""
+    validation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the demonstrations that is not trained on; their loss is logged as cold_start/validation_loss."""
+    validate_every: int = Field(default=20, ge=1)
+    """Number of steps between validations."""
+    save_every: int = Field(default=50, ge=0)
+    """Number of steps between checkpoints, from which an interrupted cold start continues; 0: only when stopped."""
     from_evidence: bool = False
     """Whether demonstrations are built from the data (files): they search the titles of a training question's gold
     evidence, then answer."""
@@ -128,7 +138,25 @@ class TrainConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class EvalConfig:
-    """Evaluation by greedy decoding, one chain per question."""
+    """Evaluation. During training: one greedy answer to each question of `data.eval_files` (or of the world).
+    `atpo-fast eval`: those questions and the sets of `eval.sets`, by the keys below."""
 
+    sets: dict[str, list[str]] = Field(default_factory=dict)
+    """Further sets of questions by name, each a list of files relative to `data.root`. Names such as hotpotqa, 2wiki,
+    musique, bamboogle, nq, triviaqa and popqa have their columns in the table. Questions of `data.eval_files` are
+    sorted into sets by their source."""
+    samples: int = Field(default=1, ge=1)
+    """Number of answers to each question; several give pass@k and maj@k, and EM and F1 are means over them."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature. 0: greedy, for one sample only."""
     batch_size: int = Field(default=200, ge=1)
-    """Number of questions answered at once."""
+    """Number of questions that a rank answers at once; `atpo-fast eval` writes their answers before the next."""
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"eval.samples={self.samples} needs eval.temperature above 0: greedy answers are all the same"
+            )
+        empty = [name for name, files in self.sets.items() if not files]
+        if empty:
+            raise ValueError(f"eval.sets: {', '.join(empty)} names no files")

@@ -1,30 +1,27 @@
-"""From a question to the token ids of its prompt.
+"""Prompts: templates of messages, into which a question and the descriptions of tools are filled.
 
 `published` says, in our own words, what the system message of the AT2PO data says, in the same order, and keeps its
 layout: one system message that ends in a newline, the word "user", a newline and the question. One difference is
 deliberate: the published text was written in a non-raw string, so its models were shown a backspace character followed
 by "oxed{...}" where a backslash was meant, while the reward asks for a real `\\boxed{`. Here it is a real backslash.
 
-`short` is the bare question and a newline, for small models trained from scratch.
+`short` is the bare question and a newline, for small models trained from scratch. `messages` is the chat of the data's
+own record.
 
-Tools beyond the published ones are described in both (`ToolDescriptions`): through the chat template where it shows
-tools, else in words; `published` describes them after the system prompt, `short` before the question.
+Tools beyond the published ones are described in all (`ToolDescriptions`): through the chat template where it shows
+tools, else in words. The words stand where a template says `{tools}`, else at the end of the system message, or before
+the user message where there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-import jinja2
-
+from atpo_fast.common.choices import PromptKind
+from atpo_fast.common.errors import ConfigError, DataError
 from atpo_fast.data.questions import Question
-
-if TYPE_CHECKING:  # takes seconds to import, which the tools need not wait for
-    from transformers import PreTrainedTokenizerBase
-
-PromptKind = Literal["published", "short"]
 
 SYSTEM_PROMPT = (
     "You are a helpful assistant. You solve the question you are given step by step, with the wikipedia search tool to "
@@ -37,6 +34,9 @@ SYSTEM_PROMPT = (
     r"\[ \boxed{answer here} \] </answer>. "
     r"At the end of the answer, the exact final answer is enclosed within \boxed{} in latex format."
 )
+QUESTION, TOOLS = "{question}", "{tools}"
+
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,64 +55,99 @@ class ToolDescriptions:
 NO_TOOLS = ToolDescriptions()
 
 
-def prompt_text(question: Question, kind: PromptKind, tools: ToolDescriptions = NO_TOOLS) -> str:
-    """Return the prompt as one text; for `published`, the content of its single system message."""
-    if kind == "short":
-        return f"{tools.text}\n{question.text}\n" if tools.text else f"{question.text}\n"
-    described = f"\n{tools.text}" if tools.text else ""
-    return f"{SYSTEM_PROMPT}{described}\nuser\n{question.text}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """Templates of a prompt's messages.
 
-
-def encode_prompt(
-    question: Question,
-    tokenizer: PreTrainedTokenizerBase,
-    kind: PromptKind,
-    max_tokens: int,
-    tools: ToolDescriptions = NO_TOOLS,
-) -> list[int]:
-    """Return the token ids of a question's prompt; `published` goes through the tokenizer's chat template, if any.
+    Attributes:
+        system: template of the system message; empty: none. Any `{question}` and `{tools}` is filled in, and a line of
+            `{tools}` alone vanishes where no tools are described. Other braces are text.
+        user: template of the user message, likewise.
+        messages: whether the messages are those of the data's record instead, which then needs no templates.
+        chat: whether the messages go through the tokenizer's chat template, where it has one.
 
     Raises:
-        ValueError: the prompt has more than `max_tokens` tokens, or characters the tokenizer does not know.
+        ConfigError: there is no place for the question.
     """
-    text = prompt_text(question, kind, tools)
-    if kind == "published":
-        text = _render(text, tokenizer, tools.schemas)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    where = f"question {question.id!r} ({question.text[:80]!r})"
-    if len(ids) > max_tokens:
-        raise ValueError(f"{where}: its prompt has {len(ids)} tokens, data.max_prompt_tokens={max_tokens} allows fewer")
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        raise ValueError(
-            f"{where}: the tokenizer does not know all words of its {kind} prompt; the embedded world needs "
-            "data.prompt=short"
+
+    system: str = ""
+    user: str = ""
+    messages: bool = False
+    chat: bool = True
+
+    def __post_init__(self) -> None:
+        if self.messages and (self.system or self.user):
+            raise ConfigError("a prompt of the record's own messages has no templates")
+        if not self.messages and QUESTION not in self.system + self.user:
+            raise ConfigError(
+                "a prompt lacks the question: write {question} where it belongs, in the system or the user message"
+            )
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the messages of a usual question."""
+        given = (("system", self.system), ("user", self.user or self.messages))
+        return tuple(role for role, template in given if template)
+
+    def fill(self, question: Question, tools: str = "", escape: Callable[[str], str] = str) -> list[Message]:
+        """Return the messages of a question's prompt.
+
+        Args:
+            question: question to ask.
+            tools: description of the tools in words.
+            escape: function that is applied to what comes from the data: the question, or the record's messages.
+
+        Raises:
+            DataError: the record's messages are asked for, and it has none.
+        """
+        if self.messages:
+            return _own_messages(question, tools, escape)
+        system, user = self.system, self.user
+        if tools and TOOLS not in system + user:
+            system, user = (f"{system}\n{TOOLS}", user) if system else (system, f"{TOOLS}\n{user}")
+        texts = {"system": _fill(system, question, tools, escape), "user": _fill(user, question, tools, escape)}
+        return [{"role": role, "content": text} for role, text in texts.items() if text]
+
+
+PROMPTS: Mapping[PromptKind, Prompt] = {
+    "published": Prompt(system=f"{SYSTEM_PROMPT}\n{TOOLS}\nuser\n{QUESTION}"),
+    "short": Prompt(user=f"{TOOLS}\n{QUESTION}\n", chat=False),
+    "messages": Prompt(messages=True),
+}
+"""Prompts by name."""
+
+
+def content_of(message: Message) -> str:
+    """Return the text of a message, whose content may be a list of parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return "" if content is None else str(content)
+
+
+def _fill(template: str, question: Question, tools: str, escape: Callable[[str], str]) -> str:
+    if not tools:
+        template = template.replace(f"{TOOLS}\n", "").replace(f"\n{TOOLS}", "")
+    return escape(question.text).join(part.replace(TOOLS, tools) for part in template.split(QUESTION))
+
+
+def _own_messages(question: Question, tools: str, escape: Callable[[str], str]) -> list[Message]:
+    """Return the messages of a record, with a description of the tools at the end of the system message."""
+    if not question.messages:
+        raise DataError(
+            f"question {question.id!r} ({question.text[:80]!r}): task.prompt=messages needs a chat in its record, and "
+            "there is none"
         )
-    return ids
+    messages = [_escaped(message, escape) for message in question.messages]
+    if tools and messages[0].get("role") == "system":
+        messages[0] = messages[0] | {"content": f"{content_of(messages[0])}\n{tools}"}
+    elif tools:
+        messages.insert(0, {"role": "system", "content": tools})
+    return messages
 
 
-def template_shows_tools(tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> bool:
-    """Return whether the chat template writes these tools into a prompt: it is rendered with them and without.
-
-    Some templates have no place for tools, some show them only beside a user message, and some refuse a conversation
-    of one system message with tools; all of these count as not showing them.
-    """
-    if not tokenizer.chat_template:
-        return False
-    without = _render("", tokenizer, ())
-    try:
-        shown = _render("", tokenizer, schemas)
-    except (jinja2.TemplateError, TypeError):
-        return False
-    names = [str(schema["function"]["name"]) for schema in schemas]
-    return all(shown.count(name) > without.count(name) for name in names)
-
-
-def _render(content: str, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[dict[str, Any]]) -> str:
-    """Return the system message as the model reads it, up to where its answer begins."""
-    if not tokenizer.chat_template:
-        return f"{content}\n"
-    messages = [{"role": "system", "content": content}]
-    shown = tokenizer.apply_chat_template(
-        messages, tools=list(schemas) or None, tokenize=False, add_generation_prompt=True
-    )
-    return str(shown)
+def _escaped(message: Message, escape: Callable[[str], str]) -> Message:
+    content = message.get("content")
+    if isinstance(content, list):
+        return message | {"content": [{"type": "text", "text": escape(content_of(message))}]}
+    return message | {"content": escape(content_of(message))}

@@ -1,38 +1,108 @@
-"""Read questions and passages from data files, whatever the layout.
+"""Read questions and passages from data files, whatever the layout (`fields.py` and `paragraphs.py` know the layouts).
 
-Questions: `question` or a chat `prompt` (the last user message; or, as AT2PO writes it, what follows the line "user" of
-a lone system message). Answers, the first field that exists: `golden_answers` (FlashRAG), `answers`, `answer` (with
-MuSiQue's `answer_aliases`), `reward_model.ground_truth` (verl, ARPO: a string, aliases joined by `<|answer_split|>`, a
-list, or `{target: ...}`).
-
-Passages: `contents` (wiki-18: title in quotes, newline, text), `title` and `text`, or the paragraphs of question files:
-`context` (HotpotQA, 2Wiki), `paragraphs` (MuSiQue), `ctxs`.
+Passages: `contents` (wiki-18: title in quotes, newline, text), `title` and `text`, or the paragraphs of question files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import DataError
+from atpo_fast.config import ColumnsConfig, DataConfig
+from atpo_fast.data.fields import (
+    PARAGRAPH_FIELDS,
+    answers_of,
+    columns_without_paragraphs,
+    identity_of,
+    normalises_to_nothing,
+    question_of,
+    source_of,
+)
+from atpo_fast.data.paragraphs import evidence_titles, paragraphs_of
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.records import Record, read_records
 
-_ALIAS_SEPARATOR = "<|answer_split|>"
-_ID_FIELDS = ("id", "_id", "qid", "idx")
-_PARAGRAPH_FIELDS = ("context", "paragraphs", "ctxs")
+_LOG = logging.getLogger(__name__)
+_SPLITS = ("train", "dev", "validation", "val", "test", "data")
+_ANY_COLUMNS = ColumnsConfig()
+_SLICE = re.compile(r"(.*)\[(\d*):(\d*)\]")
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Read the questions of a file. Their text is stripped and ends in "?".
+def read_questions(path: str | Path, columns: ColumnsConfig = _ANY_COLUMNS) -> list[Question]:
+    """Read the questions of a file, or of a folder that `datasets` saved, with their chats and records.
+
+    The columns are those that `columns` names, else recognised (`fields.py`). A question that does not say which data
+    set it comes from takes the file's name, or its folder's where the file is named after a split (`nq/test.jsonl`).
+
+    A path may end in a slice of Python, `train.json[:70]` or `train.json.gz[70:]`: only these questions of the file.
 
     Raises:
         FileNotFoundError: the file does not exist.
         DataError: the file is unreadable, or a record has no question or no answer; names file, record and field.
     """
-    source = _stem(path)
-    return [_question(record, source) for record in read_records(path)]
+    path, wanted = _split_slice(path)
+    source = source_name(path)
+    questions = [read_question(record, source, columns) for record in read_records(path)[wanted]]
+    _warn_of_blank_answers(path, questions)
+    return questions
+
+
+def data_root(data: DataConfig) -> Path:
+    """Return the folder that data files are relative to: the environment variable ATPO_DATA, else `data.root`."""
+    return Path(os.environ.get("ATPO_DATA") or data.root)
+
+
+def read_question_files(
+    root: str | Path, names: Iterable[str], columns: ColumnsConfig = _ANY_COLUMNS
+) -> list[Question]:
+    """Read the questions of several files, in which no two questions have the same id.
+
+    Ids that stand more than once, in one file or in several, are told apart by their file: `nq/test:17`, and if that
+    is not enough by their number there, `nq/test:17#2`.
+
+    Raises:
+        FileNotFoundError, DataError: as `read_questions`.
+    """
+    found = [(name, question) for name in names for question in read_questions(Path(root) / name, columns)]
+    ids = distinct_ids([(name, question.id) for name, question in found])
+    return [replace(question, id=new) for new, (_, question) in zip(ids, found, strict=True)]
+
+
+def distinct_ids(found: Sequence[tuple[str, str]]) -> list[str]:
+    """Return an id for each (file name, id), of which none is twice (see `read_question_files`)."""
+    uses = Counter(given for _, given in found)
+    taken: Counter[str] = Counter()
+    ids = []
+    for name, given in found:
+        told_apart = f"{_without_suffixes(name)}:{given}" if uses[given] > 1 else given
+        taken[told_apart] += 1
+        ids.append(told_apart if taken[told_apart] == 1 else f"{told_apart}#{taken[told_apart]}")
+    return ids
+
+
+def read_question(record: Record, source: str, columns: ColumnsConfig = _ANY_COLUMNS) -> Question:
+    """Return the question of a record from a file of the data set `source`.
+
+    Raises:
+        DataError: the record has no question or no answer.
+    """
+    text, messages = question_of(record, columns)
+    return Question(
+        id=identity_of(record, columns, source),
+        text=text,
+        answers=answers_of(record, columns),
+        source=source_of(record, columns, source),
+        meta=_meta(record),
+        messages=messages,
+        record=columns_without_paragraphs(record.value),
+    )
 
 
 def read_passages(path: str | Path) -> list[Passage]:
@@ -44,12 +114,13 @@ def read_passages(path: str | Path) -> list[Passage]:
         FileNotFoundError: the file does not exist.
         DataError: the file is unreadable or has no passage, or a passage has no text.
     """
-    source = _stem(path)
+    path, _ = _split_slice(path)  # passages are those of the whole file
+    source = source_name(path)
     passages = distinct_passages([passage for record in read_records(path) for passage in _passages(record, source)])
     if not passages:
         raise DataError(
             f"{path}: no passages found; expected the fields contents, or title and text, or paragraphs in one of "
-            f"{', '.join(_PARAGRAPH_FIELDS)}"
+            f"{', '.join(PARAGRAPH_FIELDS)}"
         )
     return passages
 
@@ -62,115 +133,56 @@ def distinct_passages(passages: list[Passage]) -> list[Passage]:
     return list(distinct.values())
 
 
-def clean_question(text: str) -> str:
-    """Strip a question and end it with a question mark (the published clean-up)."""
-    text = text.strip()
-    return text if text.endswith("?") else f"{text}?"
+def _split_slice(path: str | Path) -> tuple[Path, slice]:
+    """Split "train.json[:70]" into the path of the file and the slice; without one, all of it."""
+    found = _SLICE.fullmatch(str(path))
+    if found is None:
+        return Path(path), slice(None)
+    return Path(found[1]), slice(*(int(number) if number else None for number in found.group(2, 3)))
 
 
-def _question(record: Record, source: str) -> Question:
-    value = record.value
-    return Question(
-        id=_identity(record, source),
-        text=clean_question(_question_text(record)),
-        answers=_answers(record),
-        source=str(value.get("data_source") or source),
-        meta=_meta(value),
-    )
+def source_name(path: str | Path) -> str:
+    """Return the name of a file without its suffixes, or its folder's where the file is named after a split."""
+    path = Path(path)
+    stem = path.name.split(".")[0]
+    return path.parent.name if stem.lower() in _SPLITS and path.parent.name else stem
 
 
-def _meta(value: dict[str, Any]) -> dict[str, Any]:
+def _meta(record: Record) -> dict[str, Any]:
     """Collect type and level where given, and the titles of the paragraphs that hold the evidence."""
+    value = record.value
     meta: dict[str, Any] = {key: value[key] for key in ("type", "level") if isinstance(value.get(key), str)}
-    facts, paragraphs = value.get("supporting_facts"), value.get("paragraphs")
-    titles: list[Any] = []
-    if isinstance(facts, list):  # HotpotQA, 2Wiki: [title, number of the sentence]
-        titles = [fact[0] for fact in facts if isinstance(fact, list) and fact]
-    elif isinstance(paragraphs, list):  # MuSiQue
-        titles = [p.get("title") for p in paragraphs if isinstance(p, dict) and p.get("is_supporting")]
+    titles = evidence_titles(record)
     if titles:
-        meta["evidence_titles"] = list(dict.fromkeys(str(title) for title in titles))
+        meta["evidence_titles"] = titles
     return meta
 
 
-def _question_text(record: Record) -> str:
-    value = record.value
-    text = value.get("question")
-    if text is None and "prompt" in value:
-        text = _prompt_question(value["prompt"])
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(
-            f"{record.where}: no question; expected non-empty text in the field question, or a chat in prompt"
+def _warn_of_blank_answers(path: str | Path, questions: Sequence[Question]) -> None:
+    blank = [question for question in questions if all(map(normalises_to_nothing, question.answers))]
+    if blank:
+        _LOG.warning(
+            "%s: of the answers to %d of %d questions nothing is left once they are normalised, the first being %r to "
+            "question %r: exact match accepts for them any answer of which nothing is left either, and F1 is 0",
+            path,
+            len(blank),
+            len(questions),
+            blank[0].answers[0],
+            blank[0].id,
         )
-    return text
-
-
-def _prompt_question(prompt: Any) -> str | None:
-    """Return the question in a chat prompt, or None."""
-    if isinstance(prompt, str):
-        return prompt
-    messages = [m for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
-    users = [m.get("content") for m in messages if m.get("role") == "user"]
-    if users:
-        return users[-1]
-    content = messages[-1].get("content") if messages else None
-    return content.rpartition("\nuser\n")[2] if isinstance(content, str) and "\nuser\n" in content else None
-
-
-def _answers(record: Record) -> tuple[str, ...]:
-    value = record.value
-    field = next((name for name in ("golden_answers", "answers", "answer") if value.get(name) is not None), None)
-    if field is not None:
-        found = _texts(value[field], record, field)
-    elif isinstance(value.get("reward_model"), dict) and value["reward_model"].get("ground_truth") is not None:
-        field = "reward_model.ground_truth"
-        truth = value["reward_model"]["ground_truth"]
-        found = _texts(truth.get("target") if isinstance(truth, dict) else truth, record, field)
-        found = [alias.strip() for text in found for alias in text.split(_ALIAS_SEPARATOR)]
-    else:
-        raise DataError(
-            f"{record.where}: no answer; expected one of the fields golden_answers, answers, answer, "
-            "reward_model.ground_truth"
-        )
-    if field == "answer":
-        found += _texts(value.get("answer_aliases") or [], record, "answer_aliases")
-    answers = tuple(dict.fromkeys(text for text in found if text))
-    if not answers:
-        raise DataError(f"{record.where}: the field {field} holds no answer; expected at least one non-empty text")
-    return answers
-
-
-def _texts(value: Any, record: Record, field: str) -> list[str]:
-    """Convert a text, number, truth value or list of them to stripped texts."""
-    if isinstance(value, bool):
-        return ["yes" if value else "no"]
-    if isinstance(value, str | int | float):
-        return [str(value).strip()]
-    if isinstance(value, list):
-        return [text for entry in value for text in _texts(entry, record, field)]
-    raise DataError(f"{record.where}: the field {field} is {type(value).__name__}; expected text or a list of texts")
-
-
-def _identity(record: Record, source: str) -> str:
-    value = record.value
-    extra = value.get("extra_info")
-    index = extra.get("index") if isinstance(extra, dict) else None
-    found = next((value[name] for name in _ID_FIELDS if value.get(name) is not None), index)
-    return f"{source}-{record.number}" if found is None else str(found)
 
 
 def _passages(record: Record, source: str) -> Iterator[Passage]:
     value = record.value
-    name = _identity(record, source)
+    name = identity_of(record, _ANY_COLUMNS, source)
     if isinstance(value.get("contents"), str):
         title, text = _split_contents(value["contents"])
         yield _passage(record, name, title, text, "contents")
     elif "text" in value:
         yield _passage(record, name, value.get("title"), value["text"], "text")
     else:
-        field = next((field for field in _PARAGRAPH_FIELDS if value.get(field)), None)
-        for i, (title, text) in enumerate(_paragraphs(record, field) if field else []):
-            yield _passage(record, f"{name}:{i}", title, text, f"{field}[{i}]")
+        for i, paragraph in enumerate(paragraphs_of(record)):
+            yield _passage(record, f"{name}:{i}", paragraph.title, paragraph.text, paragraph.where)
 
 
 def _split_contents(contents: str) -> tuple[str, str]:
@@ -181,34 +193,12 @@ def _split_contents(contents: str) -> tuple[str, str]:
     return "", contents
 
 
-def _paragraphs(record: Record, field: str) -> Iterator[tuple[Any, Any]]:
-    """Yield (title, text) of each paragraph in a question record."""
-    entries = record.value[field]
-    if isinstance(entries, dict):  # HotpotQA as parquet holds columns instead of pairs
-        entries = list(zip(entries.get("title", []), entries.get("sentences", []), strict=False))
-    if not isinstance(entries, list):
-        raise DataError(f"{record.where}: the field {field} is {type(entries).__name__}; expected a list of paragraphs")
-    for i, entry in enumerate(entries):
-        if isinstance(entry, dict):
-            yield entry.get("title"), entry.get("paragraph_text", entry.get("text"))
-        elif isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[1], list):
-            yield entry[0], _join_sentences(entry[1])
-        else:
-            raise DataError(
-                f"{record.where}: {field}[{i}] is not a paragraph; expected [title, [sentences]] or an object"
-            )
-
-
-def _join_sentences(sentences: list[Any]) -> str:
-    """Join sentences by one space; some data sets keep the space at the front of each."""
-    return " ".join(str(sentence).strip() for sentence in sentences)
-
-
 def _passage(record: Record, name: str, title: Any, text: Any, field: str) -> Passage:
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{record.where}: the passage in {field} has no text")
     return Passage(id=name, title=str(title or "").strip(), text=text.strip())
 
 
-def _stem(path: str | Path) -> str:
-    return Path(path).name.split(".")[0]
+def _without_suffixes(name: str) -> str:
+    path = Path(name)
+    return str(path.with_name(path.name.split(".")[0]))

@@ -1,17 +1,21 @@
-"""Records of data files: .json (an array), .jsonl, .parquet, each also compressed as .gz."""
+"""Records of data files: .json, .jsonl, .csv, .tsv, .parquet, each also as .gz, and saved data sets (`tables.py`).
+
+A .json file holds an array of objects, an object whose `data` is such an array, or, as some data sets have it, one
+object a line.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import DataError
+from atpo_fast.data.tables import csv_rows, parquet_rows, saved_dataset_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +32,22 @@ def read_records(path: str | Path) -> list[Record]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        DataError: the type is unknown, the file is empty or broken, JSON is malformed, or a record is not an object.
+        DataError: the type is unknown, the file is empty or broken, JSON or CSV is malformed, or a record is not an
+            object.
     """
     path = Path(path)
+    if path.is_dir():
+        return _rows(path, saved_dataset_rows(path))
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist (files are relative to data.root)")
     kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    if kind not in (".json", ".jsonl", ".parquet"):
-        raise DataError(f"{path}: expected a .json, .jsonl or .parquet file (or one of them with .gz)")
+    if kind not in _READERS:
+        kinds = ", ".join(_READERS)
+        raise DataError(f"{path}: expected a file of one of the types {kinds} (or one of them with .gz)")
     content = _read_bytes(path)
     if not content.strip():
         raise DataError(f"{path}: the file is empty; expected at least one record")
-    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".parquet": _parquet_records}
-    records = list(readers[kind](path, content))
+    records = list(_READERS[kind](path, content))
     if not records:
         raise DataError(f"{path}: the file holds no records; expected at least one")
     return records
@@ -65,30 +72,56 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: not a complete gzip file: {error}") from error
 
 
-def _json_records(path: Path, content: bytes) -> Iterator[Record]:
+def _json_records(path: Path, content: bytes) -> list[Record]:
+    if _holds_lines(content):
+        return _jsonl_records(path, content)
     values = _parse(content, str(path))
+    if isinstance(values, dict):  # TriviaQA, SQuAD
+        values = next((values[key] for key in ("data", "Data") if isinstance(values.get(key), list)), values)
     if not isinstance(values, list):
         raise DataError(f"{path}: expected a JSON array of objects, found {_name(values)}")
-    for number, value in enumerate(values, start=1):
-        yield _record(f"{path}, record {number}", number, value)
+    return _rows(path, values)
 
 
-def _jsonl_records(path: Path, content: bytes) -> Iterator[Record]:
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            yield parse_line(f"{path}, line {number}", number, line)
-
-
-def _parquet_records(path: Path, content: bytes) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _holds_lines(content: bytes) -> bool:
+    """Tell whether a .json file holds one object a line, which as a whole is no JSON."""
+    first, _, rest = content.strip().partition(b"\n")
+    if not rest.strip():
+        return False
     try:
-        values = pyarrow.parquet.read_table(BytesIO(content)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    for number, value in enumerate(values, start=1):
-        yield _record(f"{path}, record {number}", number, value)
+        return isinstance(json.loads(first.decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
+
+
+def _jsonl_records(path: Path, content: bytes) -> list[Record]:
+    lines = enumerate(content.split(b"\n"), start=1)
+    return [parse_line(f"{path}, line {number}", number, line) for number, line in lines if line.strip()]
+
+
+def _csv_records(path: Path, content: bytes) -> list[Record]:
+    return [Record(f"{path}, line {number}", number, row) for number, row in csv_rows(path, content)]
+
+
+def _tsv_records(path: Path, content: bytes) -> list[Record]:
+    return [Record(f"{path}, line {number}", number, row) for number, row in csv_rows(path, content, "\t")]
+
+
+def _parquet_records(path: Path, content: bytes) -> list[Record]:
+    return _rows(path, parquet_rows(path, content))
+
+
+def _rows(path: Path, values: Sequence[Any]) -> list[Record]:
+    return [_record(f"{path}, record {number}", number, value) for number, value in enumerate(values, start=1)]
+
+
+_READERS: dict[str, Callable[[Path, bytes], list[Record]]] = {
+    ".json": _json_records,
+    ".jsonl": _jsonl_records,
+    ".csv": _csv_records,
+    ".tsv": _tsv_records,
+    ".parquet": _parquet_records,
+}
 
 
 def _parse(content: bytes, where: str) -> Any:

@@ -12,7 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from atpo_fast.data.prompts import NO_TOOLS, PromptKind, ToolDescriptions, template_shows_tools
+from atpo_fast.data.chat_templates import template_shows_tools
+from atpo_fast.data.prompts import NO_TOOLS, Prompt, ToolDescriptions
 from atpo_fast.environment.arguments import JsonSchema, describe_object, text_property
 from atpo_fast.environment.escaping import Escaper
 from atpo_fast.environment.tags import TAGS, close_tag, open_tag
@@ -38,14 +39,14 @@ def tool_schema(tool: Any) -> JsonSchema:
 
 
 def describe_tools(
-    schemas: Sequence[JsonSchema], tokenizer: PreTrainedTokenizerBase, kind: PromptKind, *, with_search: bool = True
+    schemas: Sequence[JsonSchema], tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, with_search: bool = True
 ) -> ToolDescriptions:
     """Return what a prompt says about tools beyond the published search tool.
 
     Args:
         schemas: the tools in OpenAI's form (`tool_schema`).
         tokenizer: its added tokens are escaped in the descriptions, as the tags are; its template may show tools.
-        kind: the prompt; `short` has no template.
+        prompt: the prompt, which may do without the chat template.
         with_search: whether there is the search tool too.
     """
     if not schemas:
@@ -53,7 +54,7 @@ def describe_tools(
     names = [schema["function"]["name"] for schema in schemas]
     escape = Escaper(tokenizer, names)
     safe = [_escaped(schema, escape) for schema in schemas]
-    if kind == "published" and template_shows_tools(tokenizer, safe):
+    if prompt.chat and template_shows_tools(tokenizer, safe, prompt.roles):
         return ToolDescriptions(text=_text(safe, with_search, details=False), schemas=tuple(safe))
     return ToolDescriptions(text=_text(safe, with_search, details=True))
 

@@ -7,7 +7,7 @@ the first character of each of them as an HTML entity (`&lt;tool_call>`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from atpo_fast.environment.tags import Reserved, as_entity
@@ -26,14 +26,17 @@ class Escaper:
     Args:
         tokenizer: the tokenizer that will encode the text.
         tools: names of tools.
+        allowed: tags and tokens that stay as they are, as in a prompt that explains the tags.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[str] = (), allowed: Collection[str] = ()
+    ) -> None:
         tokens = reserved_tokens(tokenizer)
-        self._reserved = Reserved(tools, tokens)
+        self._reserved = Reserved(tools, tokens, allowed)
         self._normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         if self._normalizer is not None:  # it is applied to added tokens as well
-            self._normalised = Reserved(tools, [*tokens, *map(self._normalizer.normalize_str, tokens)])
+            self._normalised = Reserved(tools, [*tokens, *map(self._normalizer.normalize_str, tokens)], allowed)
 
     def __call__(self, text: str) -> str:
         """Return `text` with its tags and added tokens escaped. Linear in the text."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from textwrap import dedent
@@ -105,28 +105,33 @@ def unescape_tags(text: str, tools: Sequence[str] = (), tokens: Sequence[str] = 
     return _reserved(tuple(tools), tuple(tokens)).unescape(text)
 
 
+def protocol_tags(tools: Sequence[str] = ()) -> list[str]:
+    """Return the opening and closing tags of think, answer, result, search, python and `tools`."""
+    names = dict.fromkeys([TAGS.think, TAGS.answer, TAGS.result, *_PUBLISHED_TOOLS, *tools])
+    return [tag for name in names for tag in (open_tag(name), close_tag(name))]
+
+
 class Reserved:
-    """The texts that data may not hold: tags, and `tokens` of a tokenizer.
+    """The texts that data may not hold: tags, and `tokens` of a tokenizer, but for those that are `allowed`.
 
     Attributes:
         start: regular expression of their first characters, where the rest follows.
         pattern: the same, compiled.
     """
 
-    def __init__(self, tools: Sequence[str] = (), tokens: Sequence[str] = ()) -> None:
-        names = dict.fromkeys([TAGS.think, TAGS.answer, TAGS.result, *_PUBLISHED_TOOLS, *tools])
-        texts = [tag for name in names for tag in (open_tag(name), close_tag(name))]
+    def __init__(self, tools: Sequence[str] = (), tokens: Sequence[str] = (), allowed: Collection[str] = ()) -> None:
         rests: dict[str, list[str]] = {}
-        for text in dict.fromkeys([*texts, *filter(None, tokens)]):
-            rests.setdefault(text[0], []).append(re.escape(text[1:]))
+        for text in dict.fromkeys([*protocol_tags(tools), *filter(None, tokens)]):
+            if text not in allowed:
+                rests.setdefault(text[0], []).append(re.escape(text[1:]))
         follows = {first: f"(?={'|'.join(rest)})" for first, rest in rests.items()}
-        self.start = "|".join(f"{re.escape(first)}{rest}" for first, rest in follows.items())
+        self.start = "|".join(f"{re.escape(first)}{rest}" for first, rest in follows.items()) or "(?!)"
         self.pattern = re.compile(self.start)
         either = [
             f"(?:{re.escape(first)}|&(?:amp;)*{re.escape(as_entity(first)[1:])}){rest}"
             for first, rest in follows.items()
         ]
-        self._plain_or_escaped = re.compile("|".join(either))
+        self._plain_or_escaped = re.compile("|".join(either) or "(?!)")
 
     def escape(self, text: str) -> str:
         """Return `text` with the first character of each of them as an entity."""

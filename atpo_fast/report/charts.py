@@ -48,7 +48,13 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Overlap of trajectories", "train", "1 − unique / flat tokens", "line", {"tokens/overlap": "overlap"}),
     ("Tokens per step", "train", "tokens", "line", {
         "tokens/flat": "flat", "tokens/unique": "unique", "tokens/decoded": "sampled", "tokens/pruned": "pruned"}),
-    ("Cold start loss", "cold_start", "nats per action token", "line", {"cold_start/loss": "loss"}),
+    (
+        "Cold start loss",
+        "cold_start",
+        "nats per action token",
+        "line",
+        {"cold_start/loss": "loss", "cold_start/validation_loss": "validation"},
+    ),
 )  # fmt: skip
 _X_LABELS = {"train": "RL step", "eval": "RL step", "cold_start": "optimizer step"}
 _NOT_DRAWN = {"phase", "step", "time", "time/total"}

@@ -1,21 +1,19 @@
-"""A task: questions, passages, tokenizer and prompts, from the embedded world or from files."""
+"""A task: questions, passages, tokenizer, prompts and rewards, from the embedded world or from files."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import Config
-from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt
+from atpo_fast.data.decontamination import normalise_question
+from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from atpo_fast.data.questions import Passage, Question
-from atpo_fast.data.readers import distinct_passages, read_passages, read_questions
+from atpo_fast.data.readers import data_root, distinct_passages, read_passages, read_question_files
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment import (
     BM25Search,
@@ -27,7 +25,11 @@ from atpo_fast.environment import (
     open_further_tools,
 )
 from atpo_fast.environment.arguments import JsonSchema
+from atpo_fast.environment.reward import ScoringRules
+from atpo_fast.environment.rewards import check_questions, load_rewards
+from atpo_fast.task.definition import TaskDefinition, load_definition
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
+from atpo_fast.task.prompt_encoder import PromptEncoder
 from atpo_fast.tree.turn_tree import TurnTree
 from atpo_fast.world import make_demonstrations, make_tokenizer, make_world
 
@@ -36,19 +38,20 @@ Notes = dict[str, float | str]
 
 @dataclass(slots=True, kw_only=True)
 class Task:
-    """The questions, passages, tokenizer and prompts of a run.
+    """The questions, passages, tokenizer, prompts and rewards of a run.
 
     `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
-    `encode_prompt` gives the token ids of a question's prompt. `tools` are the configured functions and MCP tools,
-    open, which the prompts describe and `make_toolbox` takes over. `notes` are facts a reader of the results needs:
-    counts, what was dropped, guess rates.
+    `encode_prompt` gives the token ids of a question's prompt. `rules` score trajectories.
+    `tools` are the configured functions and MCP tools, open, which the prompts describe and `make_toolbox` takes over.
+    `notes` are facts a reader of the results needs: counts, what was dropped, guess rates.
     """
 
     train: list[Question]
     eval: list[Question]
     passages: list[Passage]
     tokenizer: PreTrainedTokenizerBase
-    encode_prompt: Callable[[Question], list[int]]
+    encode_prompt: PromptEncoder
+    rules: ScoringRules = field(default_factory=ScoringRules)
     tools: list[Tool] = field(default_factory=list)
     demonstrations: list[TurnTree] = field(default_factory=list)
     notes: Notes = field(default_factory=dict)
@@ -58,20 +61,26 @@ def load_task(config: Config) -> Task:
     """Load or make the task that `config` describes. The same configuration gives the same task.
 
     Raises:
+        ConfigError: the definition of the task, or one of its rewards, cannot be used.
         FileNotFoundError: a data file, the model folder or its tokenizer is missing.
         DataError: a data file cannot be used; the message names file, record and field.
         ValueError: a prompt longer than `data.max_prompt_tokens`, an impossible world, or a function or an MCP tool
             that cannot be used.
         ConnectionError: an MCP server cannot be started or reached.
     """
+    definition = load_definition(config.task)
+    rewards, extraction = load_rewards(definition.terms), definition.extraction
     tools = open_further_tools(config.tools)
     try:
         schemas = described_schemas(config.tools, tools)
-        task = _world_task(config, schemas) if config.data.source == "world" else _files_task(config, schemas)
+        make = _world_task if config.data.source == "world" else _files_task
+        task = make(config, definition, schemas)
         task.tools = tools
+        task.rules = ScoringRules(extraction=extraction, rewards=rewards, opening=task.encode_prompt.opening)
+        check_questions(rewards, task.train + task.eval)
         if config.cold_start.demonstrations is not None:
             given = config.cold_start.demonstrations
-            task.demonstrations = read_demonstrations(given, task.tokenizer, task.encode_prompt)
+            task.demonstrations = read_demonstrations(given, task.encode_prompt)
         for question in task.train + task.eval:
             task.encode_prompt(question)
         return task
@@ -80,25 +89,20 @@ def load_task(config: Config) -> Task:
         raise
 
 
-def normalise_question(text: str) -> str:
-    """Return the key of the overlap check: lower case, one space for each run of what is no letter or digit."""
-    return re.sub(r"[\W_]+", " ", text.lower()).strip()
-
-
 def drop_overlap(train: list[Question], held_out: list[Question]) -> list[Question]:
     """Return the training questions whose text (normalised) is not among the evaluation questions."""
     texts = {normalise_question(question.text) for question in held_out}
     return [question for question in train if normalise_question(question.text) not in texts]
 
 
-def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
+def _world_task(config: Config, definition: TaskDefinition, schemas: Sequence[JsonSchema]) -> Task:
     """Make the task of the embedded world."""
     world = make_world(config.world)
     if config.model.path:
         tokenizer = load_tokenizer(config.model.path)
     else:
         tokenizer = make_tokenizer(world, texts=[_in_words(config, schemas)])
-    encode = _prompt_encoder(config, tokenizer, schemas)
+    encode = _prompt_encoder(config, definition, tokenizer, schemas)
     search_tool = cache(BM25Search(world.passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars))
     return Task(
         train=world.train[: config.data.max_train_questions],
@@ -111,14 +115,14 @@ def _world_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
     )
 
 
-def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
+def _files_task(config: Config, definition: TaskDefinition, schemas: Sequence[JsonSchema]) -> Task:
     """Read questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
     data = config.data
-    root = Path(os.environ.get("ATPO_DATA") or data.root)
-    if not data.train_files and not data.eval_files:
-        raise DataError("data.source=files needs data.train_files or data.eval_files; both are empty")
-    everything = [question for name in data.train_files for question in read_questions(root / name)]
-    held_out = [question for name in data.eval_files for question in read_questions(root / name)]
+    root = data_root(data)
+    if not (data.train_files or data.eval_files or config.eval.sets):
+        raise DataError("data.source=files needs data.train_files or data.eval_files (or eval.sets); all are empty")
+    everything = read_question_files(root, data.train_files, data.columns)
+    held_out = read_question_files(root, data.eval_files, data.columns)
     held_out = held_out[: data.max_eval_questions]
     train = drop_overlap(everything, held_out)
     found = [passage for name in data.corpus_files for passage in read_passages(root / name)]
@@ -131,17 +135,17 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
         tokenizer = load_tokenizer(config.model.path)
     else:
         texts = [
-            SYSTEM_PROMPT,
+            *_prompt_texts(definition.templates),
             *filter(None, [_in_words(config, schemas)]),
             *(q.text for q in train + held_out),
             *(p.contents for p in passages),
         ]
         tokenizer = train_bpe(texts, config.model.vocab_size)
-    encode = _prompt_encoder(config, tokenizer, schemas)
+    encode = _prompt_encoder(config, definition, tokenizer, schemas)
     demonstrations: list[TurnTree] = []
     if config.cold_start.from_evidence:
         search_tool = BM25Search(passages, top_k=config.tools.top_k, passage_chars=config.tools.passage_chars)
-        demonstrations = evidence_demonstrations(train, search_tool, tokenizer, encode)
+        demonstrations = evidence_demonstrations(train, search_tool, encode, definition.extraction)
         if not demonstrations:
             raise DataError(
                 "cold_start.from_evidence: no training question names its evidence (supporting_facts, paragraphs)"
@@ -158,12 +162,22 @@ def _files_task(config: Config, schemas: Sequence[JsonSchema]) -> Task:
 
 
 def _prompt_encoder(
-    config: Config, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[JsonSchema]
-) -> Callable[[Question], list[int]]:
+    config: Config, definition: TaskDefinition, tokenizer: PreTrainedTokenizerBase, schemas: Sequence[JsonSchema]
+) -> PromptEncoder:
     """Return the function from a question to the token ids of its prompt, which describes the tools of `schemas`."""
-    data = config.data
-    tools = describe_tools(schemas, tokenizer, data.prompt, with_search="search" in config.tools.builtin)
-    return partial(encode_prompt, tokenizer=tokenizer, kind=data.prompt, max_tokens=data.max_prompt_tokens, tools=tools)
+    prompt = definition.templates
+    return PromptEncoder(
+        prompt,
+        tokenizer,
+        max_tokens=config.data.max_prompt_tokens,
+        tools=describe_tools(schemas, tokenizer, prompt, with_search="search" in config.tools.builtin),
+        tool_names=[*config.tools.builtin, *(schema["function"]["name"] for schema in schemas)],
+    )
+
+
+def _prompt_texts(prompt: Prompt) -> list[str]:
+    """Return the texts of a prompt that a tokenizer made for the task learns from."""
+    return [SYSTEM_PROMPT] if prompt in PROMPTS.values() else [prompt.system, prompt.user]
 
 
 def _in_words(config: Config, schemas: Sequence[JsonSchema]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,9 +65,9 @@ class TrainState:
         }
 
 
-def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """List the checkpoint folders that were written to the end, oldest first."""
-    folder = run_folder / "checkpoints"
+def complete_checkpoints(home: Path) -> list[Path]:
+    """List the checkpoint folders below `home/checkpoints` that were written to the end, oldest first."""
+    folder = home / "checkpoints"
     return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file()) if folder.is_dir() else []
 
 
@@ -100,15 +100,38 @@ def save_checkpoint(
 
     Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were.
     """
-    final = run.folder / "checkpoints" / f"step_{state.step:06d}"
     state.kept = [[group.place, group.weights_step, len(group.trees)] for group in surplus]
+
+    def write(folder: Path) -> None:
+        save_zero(zero, folder)
+        export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
+        if run.is_main:
+            write_surplus(folder, surplus)
+
+    return write_checkpoint(run, run.folder, state.step, asdict(state), write)
+
+
+def write_checkpoint(run: Run, home: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    """Write `home/checkpoints/step_N`, complete or not at all, and delete the oldest beyond `train.keep_checkpoints`.
+
+    `write` puts the contents into the folder that it is given, and every rank calls it; `state` goes beside them.
+
+    Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were.
+    """
+    final = home / "checkpoints" / f"step_{step:06d}"
     try:
         with replacing(final) if run.is_main else nullcontext(partial_path(final)) as partial:
-            _write(run, zero, policy, state, surplus, partial)
+            if run.is_main:
+                partial.mkdir()
+            run.barrier()
+            write(partial)
+            run.barrier()
+            if run.is_main:
+                (partial / "state.json").write_text(json.dumps(state | {"ranks": run.world}, indent=1))
         if run.is_main:
-            _delete_old(run.folder, run.config.train.keep_checkpoints)
+            _delete_old(home, run.config.train.keep_checkpoints)
     except (OSError, RuntimeError) as error:
-        kept = complete_checkpoints(run.folder)
+        kept = complete_checkpoints(home)
         newest = f"{kept[-1]} is intact" if kept else "there is no earlier one"
         raise CheckpointError(
             f"could not write {final}: {error}; {newest}. Free space or choose another run_dir; "
@@ -118,29 +141,24 @@ def save_checkpoint(
     return final
 
 
-def _write(
-    run: Run,
-    zero: deepspeed.DeepSpeedEngine,
-    policy: Policy,
-    state: TrainState,
-    surplus: Sequence[Group],
-    folder: Path,
-) -> None:
-    """Write a checkpoint into `folder`; every rank calls, and has its part of the optimizer."""
-    if run.is_main:
-        folder.mkdir()
-    run.barrier()
+def save_zero(zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
+    """Write weights, optimizer and random numbers into a checkpoint; every rank calls, and has its part of them."""
     client = {"torch_rng": torch.get_rng_state()}
-    zero.save_checkpoint(str(folder / "deepspeed"), tag="state", client_state=client, save_latest=False)
-    export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
-    run.barrier()
-    if run.is_main:
-        write_surplus(folder, surplus)
-        (folder / "state.json").write_text(json.dumps(asdict(state) | {"ranks": run.world}, indent=1))
+    zero.save_checkpoint(str(checkpoint / "deepspeed"), tag="state", client_state=client, save_latest=False)
 
 
 def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> TrainState:
     """Restore weights, optimizer and random numbers; returns the loop's state.
+
+    Raises CheckpointError when it was written by another number of ranks, over which the optimizer is sharded.
+    """
+    state = load_zero(run, zero, checkpoint)
+    state.setdefault("cursor", state["step"] * run.config.train.questions_per_step)  # written before there was one
+    return TrainState(**state)
+
+
+def load_zero(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    """Restore weights, optimizer and random numbers; returns what else the checkpoint holds in its `state.json`.
 
     Raises CheckpointError when it was written by another number of ranks, over which the optimizer is sharded.
     """
@@ -150,14 +168,13 @@ def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path)
             f"{checkpoint} was written by another number of ranks than {run.world}; set ranks as before, or start a "
             f"new run_dir from its weights with model.path={checkpoint / 'hf'}"
         )
-    state.setdefault("cursor", state["step"] * run.config.train.questions_per_step)  # written before there was one
     path, client = zero.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
     if path is None:
         raise CheckpointError(
             f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before"
         )
     torch.set_rng_state(client["torch_rng"])
-    return TrainState(**state)
+    return state
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
@@ -166,6 +183,6 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def _delete_old(run_folder: Path, keep: int) -> None:
-    for old in complete_checkpoints(run_folder)[:-keep]:
+def _delete_old(home: Path, keep: int) -> None:
+    for old in complete_checkpoints(home)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

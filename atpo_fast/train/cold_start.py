@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import replacing
-from atpo_fast.config import ColdStartConfig, OptimConfig
+from atpo_fast.config import ColdStartConfig, Config, OptimConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
-from atpo_fast.policy import Policy
+from atpo_fast.policy import Policy, score_rows
 from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
+from atpo_fast.train.checkpoints import complete_checkpoints, load_zero, save_zero, write_checkpoint
 from atpo_fast.train.from_config import build_model, max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model
-from atpo_fast.train.zero import GradientWatch, initialize, set_learning_rate
+from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import TurnTree
 
 LIKELIHOOD = Objective(aggregation="token-mean")
@@ -36,20 +38,42 @@ LIKELIHOOD = Objective(aggregation="token-mean")
 def starting_model(run: Run) -> tuple[Path | str, float]:
     """Return (folder of the model that RL starts from, seconds that its cold start took).
 
-    It is the given model, or that of a cold start where the task has demonstrations, or a random one.
+    It is the model of a cold start where the run has one (`wants_cold_start`), else the given or a random one.
     """
-    if run.config.model.path is not None:
-        return run.config.model.path, 0.0
-    if run.task.demonstrations:
+    given = run.config.model.path
+    if wants_cold_start(run.config, bool(run.task.demonstrations)):
         folder = cold_start(run)
         return folder, float(json.loads((folder / "state.json").read_text())["seconds"])
+    if given is not None:
+        if run.task.demonstrations:
+            run.progress.message(
+                f"no cold start: RL starts from the weights of model.path={given} (cold_start.when=always trains them "
+                "on the demonstrations first)"
+            )
+        return given, 0.0
     return _random_model(run), 0.0
 
 
-def cold_start(run: Run) -> Path:
-    """Train on the task's demonstrations; returns the folder with the Hugging Face model.
+def wants_cold_start(config: Config, demonstrations: bool) -> bool:
+    """Tell whether RL begins with a cold start, given whether the task has demonstrations.
 
-    A finished cold start of the same run folder is reused. Raises ValueError when there are no demonstrations.
+    Under `auto` the world's own demonstrations are for models made from scratch, those of the configuration for any.
+    """
+    settings = config.cold_start
+    if settings.when != "auto":
+        return settings.when == "always"
+    asked_for = settings.from_evidence or settings.demonstrations is not None
+    return demonstrations and (asked_for or config.model.path is None)
+
+
+def cold_start(run: Run) -> Path:
+    """Train on the task's demonstrations, from the given weights or random ones; returns the model's folder.
+
+    A finished cold start of the same run folder is reused, an interrupted one continued from its newest checkpoint.
+
+    Raises:
+        ValueError: there are no demonstrations, or none are left beside those for validation.
+        StopRequested: the run was asked to stop; a checkpoint was saved.
     """
     folder = run.folder / "cold_start"
     if (folder / "state.json").is_file():
@@ -57,23 +81,23 @@ def cold_start(run: Run) -> Path:
         return folder
     if not run.task.demonstrations:
         raise ValueError(
-            "cold start: the task has no demonstrations; set cold_start.demonstrations or data.source=world"
+            "cold start: the task has no demonstrations; set cold_start.demonstrations, cold_start.from_evidence or "
+            "data.source=world"
         )
-    begun = time.monotonic()
-    run.logger.truncate_after(-1, ("cold_start",))
     policy = Policy(
         build_model(run.config.model, run.task.tokenizer, run.config.seed),
         gradient_checkpointing=run.config.model.gradient_checkpointing,
         liger=run.config.model.liger,
     )
-    zero = _fit(run, policy)
+    imitation = Imitation(run, policy, folder)
+    imitation.fit()
     export_model(policy, run.task.tokenizer, folder, is_main=run.is_main)
     if run.is_main:
-        done = {"seconds": time.monotonic() - begun, "steps": run.config.cold_start.steps}
         with replacing(folder / "state.json") as partial:
-            partial.write_text(json.dumps(done))
+            partial.write_text(json.dumps({"seconds": imitation.seconds, "steps": imitation.step}))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run.barrier()
-    zero.destroy()
+    imitation.zero.destroy()
     run.timer.pop()  # its phases are not the first RL step's
     return folder
 
@@ -100,49 +124,121 @@ def _random_model(run: Run) -> Path:
     return folder
 
 
-def _fit(run: Run, policy: Policy) -> deepspeed.DeepSpeedEngine:
-    """Take all steps; returns DeepSpeed's engine, which has the weights."""
-    config, settings = run.config, run.config.cold_start
-    optim = OptimConfig(lr=settings.lr, weight_decay=config.optim.weight_decay, betas=(0.9, 0.95))
-    zero, watch = initialize(policy, config, optim)
-    demonstrations = run.task.demonstrations
-    for tree in demonstrations:
+class Imitation:
+    """Supervised training of a policy on a run's demonstrations, with checkpoints in `folder`.
+
+    Raises ValueError when no demonstration is left to train on.
+    """
+
+    def __init__(self, run: Run, policy: Policy, folder: Path):
+        self._run, self._settings, self._folder = run, run.config.cold_start, folder
+        optim = OptimConfig(lr=self._settings.lr, weight_decay=run.config.optim.weight_decay, betas=(0.9, 0.95))
+        self.zero, self._watch = initialize(policy, run.config, optim)
+        self._train, self._validation = _split(
+            run.task.demonstrations, self._settings.validation_share, run.config.seed
+        )
+        self._prefix_tokens = max_prefix(run.config, LIKELIHOOD)
+        self.step = 0
+        self._begun = time.monotonic()
+        self._resume()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time so far, that of earlier sessions included."""
+        return time.monotonic() - self._begun
+
+    def fit(self) -> None:
+        """Take all steps. Raise StopRequested, with a checkpoint saved, when the run was asked to stop."""
+        run, settings = self._run, self._settings
+        run.progress.start_phase("cold start", settings.steps)
+        losses: list[float] = []
+        while self.step < settings.steps:
+            self._stop_or_go_on()
+            set_learning_rate(self.zero, settings.lr * _schedule(self.step, settings))
+            loss, tokens, seconds = self._take_step(_draw(self._train, settings.batch_size, run.config.seed, self.step))
+            self.step += 1
+            losses.append(loss)
+            last = self.step == settings.steps
+            run.progress.advance(self.step, loss=loss)
+            metrics: dict[str, float] = {}
+            if (self.step - 1) % 10 == 0 or last:
+                metrics |= {"cold_start/loss": float(np.mean(losses)), "cold_start/tokens_per_s": tokens / seconds}
+                losses.clear()
+            if self._validation and (self.step % settings.validate_every == 0 or last):
+                metrics["cold_start/validation_loss"] = self.validation_loss()
+                run.progress.message(
+                    f"cold start: step {self.step}, validation loss {metrics['cold_start/validation_loss']:.4f}"
+                )
+            if metrics:
+                run.logger.log("cold_start", self.step, metrics)
+            if settings.save_every and self.step % settings.save_every == 0 and not last:
+                self._save()
+
+    def validation_loss(self) -> float:
+        """Compute the mean loss a token of the demonstrations that are not trained on."""
+        spread = self._rows(self._validation)[self._run.rank]
+        scores = score_rows(self.zero, spread, device_of(self.zero))
+        loss = -sum(float((row.weight_pos * logprob).sum()) for row, (logprob, _) in zip(spread, scores, strict=True))
+        return self._run.sum_over_ranks({"loss": loss})["loss"]
+
+    def _resume(self) -> None:
+        run = self._run
+        found = complete_checkpoints(self._folder) if run.config.train.resume != "never" else []
+        if found:
+            state = load_zero(run, self.zero, found[-1])
+            self.step, self._begun = int(state["step"]), self._begun - float(state["seconds"])
+            run.progress.message(f"cold start: resumed from {found[-1]}")
+        run.logger.truncate_after(self.step or -1, ("cold_start",))
+
+    def _save(self) -> None:
+        state = {"step": self.step, "seconds": self.seconds}
+        write_checkpoint(self._run, self._folder, self.step, state, lambda folder: save_zero(self.zero, folder))
+
+    def _stop_or_go_on(self) -> None:
+        try:
+            self._run.stop_together()
+        except StopRequested:
+            self._save()
+            self._run.progress.message(f"stopped in the cold start after step {self.step}; the same command continues")
+            raise
+
+    def _rows(self, trees: list[TurnTree]) -> list[list[PackedTrees]]:
+        """Pack trees into the rows of each rank."""
+        rows = pack_trees(trees, LIKELIHOOD, self._run.config.train.row_tokens, max_prefix=self._prefix_tokens)
+        return spread_rows(rows, self._run.world)
+
+    def _take_step(self, batch: list[TurnTree]) -> tuple[float, int, float]:
+        """Take one optimizer step; returns (loss, tokens, seconds)."""
+        begun, run = time.monotonic(), self._run
+        spread = self._rows(batch)
+        losses: list[Tensor] = []
+
+        def row_loss(row: PackedTrees, prefix: RowPrefix) -> Tensor:
+            loss = -(row.weight_pos * self.zero(row, None, prefix)[0]).sum()
+            losses.append(loss.detach())
+            return loss
+
+        accumulate(self.zero, spread[run.rank], plan_passes(spread)[run.rank], row_loss, run.timer)
+        apply_gradients(self.zero, self._watch, run.timer)
+        loss_sum = run.sum_over_ranks({"loss": float(sum(losses))})["loss"]
+        return loss_sum, sum(row.num_tokens for rows in spread for row in rows), time.monotonic() - begun
+
+
+def _split(trees: list[TurnTree], share: float, seed: int) -> tuple[list[TurnTree], list[TurnTree]]:
+    """Split demonstrations into those to train on, in their order, and a random share for validation.
+
+    Raises ValueError when nothing is left to train on.
+    """
+    for tree in trees:
         tree.advantages = np.ones(len(tree))
-    prefix_tokens = max_prefix(config, LIKELIHOOD)
-    run.progress.start_phase("cold start", settings.steps)
-    losses: list[float] = []
-    for step in range(settings.steps):
-        run.stop_together()
-        set_learning_rate(zero, settings.lr * _schedule(step, settings))
-        batch = _draw(demonstrations, settings.batch_size, config.seed, step)
-        loss, tokens, seconds = _step(run, zero, watch, batch, prefix_tokens)
-        losses.append(loss)
-        if step % 10 == 0 or step == settings.steps - 1:
-            metrics = {"cold_start/loss": float(np.mean(losses)), "cold_start/tokens_per_s": tokens / seconds}
-            run.logger.log("cold_start", step + 1, metrics)
-            losses.clear()
-        run.progress.advance(step + 1, loss=loss)
-    return zero
-
-
-def _step(
-    run: Run, zero: deepspeed.DeepSpeedEngine, watch: GradientWatch, batch: list[TurnTree], prefix_tokens: int
-) -> tuple[float, int, float]:
-    """Take one optimizer step; returns (loss, tokens, seconds)."""
-    begun = time.monotonic()
-    rows = pack_trees(batch, LIKELIHOOD, run.config.train.row_tokens, max_prefix=prefix_tokens)
-    spread = spread_rows(rows, run.world)
-    losses: list[Tensor] = []
-
-    def row_loss(row: PackedTrees, prefix: RowPrefix) -> Tensor:
-        loss = -(row.weight_pos * zero(row, None, prefix)[0]).sum()
-        losses.append(loss.detach())
-        return loss
-
-    accumulate(zero, spread[run.rank], plan_passes(spread)[run.rank], row_loss, run.timer)
-    apply_gradients(zero, watch, run.timer)
-    loss_sum = run.sum_over_ranks({"loss": float(sum(losses))})["loss"]
-    return loss_sum, sum(row.num_tokens for row in rows), time.monotonic() - begun
+    count = math.ceil(share * len(trees))
+    if count >= len(trees):
+        raise ValueError(
+            f"cold_start.validation_share={share:g} leaves none of {len(trees)} demonstrations to train on; lower it"
+        )
+    held_out = set(np.random.default_rng([seed, len(trees)]).permutation(len(trees))[:count].tolist())
+    train = [tree for i, tree in enumerate(trees) if i not in held_out]
+    return train, [trees[i] for i in sorted(held_out)]
 
 
 def _draw(demonstrations: list[TurnTree], count: int, seed: int, step: int) -> list[TurnTree]:

@@ -24,7 +24,7 @@ from atpo_fast.packing import PackedTrees, apply_entropy_advantage
 from atpo_fast.policy import score_rows
 from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
 from atpo_fast.train.dynamic_sampling import Filled, describe, fill, read_surplus, sampling_metrics
-from atpo_fast.train.evaluate import evaluate_step
+from atpo_fast.train.evaluate import NOTHING_EVALUATED, evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.information_gain import measure_gold
 from atpo_fast.train.minibatches import pack_minibatches, trees_per_minibatch
@@ -92,6 +92,8 @@ class Trainer:
         return True
 
     def _run(self) -> None:
+        if not self.run.task.eval:
+            self.run.progress.message(NOTHING_EVALUATED)
         if self.state.cold_start_em is None:
             self._evaluate()
             self.state.cold_start_em = self.state.eval_em
@@ -121,7 +123,10 @@ class Trainer:
     def _evaluate(self) -> None:
         means = evaluate_step(self.run, self.sampler, self.state.step)
         self.state.eval_em, self.state.eval_step = means["eval/em"], self.state.step
-        self.run.progress.message(f"step {self.state.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}")
+        if means["eval/questions"]:
+            self.run.progress.message(
+                f"step {self.state.step}: eval EM {means['eval/em']:.3f}, F1 {means['eval/f1']:.3f}"
+            )
 
     def _step(self) -> None:
         """Roll out, score, credit, pack, update, sync: one batch."""

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.config import Config
+from atpo_fast.policy.model import local_model
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
 from atpo_fast.train.zero import join_process_group
@@ -113,8 +114,7 @@ def start_run(config: Config) -> Run:
         if config.train.resume == "never":
             _move_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
-    if world > 1:
-        dist.barrier()
+    config = with_local_model(with_dtype(config, cuda=cuda), folder, is_main=is_main)
     task = load_task(config)
     return Run(
         config=config,
@@ -127,6 +127,30 @@ def start_run(config: Config) -> Run:
         timer=PhaseTimer(),
         stop=StopSignal(),
     )
+
+
+def with_dtype(config: Config, *, cuda: bool) -> Config:
+    """Return the configuration with a `model.dtype` that is no longer `auto`."""
+    if config.model.dtype != "auto":
+        return config
+    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return replace(config, model=replace(config.model, dtype="bfloat16" if fast else "float32"))
+
+
+def with_local_model(config: Config, folder: Path, *, is_main: bool) -> Config:
+    """Return the configuration with `model.path` as a folder of this machine; rank 0 converts where that is needed.
+
+    Raises what `local_model` raises.
+    """
+    model = config.model
+    if is_main and model.path is not None:
+        local_model(model.path, model.package, folder / "model")
+    if dist.get_world_size() > 1:
+        dist.barrier()
+    if model.path is None:
+        return config
+    path = local_model(model.path, model.package, folder / "model")
+    return replace(config, model=replace(model, path=str(path), package=None))
 
 
 def _move_aside(folder: Path) -> None:

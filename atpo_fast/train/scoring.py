@@ -43,11 +43,14 @@ def score_batch(run: Run, batch: Batch) -> list[Group]:
 def score(
     run: Run, questions: Sequence[Question], trees: Sequence[TurnTree], *, validation: bool = False
 ) -> list[ScoredTree]:
-    """Score every leaf of every tree by the run's reward, and set its reward on the tree.
+    """Score every leaf of every tree by the rewards of the run's task, and set its reward on the tree.
 
     Args:
         questions: `questions[i]` belongs to `trees[i]`.
         validation: neither a broken format nor length costs anything, as the published evaluation has it.
+
+    Raises:
+        RewardError: a reward failed on a trajectory, and its failures end the run.
     """
     with run.timer.phase("score"):
         scores = score_trees(
@@ -55,6 +58,7 @@ def score(
             questions,
             run.task.tokenizer,
             run.config.reward,
+            rules=run.task.rules,
             validation=validation,
             max_response_tokens=run.config.rollout.max_response_tokens,
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from atpo_fast.environment.reward import LeafScore
 from atpo_fast.train.scoring import ScoredTree
 
 
@@ -41,6 +42,7 @@ def rollout_metrics(
         "reward/f1": mean([s.f1 for s in scores]),
         "reward/format": mean([float(s.format_ok) for s in scores]),
         "reward/overlong": mean([s.overlong for s in scores]),
+        **_rewards_by_name(scores),
         "rollout/turns": mean([s.turns for s in scores]),
         "rollout/tool_calls": mean([s.tool_calls for s in scores]),
         "rollout/entropy": mean([turn.nll for scored in forest for turn in scored.tree.turns[1:]]),
@@ -53,6 +55,15 @@ def rollout_metrics(
         **counts,
         **_failure_rates(counts),
     }
+
+
+def _rewards_by_name(scores: Sequence[LeafScore]) -> dict[str, float]:
+    """Average each reward of the task, unweighted, over the leaves that it has something to say about."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.rewards.items():
+            values.setdefault(f"reward/{name}", []).append(value)
+    return {name: float(np.mean(found)) for name, found in values.items()}
 
 
 def _failure_rates(counts: Mapping[str, float]) -> dict[str, float]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from bench.core.case import Case
 
 HEADS = {"qwen3-0.6b, 1.7b": (16, 8, 128), "qwen3-4b": (32, 8, 128)}
 ROWS = (16384, 32768, 65536)
+STAR = 24576  # 32 answers of 512 tokens to a prompt of 8,192
 CPU_ROW = 2048
+CANDIDATES: tuple[str, ...] = ()
+"""Our own implementation with other tiles: see `candidates.py`."""
+_PLAIN = (("tree", "published"), ("variant", ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +26,30 @@ class AttentionCase(Case):
     """Tokens of the row; the tree's lengths are scaled to it."""
     heads: tuple[int, int, int]  # query heads, key heads, width
     dtype: str = "bfloat16"
+    tree: Literal["published", "star"] = "published"
+    """A tree of the published search, or one prompt, a third of the row, with 32 answers."""
+    variant: Literal["", "kernels"] = ""
+    """"kernels": ours beside itself with other tiles; see `candidates.py`."""
+
+    def small(self) -> AttentionCase:
+        """Shrink the row and the heads."""
+        return replace(self, row_tokens=self.row_tokens // 128, heads=(2, 1, 16), dtype="float32")
 
     @property
     def bench(self) -> str:
         """Kind of the case's records: the name of the operator."""
-        return "tree_attention"
+        return "tree_attention_candidates" if self.variant else "tree_attention"
 
     @property
     def name(self) -> str:
         """Name of the case: mode, tokens, heads and dtype."""
-        return f"tree_attention-{self.mode}-{self.row_tokens}-{'x'.join(map(str, self.heads))}-{self.dtype}"
+        parts = ["tree_attention", self.mode, str(self.row_tokens), "x".join(map(str, self.heads)), self.dtype]
+        parts += [] if self.tree == "published" else [self.tree]
+        return "-".join([*parts, *([self.variant] if self.variant else [])])
+
+    def fields(self) -> dict[str, Any]:
+        """Return what a record says of the case; what is as in the first records is left out."""
+        return {key: value for key, value in super().fields().items() if (key, value) not in _PLAIN}
 
 
 def for_device(kind: str) -> list[AttentionCase]:
@@ -40,10 +58,12 @@ def for_device(kind: str) -> list[AttentionCase]:
         heads = HEADS["qwen3-0.6b, 1.7b"]
         base = AttentionCase(row_tokens=CPU_ROW, heads=heads, dtype="float32", peers=("sdpa", "causal"))
         return [base, replace(base, mode="forward"), replace(base, row_tokens=2 * CPU_ROW)]
-    peers = ("flex", "flex_static", "flex_dense", "areal", "causal")
+    peers = ("flex", "flex_flash", "flex_static", "flex_dense", "areal", "causal", "causal_fa3", "causal_fa4")
     main, other = HEADS["qwen3-4b"], HEADS["qwen3-0.6b, 1.7b"]
     gradient = [AttentionCase(row_tokens=tokens, heads=main, peers=peers, quick=True) for tokens in ROWS]
     rest = [replace(case, heads=other, quick=False) for case in gradient]
     rest += [replace(case, mode="forward", quick=False) for case in [*gradient, *rest]]
     small = AttentionCase(row_tokens=ROWS[0] // 2, heads=main, peers=(*peers, "sdpa"))
-    return [*gradient, *rest, small, replace(small, mode="forward")]
+    star = replace(small, row_tokens=STAR, tree="star", peers=peers)
+    candidates = replace(gradient[1], variant="kernels", peers=CANDIDATES, quick=False)
+    return [*gradient, *rest, small, replace(small, mode="forward"), star, candidates]

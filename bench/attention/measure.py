@@ -15,7 +15,7 @@ from bench.attention.cases import AttentionCase
 from bench.attention.peers import ATTENTION, Attention, Heads
 from bench.core.measure import Makers, peak_bytes, side_by_side, synchronize
 from bench.core.records import package_version
-from bench.packing.forests import tree_of_tokens
+from bench.packing.forests import star_of_tokens, tree_of_tokens
 from bench.packing.rows import tree_rows, visible_pairs
 
 _CHECKED = 64  # queries whose results are compared with float64
@@ -33,7 +33,8 @@ class Problem:
     """
 
     def __init__(self, case: AttentionCase, tokens: int, device: str):
-        (row,) = tree_rows([tree_of_tokens(tokens, VOCAB)], tokens)
+        tree = star_of_tokens(tokens, VOCAB) if case.tree == "star" else tree_of_tokens(tokens, VOCAB)
+        (row,) = tree_rows([tree], tokens)
         query_heads, key_heads, width = case.heads
         self.heads = Heads(query_heads, key_heads, width, getattr(torch, case.dtype))
         self.row, self.device, self.mode = row, torch.device(device), case.mode

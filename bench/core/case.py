@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any, ClassVar, Literal
 
+STARTS = "measuring "  # begins the line that names a case before it is measured
 Mode = Literal["forward", "gradient", "entropy_gradient"]
 
 
@@ -20,6 +21,10 @@ class Case:
     peers: tuple[str, ...] = ()
     quick: bool = False
     """Whether a must-show line is judged from it."""
+
+    def small(self) -> Case:
+        """Shrink the case so that a CPU runs it in a moment: for rehearsals, whose numbers mean nothing."""
+        raise NotImplementedError
 
     @property
     def bench(self) -> str:

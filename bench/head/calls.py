@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from atpo_kernels import linear_turn_policy_loss
+from bench.head.candidates import CHANGES, changed
 from bench.head.cases import HeadCase
 from bench.head.peers import IGNORED, PEERS, LogProb, Peer, vectorised_turn_loss
 from bench.head.problems import CLIP_HIGH, CLIP_LOW, Outcome, Problem
@@ -20,6 +22,9 @@ def make_call(name: str, case: HeadCase, problem: Problem) -> Call:
 
     Raises ImportError for a package that is not installed, ValueError for an implementation that cannot do the case.
     """
+    if name in CHANGES:
+        import_module("atpo_kernels.linear_turn_policy_loss.launch")  # there is nothing to change without Triton
+        return _under(name, make_call("ours", case, problem))
     peer = PEERS[name]
     if case.operator == "linear_turn_policy_loss":
         if name == "ours":
@@ -35,6 +40,16 @@ def make_call(name: str, case: HeadCase, problem: Problem) -> Call:
     if case.mode == "entropy_gradient" and not peer.entropy:
         raise ValueError("no entropy")
     return lambda: _gradient(logprob, problem, case.mode == "entropy_gradient")
+
+
+def _under(name: str, call: Call) -> Call:
+    """Make a call of ours under the changes of a candidate; its backward is part of it."""
+
+    def under() -> Outcome:
+        with changed(name):
+            return call()
+
+    return under
 
 
 def _of(peer: Peer) -> LogProb:

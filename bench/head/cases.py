@@ -17,11 +17,20 @@ PUBLISHED = (
     (8192, 2304, 256000),
 )
 MAIN = (16384, 2560, 151936)  # a mini-batch of Qwen3-4B's action tokens
+LARGE = (8192, 4096, 151936)  # of Qwen3-8B's
 CPU_RECORD = (2048, 512, 32000)
 CPU_SMALL = (1024, 128, 4096)
 LOSS_TOKENS, CLIPPED, TURN_LENGTHS = (0.5, 0.25), (0.25, 0.5, 0.75), (16, 256, 1024)
 TOKENS = 65536
 
+Variant = Literal["", "chunks", "kernels"]
+_PLAIN = ("variant", "")  # not in records
+
+CANDIDATES: dict[Variant, tuple[str, ...]] = {
+    "chunks": ("chunks_1664", "chunks_2560", "chunks_3328", "chunks_6144"),
+    "kernels": ("specialised", "branch", "prefetch", "strips_64"),
+}
+"""Our own implementation with one thing changed, by what is changed: see `candidates.py`."""
 LOG_PROB_PEERS = ("plain", "trl", "liger_scaled_ce", "cce", "verl", "liger_flce")
 ENTROPY_PEERS = ("plain", "trl", "liger_scaled_ce", "verl")
 
@@ -42,12 +51,19 @@ class HeadCase(Case):
     clipped: float = 0.0
     """Share of the turns that are clipped, that is without gradient."""
     turn_length: int = 64
+    variant: Variant = ""
+    """Of our own implementation: "chunks" of other sizes, or other "kernels" and tiles; see `candidates.py`."""
     peers: tuple[str, ...] = ("plain",)
 
     @property
     def bench(self) -> str:
         """Kind of the case's records: the name of the operator."""
-        return self.operator
+        return f"{self.operator}_candidates" if self.variant else self.operator
+
+    def small(self) -> HeadCase:
+        """Shrink the shape; turns stay of equal lengths that divide it."""
+        shape = {"turn_policy_loss": (1024,) if len(self.shape) == 1 else (4, 1024)}.get(self.operator, (128, 32, 500))
+        return replace(self, shape=shape, dtype="float32", turn_length=min(self.turn_length, 16))
 
     @property
     def name(self) -> str:
@@ -64,11 +80,11 @@ class HeadCase(Case):
         ):
             if value != default:
                 parts.append(f"{label}{value:g}")
-        return "-".join(parts)
+        return "-".join([*parts, *([self.variant] if self.variant else [])])
 
     def fields(self) -> dict[str, Any]:
         """Return what a record says of the case; `bench` already names the operator."""
-        return {key: value for key, value in super().fields().items() if key != "operator"}
+        return {key: value for key, value in super().fields().items() if key != "operator" and (key, value) != _PLAIN}
 
 
 def for_device(kind: str) -> list[HeadCase]:
@@ -79,7 +95,7 @@ def for_device(kind: str) -> list[HeadCase]:
 def _cuda() -> list[HeadCase]:
     turn = HeadCase(operator="linear_turn_policy_loss", mode="gradient", shape=MAIN)
     forward = HeadCase(operator="linear_logprob", mode="forward", shape=MAIN)
-    everyone = ("compiled", *LOG_PROB_PEERS, "liger_grpo")
+    everyone = ("compiled", *LOG_PROB_PEERS, "liger_grpo", "liger_grpo_triton")
     must_show = [
         replace(turn, peers=everyone),
         replace(turn, clipped=0.5),
@@ -91,6 +107,9 @@ def _cuda() -> list[HeadCase]:
         replace(forward, mode="gradient", peers=("compiled", *LOG_PROB_PEERS, "quack")),
         replace(forward, mode="entropy_gradient", peers=ENTROPY_PEERS),
         *_sweeps(turn),
+        replace(turn, shape=LARGE, peers=everyone),
+        *(replace(turn, variant=variant, peers=CANDIDATES[variant]) for variant in CANDIDATES),
+        replace(forward, variant="kernels", peers=("specialised", "branch")),
         replace(turn, peaked=False, peers=(*LOG_PROB_PEERS, "liger_grpo")),
         replace(forward, peaked=False, peers=LOG_PROB_PEERS),
         replace(forward, mode="gradient", peaked=False, peers=LOG_PROB_PEERS),

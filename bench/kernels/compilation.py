@@ -89,7 +89,7 @@ def source_of(variant: Variant) -> Any:
         fn=variant.kernel,
         signature=signature,
         constexprs={place[name]: value for name, value in variant.constants.items()},
-        attrs={place[name]: [["tt.divisibility", 16]] for name in variant.divisible},
+        attrs={place[name]: [["tt.divisibility", 16]] for name in variant.specialised},
     )
 
 

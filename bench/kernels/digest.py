@@ -27,7 +27,7 @@ def digest(variant: Variant) -> str:
         *sorted(sources(variant.kernel)),
         repr(sorted(variant.types.items())),
         repr(sorted((name, str(value)) for name, value in variant.constants.items())),
-        repr(sorted(variant.divisible)),
+        repr(sorted(variant.specialised)),
         f"{variant.num_warps} warps, {variant.num_stages} stages",
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:LENGTH]

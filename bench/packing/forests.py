@@ -96,6 +96,18 @@ def tree_of_tokens(tokens: int, vocab: int) -> TurnTree:
     return tree
 
 
+def star_of_tokens(tokens: int, vocab: int, answers: int = 32) -> TurnTree:
+    """Draw one prompt, a third of `tokens`, with answers of equal length, as samplers without a search make them."""
+    rng = np.random.default_rng(0)
+    length = max(1, 2 * tokens // (3 * answers))
+    tree = TurnTree(rng.integers(0, vocab, tokens - answers * length))
+    for _ in range(answers):
+        leaf = tree.add_turn(0, rng.integers(0, vocab, length), -rng.random(length), None)
+        tree.set_reward(leaf, float(rng.integers(0, 2)))
+    assign_credit([tree])
+    return tree
+
+
 def written_out(forest: list[TurnTree]) -> list[TurnTree]:
     """Write out the trajectories as trees of one leaf each: what a trainer without prefix sharing sees."""
     flat = []

@@ -40,6 +40,10 @@ class ModelCase(Case):
     """None: as many as the model has."""
     dtype: str = "bfloat16"
 
+    def small(self) -> ModelCase:
+        """Take a tiny model and short trees."""
+        return replace(self, model="tiny", max_tokens=512, scale=80 * self.scale, dtype="float32")
+
     @property
     def bench(self) -> str:
         """Kind of record: a layer or an update."""

@@ -34,6 +34,7 @@ class Shape:
 # 20m: head and attention have about the share of the work that they have in 4b at the published lengths, when lengths
 # are divided by 8 to 16.
 SHAPES = {
+    "tiny": Shape(hidden=32, intermediate=64, layers=2, heads=4, key_heads=2, head_dim=16, vocab=512),  # for rehearsals
     "qwen3-20m": Shape(hidden=384, intermediate=1216, layers=8, heads=12, key_heads=6, head_dim=64, vocab=5120),
     "qwen3-0.6b": Shape(hidden=1024, intermediate=3072, layers=28, heads=16, key_heads=8, head_dim=128),
     "qwen3-1.7b": Shape(hidden=2048, intermediate=6144, layers=28, heads=16, key_heads=8, head_dim=128),

@@ -19,7 +19,7 @@ import pytest
 from atpo_fast.commands import launcher
 from atpo_fast.commands.cli import LAUNCHED
 from atpo_fast.commands.doctor import Environment, Requirement, find_problems, inspect_environment, render
-from atpo_fast.commands.model_folder import find_model, newest_model
+from atpo_fast.commands.model_folder import find_model, model_to_use, newest_model
 from atpo_fast.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,6 +162,16 @@ def test_one_definition_of_the_newest_model(run_folder: Path, tmp_path: Path) ->
     assert find_model(tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"has no trained model; set model\.path or train first"):
         newest_model(tmp_path)
+
+
+def test_the_trained_model_answers_unless_another_is_asked_for(run_folder: Path, tmp_path: Path) -> None:
+    # Fails if `eval` with the configuration of a trained run answers with the model that the run has started from.
+    newest = run_folder / "checkpoints/step_000010/hf"
+    assert model_to_use(run_folder, "given", []) == (newest, False)
+    assert model_to_use(run_folder, "given", ["seed=1", "model.path=given"]) == (Path("given"), True)
+    assert model_to_use(tmp_path / "new", "given", []) == (Path("given"), True)
+    with pytest.raises(FileNotFoundError, match=r"has no trained model"):
+        model_to_use(tmp_path / "new", None, [])
 
 
 def test_export_never_overwrites(run_folder: Path, tmp_path: Path) -> None:

@@ -106,7 +106,10 @@ def test_an_empty_section_keeps_its_defaults(write: Write) -> None:
     ("override", "message"),
     [
         ("rollout.temprature=1", "unknown key rollout.temprature: did you mean rollout.temperature?"),
-        ("temperature=1", "unknown key temperature: did you mean rollout.temperature?"),  # the section forgotten
+        (
+            "temperature=1",
+            "unknown key temperature: did you mean rollout.temperature or eval.temperature?",
+        ),  # no section
         ("lr=1", "unknown key lr: did you mean optim.lr or cold_start.lr?"),  # two candidates: both named
         ("trian.steps=1", "unknown key trian.steps: did you mean train.steps"),  # the section misspelt
         ("seed.x=1", "unknown key seed.x: seed is a value, not a section"),

@@ -12,15 +12,19 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.common.errors import DataError
-from atpo_fast.config import Config, DataConfig, ModelConfig
-from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt, prompt_text
+from atpo_fast.config import Config, DataConfig, ModelConfig, TaskConfig
+from atpo_fast.data.decontamination import normalise_question
+from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT, content_of
 from atpo_fast.data.questions import Passage, Question
 from atpo_fast.data.readers import read_passages, read_questions
 from atpo_fast.data.tokenizers import train_bpe
+from atpo_fast.environment.extraction import EXTRACTIONS
+from atpo_fast.task import PromptEncoder
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
-from atpo_fast.task.task import load_task, normalise_question
+from atpo_fast.task.task import load_task
 
 REAL = os.environ.get("ATPO_DATA")
 needs_real_data = pytest.mark.skipif(not REAL, reason="set ATPO_DATA to a folder with the real data sets")
@@ -130,7 +134,7 @@ def _bad(rows: Any) -> Any:
         ("q.jsonl", '{"question": "a?", "answer": "b"}\n{"question": ', r"q\.jsonl, line 2: malformed JSON"),
         ("q.jsonl", "\n\n[1]", r"q\.jsonl, line 3: expected a JSON object, found an array"),  # blank lines count
         ("q.json", '{"question": "a?"}', r"q\.json: expected a JSON array of objects, found an object"),
-        ("q.csv", "question", r"q\.csv: expected a \.json, \.jsonl or \.parquet"),
+        ("q.txt", "question", r"q\.txt: expected a file of one of the types \.json, \.jsonl, \.csv, \.tsv, \.parquet"),
         ("q.jsonl", _bad({"answer": "a"}), r"line 2: no question; expected .* field question"),
         ("q.jsonl", _bad({"question": "  ", "answer": "a"}), r"line 2: no question"),
         ("q.json", _bad({"question": "q?"}), r"record 2: no answer; expected one of the fields golden_answers"),
@@ -186,7 +190,8 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
 def test_published_prompt() -> None:
     # Fails when the backslash of \boxed becomes a backspace, as in the published scripts, or the layout changes.
     question = Question(id="q", text="Who?", answers=("a",))
-    text = prompt_text(question, "published")
+    (message,) = PROMPTS["published"].fill(question)
+    text = content_of(message)
     assert "\x08" not in text and text.count("\\boxed{") == 2
     assert text.endswith("\nuser\nWho?")
     tags = ["<think> </think>", "<answer> </answer>", "<search> </search>", "<result> </result>"]
@@ -199,20 +204,20 @@ def test_published_prompt() -> None:
 def test_prompt_rendering_and_limits() -> None:
     tokenizer = train_bpe([SYSTEM_PROMPT], 600)
     question = Question(id="q7", text="Who?", answers=("a",))
-    short = encode_prompt(question, tokenizer, "short", 10)
+    short = PromptEncoder(PROMPTS["short"], tokenizer, max_tokens=10)(question)
     assert tokenizer.decode(short) == "Who?\n"
-    plain = encode_prompt(question, tokenizer, "published", 2000)
+    plain = PromptEncoder(PROMPTS["published"], tokenizer, max_tokens=2000)(question)
     assert tokenizer.decode(plain) == f"{SYSTEM_PROMPT}\nuser\nWho?\n"
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}[bot]{% endif %}"
     )
-    chat = encode_prompt(question, tokenizer, "published", 2000)
+    chat = PromptEncoder(PROMPTS["published"], tokenizer, max_tokens=2000)(question)
     assert tokenizer.decode(chat) == f"[system]{SYSTEM_PROMPT}\nuser\nWho?[bot]"
     with pytest.raises(
         ValueError, match=r"question 'q7' \('Who\?'\): its prompt has \d+ tokens, data.max_prompt_tokens=20"
     ):
-        encode_prompt(question, tokenizer, "published", 20)
+        PromptEncoder(PROMPTS["published"], tokenizer, max_tokens=20)(question)
 
 
 def _config(root: Path, **data: Any) -> Config:
@@ -254,8 +259,8 @@ def test_question_normalisation() -> None:
 
 
 def test_world_needs_the_short_prompt() -> None:
-    with pytest.raises(ValueError, match=r"data\.prompt=short"):
-        load_task(Config(data=DataConfig(source="world", prompt="published")))
+    with pytest.raises(ValueError, match=r"task\.prompt=short"):
+        load_task(Config(data=DataConfig(source="world")))
 
 
 @needs_real_data
@@ -298,10 +303,16 @@ def test_documented_overlap_is_found() -> None:
         "train_files": ["train/arpo_hard_search_1k.parquet"],
         "eval_files": ["eval/hotpot_dev_full7405_qa.json.gz"],
     }
-    task = load_task(Config(data=DataConfig(**files, prompt="short"), model=ModelConfig(vocab_size=512)))
+    task = load_task(
+        Config(data=DataConfig(**files), task=TaskConfig(prompt="short"), model=ModelConfig(vocab_size=512))
+    )
     documented = json.loads((Path(str(REAL)) / "train/OVERLAP_WITH_TESTS.json").read_text())
     rows = documented["files"]["train/arpo_hard_search_1k.parquet"]["overlap"]["hotpotqa_dev7405"]
     assert task.notes["dropped_train_eval_overlap"] == len(rows)
+
+
+def short_prompts(tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    return PromptEncoder(PROMPTS["short"], tokenizer, max_tokens=100)
 
 
 # Fails when the prompt or an observation becomes an action (trained on), or the end of sequence is not taught.
@@ -310,8 +321,8 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
     turns = [{"action": "look here", "observation": " <result> found </result>"}, {"action": "done"}]
     path = tmp_path / "demonstrations.jsonl"
     path.write_text(json.dumps({"question": "What is a?", "turns": turns}) + "\n")
-    (tree,) = read_demonstrations(path, tokenizer, lambda question: tokenizer.encode(question.text))
-    assert tokenizer.decode(tree.turns[0].observation_ids) == "What is a?"
+    (tree,) = read_demonstrations(path, short_prompts(tokenizer))
+    assert tokenizer.decode(tree.turns[0].observation_ids) == "What is a?\n"
     assert tokenizer.decode(tree.turns[1].action_ids) == "look here"
     assert tokenizer.decode(tree.turns[1].observation_ids) == " <result> found </result>"
     assert tree.turns[2].action_ids[-1] == tokenizer.eos_token_id
@@ -331,7 +342,7 @@ def test_demonstrations_from_evidence(tmp_path: Path) -> None:
         searched.append(query)
         return f"found {query}"
 
-    chains = evidence_demonstrations(questions, search, tokenizer, lambda question: tokenizer.encode(question.text))
+    chains = evidence_demonstrations(questions, search, short_prompts(tokenizer), EXTRACTIONS["boxed"])
     assert searched == ["B", "A", "C"]
     assert [chain.question_id for chain in chains] == ["h1", "2hop__1"]
     assert tokenizer.decode(chains[1].turns[1].observation_ids) == " <result>\nfound C\n</result>"
@@ -353,4 +364,4 @@ def test_broken_demonstrations_name_the_place(tmp_path: Path, row: dict[str, Any
     path = tmp_path / "demonstrations.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(DataError, match=message):
-        read_demonstrations(path, tokenizer, lambda question: [0])
+        read_demonstrations(path, short_prompts(tokenizer))

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config import Config, DataConfig, MCPServerConfig, ModelConfig, ToolsConfig
 from atpo_fast.config.load import load_config
-from atpo_fast.data.prompts import SYSTEM_PROMPT, encode_prompt, prompt_text, template_shows_tools
+from atpo_fast.data.chat_templates import template_shows_tools
+from atpo_fast.data.prompts import NO_TOOLS, PROMPTS, SYSTEM_PROMPT, ToolDescriptions
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment import ToolCall, describe_tools, make_toolbox, parse_call, tool_schema
 from atpo_fast.environment.function_tool import FunctionTool
-from atpo_fast.task import load_task
+from atpo_fast.task import PromptEncoder, load_task
 
 QUESTION = Question(id="q", text="Who?", answers=("a",))
 MESSAGES = (
@@ -47,11 +49,15 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, kind: Any, tools: ToolDescriptions = NO_TOOLS) -> list[int]:
+    return PromptEncoder(PROMPTS[kind], tokenizer, max_tokens=4000, tools=tools)(QUESTION)
+
+
 def prompt(template: str | None, kind: Any = "published", **described: bool) -> str:
     tokenizer = train_bpe([SYSTEM_PROMPT], 600)
     tokenizer.chat_template = template
-    tools = describe_tools([SCHEMA], tokenizer, kind, **described)
-    return str(tokenizer.decode(encode_prompt(QUESTION, tokenizer, kind, 4000, tools)))
+    tools = describe_tools([SCHEMA], tokenizer, PROMPTS[kind], **described)
+    return str(tokenizer.decode(encode(tokenizer, kind, tools)))
 
 
 @pytest.mark.parametrize("template", [None, MESSAGES, BESIDE_A_USER_ONLY])
@@ -93,7 +99,7 @@ def test_a_description_is_only_text(template: str) -> None:
 
 def test_the_short_prompt() -> None:
     """Fails if a question alone is not what a model trained from scratch sees, or its tools are kept from it."""
-    assert prompt_text(QUESTION, "short") == "Who?\n"
+    assert PROMPTS["short"].fill(QUESTION) == [{"role": "user", "content": "Who?\n"}]
     text = prompt(SHOWS_TOOLS, "short", with_search=False)
     assert text.startswith("There is no search tool; you may call the following tools.")
     assert f"\n{CALLS}: Converts" in text and text.endswith("\nWho?\n") and SYSTEM_PROMPT not in text
@@ -101,11 +107,10 @@ def test_the_short_prompt() -> None:
 
 def test_too_long_with_tools() -> None:
     tokenizer = train_bpe([SYSTEM_PROMPT], 600)
-    tools = describe_tools([SCHEMA], tokenizer, "published")
+    tools = describe_tools([SCHEMA], tokenizer, PROMPTS["published"])
+    without = len(encode(tokenizer, "published"))
     with pytest.raises(ValueError, match=r"question 'q' \('Who\?'\): its prompt has \d+ tokens"):
-        encode_prompt(
-            QUESTION, tokenizer, "published", len(encode_prompt(QUESTION, tokenizer, "published", 4000)), tools
-        )
+        PromptEncoder(PROMPTS["published"], tokenizer, max_tokens=without, tools=tools)(QUESTION)
 
 
 # ---- what it was before there were descriptions
@@ -114,10 +119,10 @@ def test_too_long_with_tools() -> None:
 def test_published_prompts_are_what_they_were() -> None:
     """Fails if one token of a prompt changes where only built-in tools are configured."""
     tokenizer = train_bpe([SYSTEM_PROMPT], 600)
-    assert digest(prompt_text(QUESTION, "published")) == "9ee528017524c55c"
-    assert digest(encode_prompt(QUESTION, tokenizer, "published", 2000)) == "948fd359d6829606"
+    assert digest(PROMPTS["published"].fill(QUESTION)[0]["content"]) == "9ee528017524c55c"
+    assert digest(encode(tokenizer, "published")) == "948fd359d6829606"
     tokenizer.chat_template = MESSAGES
-    assert digest(encode_prompt(QUESTION, tokenizer, "published", 2000)) == "8cd8aa85289e087d"
+    assert digest(encode(tokenizer, "published")) == "8cd8aa85289e087d"
 
 
 def test_prompts_of_the_quickstart_are_what_they_were() -> None:

@@ -16,7 +16,8 @@ from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment import Escaper, escape_tags, format_result, parse_call, unescape_tags
 from atpo_fast.environment.escaping import reserved_tokens
-from atpo_fast.environment.reward import extract_answer, format_ok, score_trees
+from atpo_fast.environment.extraction import extract_answer, format_ok
+from atpo_fast.environment.reward import score_trees
 from atpo_fast.rollout.turns import TurnWriter
 from atpo_fast.tree.turn_tree import TurnTree
 from atpo_fast.world.tokenizer import word_level_tokenizer

@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+
+from tests.helpers.devices import DEVICE as DEVICE
+from tests.helpers.devices import INTERPRETED as INTERPRETED
+from tests.helpers.second_device import Elsewhere
 
 triton = pytest.importorskip("triton")  # skips the importing test module
 
 import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter as stock  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle  # noqa: E402
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
@@ -33,6 +35,7 @@ stock_binary = InterpreterBuilder.binary_op
 stock_fma = InterpreterBuilder.create_fma
 stock_reduce = ReduceOps.apply_impl
 stock_argument = stock._implicit_cvt
+stock_launch = stock.GridExecutor.__call__
 
 
 def is_bfloat16(handle: TensorHandle) -> bool:
@@ -103,6 +106,18 @@ def argument(value: Any) -> Any:
     return stock_argument(value)
 
 
+def launch(executor: Any, *arguments: Any, **options: Any) -> None:
+    """Launches with tensors of the second device of tests. Stock: reads the storage, which such a tensor has not."""
+    stock_launch(executor, *map(on_cpu, arguments), **{name: on_cpu(value) for name, value in options.items()})
+
+
+def on_cpu(value: Any) -> Any:
+    """The numbers of a tensor, or a descriptor of them; anything else as it is."""
+    if isinstance(value, TensorDescriptor):
+        return TensorDescriptor(on_cpu(value.base), value.shape, value.strides, value.block_shape)
+    return value.numbers if isinstance(value, Elsewhere) else value
+
+
 def repair() -> None:
     """Put the functions above in place of the interpreter's."""
     InterpreterBuilder.cast_impl = cast
@@ -111,7 +126,8 @@ def repair() -> None:
     InterpreterBuilder.create_fma = fused_multiply_add
     ReduceOps.apply_impl = reduce
     stock._implicit_cvt = argument
+    stock.GridExecutor.__call__ = launch
 
 
-if DEVICE == "cpu":
+if INTERPRETED:
     repair()

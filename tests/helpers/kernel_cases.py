@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atpo_kernels import LeafPaths, LinearTurnLoss, TokenWeights, linear_logprob, linear_turn_policy_loss
+from tests.helpers.devices import DEVICE
 
 TEMPERATURE = 0.8  # of `loss_case` and `run_linear_loss`
 
@@ -140,6 +141,24 @@ def run_linear_loss(
     grads = torch.autograd.grad(out.loss * upstream, leaves)
     results = [out.loss, out.coef, out.logprob, out.entropy, *out.metrics.values(), *grads]
     return [x.detach().cpu() for x in results]
+
+
+def run_head(
+    head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7, bias: bool = True, device: str = DEVICE
+) -> list[Tensor]:
+    """Log-prob, entropy, and gradients of hidden, weight and bias through both; upstream gradients are not 1."""
+    leaves = [x.to(device).detach().requires_grad_() for x in head.leaves(dtype)][: 3 if bias else 2]
+    logprob, entropy = linear_logprob(
+        leaves[0],
+        leaves[1],
+        head.targets.to(device),
+        bias=leaves[2] if bias else None,
+        temperature=temperature,
+        impl=impl,
+    )
+    up = [x.to(device, logprob.dtype) for x in upstream(len(head.targets))]
+    grads = torch.autograd.grad((up[0] * logprob + up[1] * entropy).sum(), leaves)
+    return [x.detach().cpu() for x in (logprob, entropy, *grads)]
 
 
 def on_device(value: Any, device: str) -> Any:

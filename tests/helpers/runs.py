@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
     "deepspeed": str(ROOT / "configs/deepspeed/zero3.json"),
     "device": "cpu",
-    "data": {"source": "world", "prompt": "short", "max_prompt_tokens": 32},
+    "data": {"source": "world", "max_prompt_tokens": 32},
+    "task": {"prompt": "short"},
     "world": {
         "entities": 12,
         "relations": 2,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from atpo_kernels import LeafPaths, TokenWeights, turn_policy_loss
+from tests.helpers.devices import DEVICE
 from tests.helpers.error_bounds import Bound, assert_no_less_precise, head_bounds, loss_bounds
 from tests.helpers.kernel_cases import TEMPERATURE, Head, turn_offsets
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the kernels run
 # wide enough that tokens fall on both sides of both bounds and beyond the dual cap
 BOUNDS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3, "dual_cap": 1.5, "sapo_tau_pos": 0.9, "sapo_tau_neg": 1.2}
 EVERY_TERM: dict[str, Any] = {"kl": "k3", "kl_coef": 0.3, "entropy_coef": 0.2, "importance_cap": 1.1}
@@ -87,7 +87,7 @@ def assert_precise(case: dict[str, Any], dtype: torch.dtype = torch.float32, **k
     """The gate of the Triton kernels, for every result: from inputs of a dtype, against float64 of the same inputs."""
     keywords = {name: value for name, value in {**BOUNDS, **keywords}.items() if name not in case}
     rounded = converted(case, dtype, DEVICE)
-    inputs = converted(rounded, torch.float64)
+    inputs = converted(rounded, torch.float64, DEVICE)
     exact = run(inputs, impl="reference", **keywords)
     plain, ours = (run(rounded, impl=impl, **keywords) for impl in ("torch", "triton"))
     assert ours.keys() == exact.keys()

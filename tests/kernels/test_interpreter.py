@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.helpers import interpreter  # first: it skips this module where there is no Triton
 
-DEVICE = interpreter.DEVICE
+DEVICE, INTERPRETED = interpreter.DEVICE, interpreter.INTERPRETED
 HALVES = (torch.bfloat16, torch.float16)
 # Halfway between two numbers, of bfloat16 and of float16: 1 + 2^-8 and 1 + 2^-11 go down to 1, three times as much
 # goes up. Then the largest float32 (infinity), the smallest numbers, infinities and a NaN.
@@ -21,7 +21,7 @@ CORNERS: tuple[float, ...]
 CORNERS = (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, -1 - 3 * 2**-8, 3.4028235e38, 1e-45, 1e-40, 6e-8, 0.0)
 CORNERS += (-0.0, float("inf"), -float("inf"), float("nan"), 0.1, -1e5)
 
-needs_interpreter = pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter runs where there is no CUDA device")
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="the interpreter runs where there is no CUDA device")
 
 
 @triton.jit

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from atpo_kernels import checks, linear_logprob
 from atpo_kernels.linear_logprob import launch, tiles
@@ -12,7 +11,7 @@ from atpo_kernels.linear_logprob.tiles import Tile, vocab_splits
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
 from tests.helpers.error_bounds import assert_no_less_precise, head_bounds
 from tests.helpers.interpreter import DEVICE
-from tests.helpers.kernel_cases import Head, LargestOutput, NoHostSync, random_head, upstream
+from tests.helpers.kernel_cases import LargestOutput, NoHostSync, random_head, run_head, upstream
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # (rows, width, vocabulary): one of everything; one tile, filled (of the interpreter's 16 x 64 x 32); several row tiles,
@@ -36,22 +35,6 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "SCRATCH_BYTES", 0)
 
 
-def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7, bias: bool = True) -> list[Tensor]:
-    """Log-prob, entropy, and gradients of hidden, weight and bias through both; upstream gradients are not 1."""
-    leaves = [x.to(DEVICE).detach().requires_grad_() for x in head.leaves(dtype)][: 3 if bias else 2]
-    logprob, entropy = linear_logprob(
-        leaves[0],
-        leaves[1],
-        head.targets.to(DEVICE),
-        bias=leaves[2] if bias else None,
-        temperature=temperature,
-        impl=impl,
-    )
-    up = [x.to(DEVICE, logprob.dtype) for x in upstream(len(head.targets))]
-    grads = torch.autograd.grad((up[0] * logprob + up[1] * entropy).sum(), leaves)
-    return [x.detach().cpu() for x in (logprob, entropy, *grads)]
-
-
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(("rows", "width", "vocab"), SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +43,7 @@ def test_as_precise_as_plain_pytorch(dtype: torch.dtype, rows: int, width: int, 
     """Fails on any error in an index, a mask, the running sums, the merge of ranges, the gradient or a chunk border."""
     head = random_head(rows, width, vocab, peak=4.0).rounded(dtype)
     exact, ours, plain = (
-        run(head, d, impl, bias=bias)
+        run_head(head, d, impl, bias=bias)
         for d, impl in ((torch.float64, "reference"), (dtype, "triton"), (dtype, "reference"))
     )
     assert [x.dtype for x in ours] == [torch.float32] * 2 + [dtype] * (len(ours) - 2)
@@ -77,7 +60,7 @@ def test_peaked_logits(dtype: torch.dtype, peak: float, monkeypatch: pytest.Monk
     monkeypatch.setattr(launch, "processors", lambda *_: 2)  # two ranges of the vocabulary, of two tiles each
     head = random_head(48, 32, 200, peak=peak, seed=3).rounded(dtype)
     exact, ours, plain = (
-        run(head, d, impl) for d, impl in ((torch.float64, "reference"), (dtype, "triton"), (dtype, "reference"))
+        run_head(head, d, impl) for d, impl in ((torch.float64, "reference"), (dtype, "triton"), (dtype, "reference"))
     )
     bounds = head_bounds(head, exact, upstream(len(head.targets)), dtype, temperature=0.7, stored=True)
     for e, o, p, bound in zip(exact, ours, plain, bounds, strict=True):
@@ -91,7 +74,9 @@ def test_peaked_logits(dtype: torch.dtype, peak: float, monkeypatch: pytest.Monk
 def test_same_bits_twice() -> None:
     """Fails if a sum depends on the order in which programs finish."""
     head = random_head(40, 24, 130)
-    for first, second in zip(run(head, torch.bfloat16, "triton"), run(head, torch.bfloat16, "triton"), strict=True):
+    for first, second in zip(
+        run_head(head, torch.bfloat16, "triton"), run_head(head, torch.bfloat16, "triton"), strict=True
+    ):
         assert torch.equal(first, second)
 
 
@@ -105,7 +90,7 @@ def test_nothing_as_large_as_the_logits_and_no_wait_for_the_device(monkeypatch: 
         linear_logprob(hidden, weight, head.targets.to(DEVICE), impl="triton")
     assert largest.elements <= 160 * 640 // 10
     with LargestOutput() as largest, NoHostSync():
-        run(head, torch.bfloat16, "triton")
+        run_head(head, torch.bfloat16, "triton")
     assert largest.elements <= 16 * 640
 
 

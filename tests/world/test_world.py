@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from atpo_fast.config import Config, DataConfig, RewardConfig, ToolsConfig, WorldConfig
+from atpo_fast.config import Config, DataConfig, RewardConfig, TaskConfig, ToolsConfig, WorldConfig
 from atpo_fast.environment.reward import score_trees
 from atpo_fast.environment.search import BM25Search
 from atpo_fast.task import Task, load_task
@@ -25,7 +25,12 @@ def world_config() -> WorldConfig:
 def task(world_config: WorldConfig) -> Task:
     # top_k=2 is the smallest result that always holds the fact asked for.
     return load_task(
-        Config(data=DataConfig(source="world", prompt="short"), world=world_config, tools=ToolsConfig(top_k=2))
+        Config(
+            data=DataConfig(source="world"),
+            task=TaskConfig(prompt="short"),
+            world=world_config,
+            tools=ToolsConfig(top_k=2),
+        )
     )
 
 
@@ -144,6 +149,6 @@ def test_strategies_are_mixed_at_every_number_of_hops(task: Task, world_config: 
 
 def test_results_too_small_for_the_world_are_refused() -> None:
     # Fails when one page a search silently gives demonstrations that read what is not there.
-    config = Config(data=DataConfig(source="world", prompt="short"), tools=ToolsConfig(top_k=1))
+    config = Config(data=DataConfig(source="world"), task=TaskConfig(prompt="short"), tools=ToolsConfig(top_k=1))
     with pytest.raises(ValueError, match=r"tools\.top_k"):
         load_task(config)

@@ -30,6 +30,12 @@ class Variant:
     divisible: tuple[str, ...] = ()
     """Arguments that are multiples of 16 (pointers: aligned to 16 bytes)."""
 
+    @property
+    def specialised(self) -> tuple[str, ...]:
+        """Name those of the divisible arguments for which a launch is specialised: not all kernels ask for it."""
+        asked = {x.name for x in self.kernel.params if not (x.do_not_specialize or x.do_not_specialize_on_alignment)}
+        return tuple(name for name in self.divisible if name in asked)
+
 
 def variants(operator: str, target: str) -> list[Variant]:
     """List the kernels of an operator in every configuration that it launches on a target ("sm_90", ...)."""

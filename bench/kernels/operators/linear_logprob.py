@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from atpo_kernels.linear_logprob.kernels import _gradient_kernel, _merge_kernel, _statistics_kernel
-from atpo_kernels.linear_logprob.tiles import Tile, merge_block, tile_for
+from atpo_kernels.linear_logprob.tiles import MERGED_ROWS, MOST_SPLITS, Tile, tile_for
 from bench.kernels.operators import DTYPE_NAMES, Variant
 
 _INTEGERS = ("start", "rows", "vocab", "width", "hidden_stride", "weight_stride", "stride", "capacity", "splits")
@@ -22,7 +22,7 @@ def variants(target: str) -> list[Variant]:
         for has_bias in (False, True):
             found += [_statistics(tile, dtype, has_bias, stored) for stored in (False, True)]
             found += [_gradient(tile, dtype, has_bias, has_entropy) for has_entropy in (False, True)]
-    return [*found, *(_merge(splits) for splits in (1, 16, 64))]
+    return [*found, _merge()]
 
 
 def _statistics(tile: Tile, dtype: torch.dtype, has_bias: bool, stored: bool) -> Variant:
@@ -45,13 +45,12 @@ def _gradient(tile: Tile, dtype: torch.dtype, has_bias: bool, has_entropy: bool)
     return _variant(_gradient_kernel, label, types, {"HAS_ENTROPY": has_entropy}, tile)
 
 
-def _merge(splits: int) -> Variant:
+def _merge() -> Variant:
     outputs = ("partial", "logprob", "entropy", "peak", "log_total")
     types = dict.fromkeys(outputs, "*fp32") | dict.fromkeys(("start", "rows", "splits"), "i32") | {"scale": "fp32"}
-    constants = {"ROWS": merge_block(splits), "SPLITS": splits}
-    return Variant(
-        kernel=_merge_kernel, label=f"{splits} ranges", types=types, constants=constants, divisible=outputs
-    )  # fmt: skip
+    constants = {"ROWS": MERGED_ROWS, "SPLITS": MOST_SPLITS}
+    label = f"up to {MOST_SPLITS} ranges"
+    return Variant(kernel=_merge_kernel, label=label, types=types, constants=constants, divisible=outputs)
 
 
 def _label(tile: Tile, dtype: torch.dtype, has_bias: bool) -> str:

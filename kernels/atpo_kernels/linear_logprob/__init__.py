@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from atpo_kernels.checks import check_linear
-from atpo_kernels.devices import kernel_context
+from atpo_kernels.devices import eager, kernel_context
 from atpo_kernels.dispatch import choose
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
 from atpo_kernels.linear_logprob.torch_impl import linear_logprob_torch
@@ -16,6 +16,7 @@ from atpo_kernels.linear_logprob.torch_impl import linear_logprob_torch
 __all__ = ["linear_logprob"]
 
 
+@eager
 def linear_logprob(
     hidden: Tensor,  # (A, D)
     weight: Tensor,  # (V, D)

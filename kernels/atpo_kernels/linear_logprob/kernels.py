@@ -25,7 +25,9 @@ LN_2 = tl.constexpr(log(2))
 MASKED = tl.constexpr(-1e30)  # the logit of a column beyond the vocabulary: finite, so that 0 * MASKED is 0
 STORED_BITS = tl.constexpr(15)  # exponentials are stored times 2^15: float16 then has all its digits down to 2^-29
 STORED_SCALE = tl.constexpr(2.0**STORED_BITS.value)
-_ANY_VALUE = ["start", "rows", "splits", "tiles_per_split"]
+_ANY_VALUE = ["start", "rows", "splits", "tiles_per_split", "capacity"]
+# Vectors over rows: read from a row that may be any, so that where they begin says nothing of how they can be read.
+_BY_ROW = ["targets", "logprob", "entropy", "peak", "log_total", "grad_logprob", "grad_entropy", "references"]
 
 
 @triton.jit
@@ -49,7 +51,8 @@ def _logits(
     logits = tl.zeros((ROWS, COLUMNS), tl.float32)
     if DESCRIPTORS:
         for k in range(0, width, DEPTH):
-            logits = tl.dot(hidden.load([first_row, k]), weight.load([first_column, k]).T, logits)
+            x, w = hidden.load([first_row, k]), weight.load([first_column, k])
+            logits = tl.dot(x, w.T, logits, input_precision="ieee")
     else:
         step = tl.arange(0, DEPTH)
         row = tl.arange(0, ROWS)
@@ -80,7 +83,7 @@ def _store(
         tl.store(pointer, values.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_ROW)
 def _statistics_kernel(
     hidden, weight, bias, targets, partial, exponentials, references, start, rows, vocab, width,
     hidden_stride, weight_stride, stride, capacity, splits, tiles_per_split, scale,
@@ -135,12 +138,12 @@ def _statistics_kernel(
     tl.store(out + 3, chosen, mask=live)
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_ROW)
 def _merge_kernel(
     partial, logprob, entropy, peak, log_total, start, rows, splits, scale,
     ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the statistics of rows over the ranges of the vocabulary; SPLITS is the next power of 2 of their number."""
+    """Merge the statistics of rows over the ranges of the vocabulary; of these there are at most SPLITS."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)
     live = row < rows
@@ -171,7 +174,7 @@ def logit_gradient(softmax, log2_softmax, hit, grad_logprob, grad_entropy, entro
     return gradient
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_ROW)
 def _gradient_kernel(
     hidden, weight, bias, targets, dlogits, peak, log_total, entropy, grad_logprob, grad_entropy, start, rows, vocab,
     width, hidden_stride, weight_stride, stride, splits, tiles_per_split, scale, inverse_temperature,

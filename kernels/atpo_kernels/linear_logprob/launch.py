@@ -12,14 +12,13 @@ from math import ceil, log
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from atpo_kernels.autograd import HeadGrads, LogprobImplementation, logprob_with_gradients
 from atpo_kernels.devices import processors, target_of
 from atpo_kernels.linear_logprob.kernels import _gradient_kernel, _merge_kernel, _statistics_kernel
-from atpo_kernels.linear_logprob.tiles import Tile, merge_block, tile_for, vocab_splits
+from atpo_kernels.linear_logprob.tiles import MERGED_ROWS, MOST_SPLITS, Tile, tile_for, vocab_splits
 from atpo_kernels.records import HeadInputs
 
 SCRATCH_BYTES = 896 << 20  # of the gradients by a chunk's logits
@@ -89,8 +88,10 @@ class TritonHead:
 
     def empty_statistics(self) -> Statistics:
         """Allocate room for the statistics of all rows."""
-        rows, device = self.hidden.shape[0], self.hidden.device
-        return Statistics(*torch.empty(4, rows, dtype=torch.float32, device=device).unbind())
+        rows = self.hidden.shape[0]
+        padded = ceil(rows / 4) * 4  # each begins at a multiple of 16 bytes, whatever the number of rows
+        values = torch.empty(4, padded, dtype=torch.float32, device=self.hidden.device)
+        return Statistics(*values[:, :rows].unbind())
 
     def statistics(self, out: Statistics, start: int, rows: int, scratch: Scratch | None = None) -> None:
         """Fill in rows [start, start + rows); with `scratch`, whose capacity they fit, keep their exponentials."""
@@ -111,9 +112,8 @@ class TritonHead:
             stride, capacity, splits, self._tiles_per_split(splits), self.scale,
             STORED=scratch is not None, **self._constants(),
         )  # fmt: skip
-        block, padded = merge_block(splits), triton.next_power_of_2(splits)
-        _merge_kernel[(ceil(rows / block),)](
-            partial, *out, start, rows, splits, self.scale, ROWS=block, SPLITS=padded
+        _merge_kernel[(ceil(rows / MERGED_ROWS),)](
+            partial, *out, start, rows, splits, self.scale, ROWS=MERGED_ROWS, SPLITS=MOST_SPLITS
         )  # fmt: skip
 
     def dlogits(
@@ -228,8 +228,8 @@ def matmul_float32(
 
 def _aligned_rows(matrix: Tensor) -> Tensor:  # (M, N) -> (M, N)
     """Copy the matrix unless its rows are contiguous and start at multiples of 16 bytes, as descriptors require."""
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
-    if aligned and (matrix.stride(1) == 1 or matrix.shape[1] == 1):
+    apart = matrix.stride(0) > 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
+    if apart and matrix.data_ptr() % 16 == 0 and matrix.stride(1) == 1:
         return matrix
     rows, width = matrix.shape
     return matrix.new_empty(rows, ceil(width / 16) * 16)[:, :width].copy_(matrix)

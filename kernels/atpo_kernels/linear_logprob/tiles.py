@@ -80,6 +80,11 @@ def tile_for(target: str, dtype: torch.dtype) -> Tile:
     return single if dtype == torch.float32 else half
 
 
+# Ranges of the vocabulary, at most, and the rows whose partial results a program merges. Both are fixed, so that
+# another number of rows, which asks for another number of ranges, compiles nothing.
+MOST_SPLITS, MERGED_ROWS = 64, 16
+
+
 @lru_cache(maxsize=256)
 def vocab_splits(rows: int, vocab: int, tile: Tile, workers: int) -> int:
     """Choose into how many ranges the vocabulary is cut, each the work of one program per row tile.
@@ -91,14 +96,9 @@ def vocab_splits(rows: int, vocab: int, tile: Tile, workers: int) -> int:
     def time(splits: int) -> int:
         return ceil(row_tiles * splits / workers) * ceil(column_tiles / splits)
 
-    candidates = range(1, min(column_tiles, 64) + 1)
+    candidates = range(1, min(column_tiles, MOST_SPLITS) + 1)
     best = min(time(splits) for splits in candidates)
     return next(splits for splits in candidates if time(splits) <= 1.01 * best)
-
-
-def merge_block(splits: int) -> int:
-    """Choose how many rows a program merges: as many as make 1024 partial results."""
-    return 1024 // (1 << (splits - 1).bit_length())
 
 
 # In PyTorch, by kind of device. A chunk: rows of the whole vocabulary, whose logits are kept from the statistics to the

@@ -13,7 +13,7 @@ from torch import Tensor
 from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structure, loss_config
 from atpo_kernels.checks import check_arguments, check_linear
 from atpo_kernels.choices import Reduction
-from atpo_kernels.devices import kernel_context
+from atpo_kernels.devices import eager, kernel_context
 from atpo_kernels.dispatch import choose
 from atpo_kernels.linear_turn_policy_loss.reference import linear_turn_policy_loss_reference
 from atpo_kernels.linear_turn_policy_loss.torch_impl import linear_turn_policy_loss_torch
@@ -22,6 +22,7 @@ from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, TokenWei
 __all__ = ["linear_turn_policy_loss"]
 
 
+@eager
 def linear_turn_policy_loss(
     hidden: Tensor,  # (A, D)
     weight: Tensor,  # (V, D)

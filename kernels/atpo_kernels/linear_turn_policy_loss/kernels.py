@@ -20,10 +20,13 @@ from atpo_kernels.linear_logprob.kernels import LN_2, STORED_BITS, logit_gradien
 
 LOG2_E = tl.constexpr(1 / LN_2.value)
 TINY = tl.constexpr(2.0**-126)  # smallest normal float32: log2 of an underflowed exponential stays finite
-_ANY_VALUE = ["start", "rows", "count"]
+_ANY_VALUE = ["start", "rows", "count", "capacity"]
+# Vectors over rows, read from a row that may be any; `count` is one number.
+_BY_ROW = ["references", "kept", "count", "targets", "logprob", "entropy", "peak", "log_total"]
+_BY_ROW += ["grad_logprob", "grad_entropy"]
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_ROW)
 def _kept_rows_kernel(grad_logprob, kept, count, start, rows, BLOCK: tl.constexpr):
     """List in kept[:count] the rows of [start, start + rows) whose gradient is not 0, in order, counted from start.
 
@@ -40,7 +43,7 @@ def _kept_rows_kernel(grad_logprob, kept, count, start, rows, BLOCK: tl.constexp
     tl.store(count, found)
 
 
-@triton.jit(do_not_specialize=_ANY_VALUE)
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_ROW)
 def _softmax_gradient_kernel(
     exponentials, dlogits, references, kept, count, targets, logprob, entropy, peak, log_total, grad_logprob,
     grad_entropy, start, stride, capacity, scale, inverse_temperature,

@@ -135,7 +135,7 @@ def linear_turn_policy_loss_triton(
     """Compute `linear_turn_policy_loss` by Triton kernels; see there."""
     inputs = HeadInputs(hidden, weight, bias)
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
-    offsets = turn_offsets.cpu().numpy()
+    offsets = _on_host(turn_offsets).numpy()
     with torch.no_grad():
         head = TritonHead.prepare(hidden, weight, bias, targets, temperature)
         loss = PackedLoss.prepare(arguments, nonempty_turns=int((np.diff(offsets) > 0).sum()))
@@ -162,6 +162,20 @@ def linear_turn_policy_loss_triton(
     return LinearTurnLoss(value, result.metrics, result.grad_logprob, known.logprob, known.entropy)
 
 
+def _on_host(turn_offsets: Tensor) -> Tensor:
+    """Copy the offsets to the host, which plans the chunks by them. Raises RuntimeError where it must not wait."""
+    if turn_offsets.device.type != "cpu" and _is_capturing(turn_offsets.device):
+        raise RuntimeError(
+            "linear_turn_policy_loss: turn_offsets are on the device while a CUDA graph is captured, but the host has "
+            "to read them to plan the chunks; give them on the CPU"
+        )
+    return turn_offsets.cpu()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _chunks(offsets: np.ndarray, capacity: int, level: RatioLevel) -> list[Chunk]:
     """Plan chunks of whole turns. At level sequence all rows are one chunk, since turns may share a trajectory."""
     rows, turns = int(offsets[-1]), len(offsets) - 1
@@ -172,8 +186,7 @@ def _chunks(offsets: np.ndarray, capacity: int, level: RatioLevel) -> list[Chunk
 
 def _may_skip_rows(config: LossConfig, hidden: Tensor) -> bool:
     """Say whether rows of coefficient 0 have no gradient, and the host may ask for their number."""
-    capturing = hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not config.needs_entropy and not capturing
+    return not config.needs_entropy and not _is_capturing(hidden.device)
 
 
 def _unit(arguments: LossArguments) -> Tensor:  # ()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from atpo_kernels.devices import kernel_context, processors, target_of
+from atpo_kernels.devices import eager, kernel_context, processors, target_of
 from atpo_kernels.dispatch import choose
 from atpo_kernels.tree_attention.reference import tree_attention_reference
 from atpo_kernels.tree_attention.tiles import (
@@ -36,6 +36,7 @@ AttentionBlocks = TreeBlocks | TreeBlockLists | None
 _PATHS: dict[str, Callable[..., Tensor]] = {"torch": tree_attention_torch, "reference": tree_attention_reference}
 
 
+@eager
 def tree_attention(
     q: Tensor,  # (T, Hq, d)
     k: Tensor,  # (P + T, Hkv, d)

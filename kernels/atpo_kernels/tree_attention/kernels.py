@@ -32,6 +32,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_ANY_VALUE = ["tokens", "num_keys"]
+# Vectors over queries, (Hq, T): those of a head begin at any multiple of T.
+_BY_QUERY = ["peaks", "log_total", "delta"]
 MASKED = tl.constexpr(-1e30)  # the score of a key that is not visible: finite, so that no difference is NaN
 
 
@@ -123,7 +126,7 @@ def _add_block(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["tokens", "num_keys"])
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_QUERY)
 def _forward_kernel(
     q, k, v, key_ends, out, peaks, log_total, query_order, full_offsets, full, partial_offsets, partial, tokens,
     num_keys, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, c,
@@ -183,7 +186,7 @@ def _add_key_block(
     return tl.dot(ds.to(keys.dtype), keys, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["tokens", "num_keys"])
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_QUERY)
 def _query_gradient_kernel(
     q, k, v, key_ends, out, do, peaks, log_total, delta, dq,
     query_order, full_offsets, full, partial_offsets, partial, tokens, num_keys,
@@ -265,7 +268,7 @@ def _add_query_block(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["tokens", "num_keys"])
+@triton.jit(do_not_specialize=_ANY_VALUE, do_not_specialize_on_alignment=_BY_QUERY)
 def _key_gradient_kernel(
     q, k, v, key_ends, do, peaks, log_total, delta, dk, dv, dk_parts, dv_parts, key_parts, tokens, num_keys,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, do_stride, do_head_stride,
@@ -319,7 +322,7 @@ def _key_gradient_kernel(
         tl.store(dv_tile, dv_sum.to(dv.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_keys"])
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def _key_sum_kernel(
     dk, dv, dk_parts, dv_parts, split_keys, num_keys, dk_stride, dk_head_stride, dv_stride, dv_head_stride, scale,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, KEYS: tl.constexpr, SUMMED: tl.constexpr,

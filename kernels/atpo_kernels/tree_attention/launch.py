@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from atpo_kernels.devices import processors, target_of
+from atpo_kernels.devices import kernel_context, processors, target_of
 from atpo_kernels.tree_attention.kernels import (
     _forward_kernel,
     _key_gradient_kernel,
@@ -155,7 +155,8 @@ def _key_ends(subtree_end: Tensor, prefix: int) -> Tensor:  # (T,) -> (P + T,) i
     """Give every key its subtree_end; the subtree of a prefix is all of the row."""
     if prefix:
         subtree_end = F.pad(subtree_end, (prefix, 0), value=len(subtree_end))
-    return subtree_end.to(torch.int32).contiguous()
+    ends = subtree_end.to(torch.int32).contiguous()
+    return ends if ends.data_ptr() % 16 == 0 else ends.clone()  # kernels are compiled for aligned lists alone
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -180,8 +181,9 @@ class _TreeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, subtree_end, out, statistics = ctx.saved_tensors
-        call = Attention.prepare(q, k, v, subtree_end, ctx.scale, ctx.blocks)
-        return *call.backward(grad, out, statistics), None, None, None
+        with kernel_context(q):
+            call = Attention.prepare(q, k, v, subtree_end, ctx.scale, ctx.blocks)
+            return *call.backward(grad, out, statistics), None, None, None
 
 
 def tree_attention_triton(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atpo_kernels.devices import kernel_context
+
 Range = tuple[int, int]
 _LOG2_E = 1 / math.log(2)
 # Cost of a block of B queries and K keys in units of one (query, key) pair, fitted on CPU to trees of 8-600 token
@@ -207,24 +209,30 @@ class _TreeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, subtree_end, result, peaks, totals = ctx.saved_tensors
-        key_heads, dtype = k.shape[1], peaks.dtype
-        scaled = _heads_first(q, key_heads, dtype) * (ctx.scale * _LOG2_E)
-        keys, values = (_heads_first(x, key_heads, dtype).squeeze(2) for x in (k, v))
-        grad, result = (_heads_first(x, key_heads, dtype) for x in (grad, result))
-        grad = grad / totals[..., None]  # so that weights need not be divided by their sum
-        mean = (grad * result).sum(-1)  # (Hkv, T, G)
-        grad_q, grad_k, grad_v = torch.empty_like(scaled), torch.zeros_like(keys), torch.zeros_like(values)
-        for block in _iterate(ctx.blocks, subtree_end, dtype):
-            queries, seen, grad_rows = block.rows(scaled), block.gather(keys), block.rows(grad)
-            weights = block.scores(queries, seen).sub_(block.rows(peaks)[..., None]).exp2_()
-            block.scatter_add(grad_v, torch.bmm(weights.transpose(1, 2), grad_rows))
-            grad_scores = torch.bmm(grad_rows, block.gather(values).transpose(1, 2))
-            grad_scores.sub_(block.rows(mean)[..., None]).mul_(weights)
-            block.rows(grad_q).copy_(torch.bmm(grad_scores, seen))
-            block.scatter_add(grad_k, torch.bmm(grad_scores.transpose(1, 2), queries))
-        grad_k, grad_v = (_tokens_first(x[:, :, None], k.dtype) for x in (grad_k.mul_(math.log(2)), grad_v))
-        return _tokens_first(grad_q.mul_(ctx.scale), q.dtype), grad_k, grad_v, None, None, None
+        with kernel_context(grad):
+            return *_gradients(ctx, grad), None, None, None
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of q, k and v, with the weights computed again block by block."""
+    q, k, v, subtree_end, result, peaks, totals = ctx.saved_tensors
+    key_heads, dtype = k.shape[1], peaks.dtype
+    scaled = _heads_first(q, key_heads, dtype) * (ctx.scale * _LOG2_E)
+    keys, values = (_heads_first(x, key_heads, dtype).squeeze(2) for x in (k, v))
+    grad, result = (_heads_first(x, key_heads, dtype) for x in (grad, result))
+    grad = grad / totals[..., None]  # so that weights need not be divided by their sum
+    mean = (grad * result).sum(-1)  # (Hkv, T, G)
+    grad_q, grad_k, grad_v = torch.empty_like(scaled), torch.zeros_like(keys), torch.zeros_like(values)
+    for block in _iterate(ctx.blocks, subtree_end, dtype):
+        queries, seen, grad_rows = block.rows(scaled), block.gather(keys), block.rows(grad)
+        weights = block.scores(queries, seen).sub_(block.rows(peaks)[..., None]).exp2_()
+        block.scatter_add(grad_v, torch.bmm(weights.transpose(1, 2), grad_rows))
+        grad_scores = torch.bmm(grad_rows, block.gather(values).transpose(1, 2))
+        grad_scores.sub_(block.rows(mean)[..., None]).mul_(weights)
+        block.rows(grad_q).copy_(torch.bmm(grad_scores, seen))
+        block.scatter_add(grad_k, torch.bmm(grad_scores.transpose(1, 2), queries))
+    grad_k, grad_v = (_tokens_first(x[:, :, None], k.dtype) for x in (grad_k.mul_(math.log(2)), grad_v))
+    return _tokens_first(grad_q.mul_(ctx.scale), q.dtype), grad_k, grad_v
 
 
 def tree_attention_torch(

@@ -11,7 +11,7 @@ from atpo_kernels.arguments import Averaging, LossArguments, LossInputs, Structu
 from atpo_kernels.autograd import attach_gradients
 from atpo_kernels.checks import check_arguments
 from atpo_kernels.choices import Reduction, check_choice
-from atpo_kernels.devices import kernel_context
+from atpo_kernels.devices import eager, kernel_context
 from atpo_kernels.dispatch import choose
 from atpo_kernels.records import LeafPaths, LossConfig, TokenWeights, TurnLoss
 from atpo_kernels.turn_policy_loss.reference import turn_policy_loss_reference
@@ -20,6 +20,7 @@ from atpo_kernels.turn_policy_loss.torch_impl import turn_policy_loss_torch
 __all__ = ["turn_policy_loss"]
 
 
+@eager
 def turn_policy_loss(
     logprob: Tensor,  # (A,) or (B, T)
     old_logprob: Tensor | None,  # same shape

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from atpo_kernels.arguments import LossArguments
 from atpo_kernels.records import LeafPaths, LossConfig
+from atpo_kernels.turn_policy_loss.kernel_launch import Launch
 from atpo_kernels.turn_policy_loss.kernels import (
     _finish_kernel,
     _leaf_kernel,
@@ -24,7 +25,13 @@ from atpo_kernels.turn_policy_loss.kernels import (
     _turns_kernel,
 )
 from atpo_kernels.turn_policy_loss.kernels.sums import METRICS, PADDED_ROWS, ROWS
-from atpo_kernels.turn_policy_loss.tiles import finish_blocks, packed_block, padded_block
+from atpo_kernels.turn_policy_loss.tiles import (
+    finish_blocks,
+    packed_block,
+    packed_blocks,
+    padded_block,
+    padded_blocks,
+)
 from atpo_kernels.turn_policy_loss.torch_impl import Evaluation
 
 _TABLES = ("entry_offsets", "entries", "entry_leaf", "leaf_log_ratio", "path_pos", "path_neg")
@@ -42,22 +49,6 @@ def turn_policy_loss_triton(arguments: LossArguments) -> Evaluation:
     for launch in launches:
         launch.run()
     return outputs.evaluation()
-
-
-@dataclass(slots=True, kw_only=True)
-class Launch:
-    """Launch of a kernel, with its arguments by name (tensor, number or None) and its constants."""
-
-    kernel: Any  # triton.JITFunction
-    programs: int
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int
-
-    def run(self) -> None:
-        """Launch the kernel, if there is anything to do."""
-        if self.programs:
-            self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.num_warps)
 
 
 def plain(tensor: Tensor | None) -> Tensor | None:
@@ -233,6 +224,7 @@ class Paths:
                 arguments=read | turns,
                 constants={"BLOCK": block},
                 num_warps=num_warps,
+                blocks=packed_blocks(self.turn_sums.device),
             ),
             Launch(
                 kernel=_leaf_kernel,
@@ -315,7 +307,12 @@ class PackedLoss:
             assert (first, count) == (0, given["columns"]), "a trajectory may have any of the turns"
             before = self.paths.launches(given, self.constants["BLOCK"], self.num_warps)
         last = Launch(
-            kernel=_turns_kernel, programs=count, arguments=given, constants=self.constants, num_warps=self.num_warps
+            kernel=_turns_kernel,
+            programs=count,
+            arguments=given,
+            constants=self.constants,
+            num_warps=self.num_warps,
+            blocks=packed_blocks(self.grad_logprob.device),
         )
         return [*before, last]
 
@@ -363,7 +360,14 @@ def padded_launches(arguments: LossArguments) -> tuple[Outputs, list[Launch]]:
         "scale": scale,
     }
     constants = loss_constants(arguments) | {"BLOCK": block}
-    launch = Launch(kernel=_rows_kernel, programs=rows, arguments=given, constants=constants, num_warps=num_warps)
+    launch = Launch(
+        kernel=_rows_kernel,
+        programs=rows,
+        arguments=given,
+        constants=constants,
+        num_warps=num_warps,
+        blocks=padded_blocks(inputs.logprob.device),
+    )
     return outputs, [launch, outputs.last_launch(per_unit, None)]
 
 

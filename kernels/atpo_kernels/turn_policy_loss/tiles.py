@@ -18,15 +18,29 @@ _PADDED_BLOCKS = {"cpu": ((32, 1),)}
 _FINISH_BLOCKS = {"cpu": (16, 64)}
 
 
+Blocks = tuple[tuple[int, int], ...]
+"""(tokens, warps) of the blocks that a kernel is compiled for."""
+
+
+def packed_blocks(device: torch.device) -> Blocks:
+    """Look up the blocks of packed turns."""
+    return _PACKED_BLOCKS.get(device.type, PACKED_BLOCKS)
+
+
+def padded_blocks(device: torch.device) -> Blocks:
+    """Look up the blocks of padded rows."""
+    return _PADDED_BLOCKS.get(device.type, PADDED_BLOCKS)
+
+
 def packed_block(device: torch.device, tokens: int, turns: int) -> tuple[int, int]:
     """Choose (tokens, warps) of a block of packed turns: the first that holds one and a half mean turns."""
-    table = _PACKED_BLOCKS.get(device.type, PACKED_BLOCKS)
+    table = packed_blocks(device)
     return next((entry for entry in table if 2 * entry[0] * turns >= 3 * tokens), table[-1])
 
 
 def padded_block(device: torch.device, length: int) -> tuple[int, int]:
     """Choose (tokens, warps) of a block of padded rows: the first that holds a row."""
-    table = _PADDED_BLOCKS.get(device.type, PADDED_BLOCKS)
+    table = padded_blocks(device)
     return next((entry for entry in table if entry[0] >= length), table[-1])
 
 

@@ -19,8 +19,14 @@ from atpo_kernels.turn_policy_loss.kernels.sums import (
 )
 from atpo_kernels.turn_policy_loss.kernels.terms import clamp_min, policy_term
 
+# Vectors over tokens are read from the start of a turn, which may lie anywhere: where they begin is not asked.
+_ANY_ALIGNMENT = ["logprob", "entropy", "old_logprob", "ref_logprob", "rollout_logprob", "mask", "advantages"]
+_ANY_ALIGNMENT += ["weight_pos", "weight_neg", "weight_all", "turn_clip_low", "turn_clip_high", "denominator"]
+_ANY_ALIGNMENT += ["turn_offsets", "entry_offsets", "entries", "entry_leaf", "leaf_log_ratio", "path_pos", "path_neg"]
+_ANY_ALIGNMENT += ["grad_logprob", "grad_entropy", "value", "partial"]
 
-@triton.jit(do_not_specialize=["first_turn", "columns"])
+
+@triton.jit(do_not_specialize=["first_turn", "columns"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _turns_kernel(
     logprob, entropy, old_logprob, ref_logprob, rollout_logprob, mask, advantages, weight_pos, weight_neg, weight_all,
     turn_clip_low, turn_clip_high, denominator, turn_offsets,

@@ -77,7 +77,13 @@ def id_before(mask, turn_ids, base, t, length, carry):
     return before
 
 
-@triton.jit(do_not_specialize=["length", "columns"])
+# Vectors over tokens are read from the start of a row, which may lie anywhere, as rows may be of any length.
+_ANY_ALIGNMENT = ["logprob", "entropy", "old_logprob", "ref_logprob", "rollout_logprob", "mask", "turn_ids"]
+_ANY_ALIGNMENT += ["advantages", "weight_pos", "weight_neg", "weight_all", "denominator", "running_mean"]
+_ANY_ALIGNMENT += ["running_size", "grad_logprob", "grad_entropy", "value", "partial"]
+
+
+@triton.jit(do_not_specialize=["length", "columns"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _rows_kernel(
     logprob, entropy, old_logprob, ref_logprob, rollout_logprob, mask, turn_ids, advantages,
     weight_pos, weight_neg, weight_all, denominator, running_mean, running_size,

@@ -41,7 +41,10 @@ def sum_turn(logprob, old_logprob, mask, base, length, SUMMED: tl.constexpr, BLO
     return tl.sum(total, 0), size
 
 
-@triton.jit(do_not_specialize=["turns"])
+_ANY_ALIGNMENT = ["logprob", "old_logprob", "mask", "turn_offsets", "leaf_offsets", "entry_turns", "turn_sums"]
+
+
+@triton.jit(do_not_specialize=["turns"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _turn_sums_kernel(logprob, old_logprob, mask, turn_offsets, turn_sums, turns, BLOCK: tl.constexpr):
     """Write turn_sums (2, N): sum of the log-ratios and number of tokens of every turn."""
     turn = tl.program_id(0)
@@ -51,7 +54,7 @@ def _turn_sums_kernel(logprob, old_logprob, mask, turn_offsets, turn_sums, turns
     tl.store(turn_sums + turns + turn, size)
 
 
-@triton.jit(do_not_specialize=["turns"])
+@triton.jit(do_not_specialize=["turns"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _leaf_kernel(turn_sums, leaf_offsets, entry_turns, leaf_log_ratio, turns):
     """Write leaf_log_ratio (S,): log-ratio of a trajectory, averaged over the tokens of its turns."""
     leaf = tl.program_id(0)

@@ -143,7 +143,7 @@ def written_columns(turn_offsets, column, columns):
     return inside
 
 
-@triton.jit(do_not_specialize=["columns", "tokens"])
+@triton.jit(do_not_specialize=["columns", "tokens"], do_not_specialize_on_alignment=["turn_offsets"])
 def _finish_kernel(
     partial, turn_offsets, result, grad_logprob, grad_entropy, columns, tokens,
     PER_UNIT: tl.constexpr, BLOCK: tl.constexpr, TOKENS_BLOCK: tl.constexpr,

@@ -1,0 +1,32 @@
+"""No kernel is compiled at a step that nobody could foresee: counted under a fake driver, on the sizes of a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_no_length_finds_a_kernel_uncompiled() -> None:
+    """Fails if a kernel is specialised on a number of rows, of ranges or of turns, on a block that lengths decide, or
+    on where a slice of a batch begins: ranks would then compile for seconds, each at another step."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.helpers.compilations", "12"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["others"] == {}
+    # one for each dtype and: stored or not; without entropy or with it; the sums of a loss; the blocks of a turn
+    kinds = {"_statistics_kernel": 2, "_gradient_kernel": 2, "_softmax_gradient_kernel": 2, "_rows_kernel": 3}
+    kinds |= dict.fromkeys(("_forward_kernel", "_query_gradient_kernel", "_key_gradient_kernel", "_key_sum_kernel"), 1)
+    assert {name: found["first"][name] for name in kinds} == {name: 3 * number for name, number in kinds.items()}
+    assert found["first"]["_merge_kernel"] == found["first"]["_kept_rows_kernel"] == 1
