@@ -128,7 +128,7 @@ def engine_call(engine: CheckedEngine, work: Workload, new_tokens: int) -> Calla
     return call
 
 
-def engines(folder: Path, dtype: torch.dtype, work: Workload) -> dict[str, Callable[[], CheckedEngine]]:
+def engines(folder: Path, dtype: torch.dtype, work: Workload) -> dict[str, Callable[[], Any]]:
     """Return what makes each engine; none of them ends a completion early."""
     room = work.batch * (work.prompt_tokens + work.new_tokens)
 
@@ -159,7 +159,8 @@ def measure_rollouts(folder: Path, dtype: torch.dtype, works: dict[str, Workload
     """Time prefill (one new token) and the whole of each workload, for every implementation side by side."""
     largest = max(works.values(), key=lambda work: work.batch * (work.prompt_tokens + work.new_tokens))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    found, made = first_calls(engines(folder, dtype, largest), lambda name, engine: {}, "cpu")
+    found, working = first_calls(engines(folder, dtype, largest), lambda name, engine: {}, "cpu")
+    made: dict[str, Any] = dict(working)  # engines, not calls
     results: dict[str, Any] = {name: entry for name, entry in found.items() if entry}
     for part, work in works.items():
         calls: Calls = {}

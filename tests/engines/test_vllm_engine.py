@@ -107,8 +107,8 @@ def test_rows_without_a_token_are_never_sampled(tmp_path: Path) -> None:
     grow(engine, trees)
     assert max(int(turn.action_ids.max()) for tree in trees for turn in tree.turns[1:]) < len(TOKENIZER)
     check_logprobs(model, trees, 1e-4)
-    for options in ({"temperature": 0.0}, {"top_p": 0.9}):
-        for done in samples(engine, SamplingParams(max_new_tokens=20, **options), 8, str(options)):
+    for params in (SamplingParams(max_new_tokens=20, temperature=0.0), SamplingParams(max_new_tokens=20, top_p=0.9)):
+        for done in samples(engine, params, 8, str(params)):
             assert max(done.token_ids) < len(TOKENIZER) and len(done.policy_logprobs) == len(done.token_ids)
     engine.close()
 
