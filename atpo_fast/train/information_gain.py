@@ -18,6 +18,7 @@ from atpo_fast.environment.tags import TAGS, close_tag, open_tag
 from atpo_fast.objective import Objective
 from atpo_fast.packing import pack_trees, spread_rows
 from atpo_fast.policy import score_rows
+from atpo_fast.task.demonstrations import continued
 from atpo_fast.train.run import Run
 from atpo_fast.train.scoring import ScoredTree
 from atpo_fast.train.zero import device_of
@@ -42,28 +43,33 @@ def measure_gold(run: Run, zero: deepspeed.DeepSpeedEngine, scored: Sequence[Sco
         ids: list[int] = run.task.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    probes = [with_gold_leaves(each.tree, each.question.answers[0], encode) for each in scored]
+    opening = run.task.encode_prompt.opening
+    probes = [with_gold_leaves(each.tree, each.question.answers[0], encode, opening) for each in scored]
     rows = pack_probes(probes, run.config.train.row_tokens)
     mine = spread_rows(rows, run.world)[run.rank] if rows else []
     scores = [logprob for logprob, _ in score_rows(zero, mine, device_of(zero))]
     store_gold(trees, reduce_over_ranks(gold_by_turn(trees, mine, scores)).numpy())
 
 
-def with_gold_leaves(tree: TurnTree, answer: str, encode: Encode) -> TurnTree:
+def with_gold_leaves(tree: TurnTree, answer: str, encode: Encode, opening: str = "") -> TurnTree:
     """Copy a tree without its leaves, with the answer below every turn that has children.
+
+    `opening` is what the chat template has begun the reply with; where that is a thought, the answer after the prompt
+    continues it.
 
     The copy of the i-th such turn, counted from 0, is turn 3i, the text before the answer turn 3i + 1, and the answer
     turn 3i + 2. Only answers are actions.
     """
     probe = TurnTree(tree.turns[0].observation_ids, question_id=tree.question_id)
     begins, gold = encode(ANSWER_BEGINS), encode(f" {answer}")
+    first = encode(continued(ANSWER_BEGINS, opening))
     copy_of: dict[int, int] = {}
     for index, turn in enumerate(tree.turns):
         if not turn.children:
             continue
         seen = np.concatenate([turn.action_ids, turn.observation_ids])
         copy_of[index] = probe.add_turn(copy_of[turn.parent], [], None, seen) if index else 0
-        probe.add_turn(probe.add_turn(copy_of[index], [], None, begins), gold)
+        probe.add_turn(probe.add_turn(copy_of[index], [], None, begins if index else first), gold)
     probe.advantages = np.ones(len(probe))
     return probe
 

@@ -64,3 +64,13 @@ def test_only_answers_are_scored() -> None:
     assert sum(int((row.trajectory_count > 0).sum()) for row in rows) == 3 * sum(
         bool(turn.children) for tree in forest for turn in tree.turns
     )
+
+
+def test_a_thought_that_the_template_has_begun() -> None:
+    """Fails if the text before the answer opens a thought for the second time, after the prompt alone."""
+    (tree, *_) = trees()
+    coded = {ANSWER_BEGINS: [7, 8], ANSWER_BEGINS.removeprefix("<think>"): [8], " one": [3]}
+    probe = with_gold_leaves(tree, "one", coded.__getitem__, "<think>\n")
+    begins = [probe.turns[turn.parent] for turn in probe.turns if turn.action_ids.tolist() == [3]]
+    assert [turn.observation_ids.tolist() for turn in begins] == [[8], *[[7, 8]] * (len(begins) - 1)]
+    assert len(begins) > 1
