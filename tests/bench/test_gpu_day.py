@@ -133,7 +133,7 @@ def test_cases_behind_one_that_breaks_the_process_run_in_another(
             code += f"print('measuring {case.name}', flush=True)\n"
             if case is CASES[1]:
                 code += "import os; os.abort()\n"
-            code += f"import pathlib; pathlib.Path({str(folder)!r}, 'done-{case.shape[0]}').touch()\n"
+            code += f"import pathlib; pathlib.Path({str(folder)!r}, 'done-{case.fields()['shape'][0]}').touch()\n"
         return [sys.executable, "-c", code]
 
     monkeypatch.setattr(runner, "command", command)
