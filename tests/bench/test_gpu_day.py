@@ -245,3 +245,10 @@ def test_the_rehearsal_runs_everything(tmp_path: Path) -> None:
         assert part in text, part
     with tarfile.open(tmp_path / "out" / "gpu_day.tar.gz") as kept:
         assert len([name for name in kept.getnames() if name.startswith("records/cpu/")]) > 20
+
+
+def test_the_page_has_every_stage() -> None:
+    """Fails if docs/gpu_day.md names other stages, or other limits, than those that are run."""
+    page = (ROOT / "docs" / "gpu_day.md").read_text()
+    listed = re.findall(r"^\| ([abc]) \| `(\w+)` \| (\d+) s \|", page, re.MULTILINE)
+    assert listed == [(stage.call, stage.name, f"{stage.limit:.0f}") for stage in STAGES]
