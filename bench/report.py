@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of RESULTS.md and plots/")
     options = parser.parse_args(arguments)
     shown = {section.bench for section in SECTIONS}
-    records = [record for record in read_records(options.results) if record["bench"] in shown]
+    records = [record for record in read_records(options.results) if record.get("bench") in shown]
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "RESULTS.md").write_text(report(records, options.output))
     print(f"{options.output / 'RESULTS.md'}: {len(records)} records")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from bench.attention.cases import HEADS, ROWS, STAR, AttentionCase
 from bench.core.case import Case
@@ -50,7 +50,7 @@ _ATTENTION = tuple(AttentionCase(row_tokens=tokens, heads=HEADS["qwen3-4b"]) for
 _STAR = replace(_ATTENTION[0], row_tokens=STAR, tree="star")
 
 
-def _update(model: str, overlap: float | None = None, **more: object) -> ModelCase:
+def _update(model: str, overlap: float | None = None, **more: Any) -> ModelCase:
     scale = 1.0 if overlap is None else OVERLAPS[overlap]
     case = ModelCase(model=f"qwen3-{model}", overlap=overlap, scale=scale, max_tokens=65536, checkpointing="layer")
     return replace(case, **more)

@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="rehearse at small sizes")
     options = parser.parse_args(arguments)
     values = PROBES[options.name](options.device, options.small)
-    about = {"device": device_name(options.device), "environment": environment(), "values": values}
+    about: Values = {"device": device_name(options.device), "environment": environment(), "values": values}
     about |= {"rehearsed": True} if options.small else {}
     write_record(options.name, f"gpu_day_{options.name}", options.device, options.results, **about)
     print(
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def machine(device: str, small: bool) -> Values:
     """Name versions, and what the driver says of the GPU."""
-    installed = {found.metadata["Name"].lower(): found.version for found in distributions()}
+    installed = {found.metadata["Name"].lower().replace("_", "-"): found.version for found in distributions()}
     values: Values = {"python": platform.python_version(), **{name: installed.get(name, "-") for name in PACKAGES}}
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()

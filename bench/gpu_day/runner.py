@@ -187,7 +187,18 @@ def command(stage: Stage, session: Session, folder: Path) -> list[str]:
     if stage.kind == "example":
         few = ["--cold-start-steps", "1", "--steps", "1"] if session.small else []
         return [*python, *stage.arguments, "--device", session.device, *few]
-    return [*python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *_parallel(session), *stage.arguments]
+    return [
+        *python,
+        "-m",
+        "pytest",
+        "-q",
+        "--maxfail",
+        "5",
+        "-p",
+        "no:cacheprovider",
+        *_parallel(session),
+        *stage.arguments,
+    ]
 
 
 def _parallel(session: Session) -> list[str]:

@@ -1,4 +1,7 @@
-"""RESOURCES.md: a row for every variant on every architecture, written from what was compiled and read back."""
+"""RESOURCES.md, and one for each older Triton: a row for every variant on every architecture.
+
+Written from what was compiled, and read back.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import triton
 
 from bench.kernels.compilation import ARCHITECTURES, Resources
 
-TABLE = Path(__file__).with_name("RESOURCES.md")
+_MINOR = ".".join(triton.__version__.split(".")[:2])
+TABLE = Path(__file__).with_name("RESOURCES.md" if _MINOR == "3.7" else f"RESOURCES-{_MINOR}.md")
+"""The table of the installed Triton: versions give registers otherwise."""
 
 
 def render(compiled: Iterable[Resources]) -> str:

@@ -18,7 +18,16 @@ pytest.importorskip("triton")
 from bench.kernels.compilation import Resources
 from bench.kernels.digest import tokens
 from bench.kernels.resources import excesses
-from bench.kernels.table import TABLE, changed, is_of_this_triton, missing_and_stale, read_rows, render
+from bench.kernels.table import (
+    TABLE,
+    cells,
+    changed,
+    is_of_this_triton,
+    missing_and_stale,
+    read_rows,
+    render,
+    row_source,
+)
 from bench.kernels.variants import Address, Job, covering
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +59,18 @@ def test_every_kernel_compiles_and_fits() -> None:
         pytest.skip("RESOURCES.md was made by another Triton, whose registers are others")
     done = resources("--check", "--covering")
     assert done.returncode == 0, done.stderr
+
+
+def test_no_variant_spills_on_sm_90_under_any_triton() -> None:
+    """Fails if a variant is shipped that spills on an H100 or H200 under a Triton that the project allows, or the table
+    of one of them is older than that of the other."""
+    tables = {path.name: read_rows(path.read_text()) for path in TABLE.parent.glob("RESOURCES*.md")}
+    assert "RESOURCES.md" in tables
+    for name, rows in tables.items():
+        spilling = [row for (arch, *_), row in rows.items() if arch == "sm_90" and cells(row)[5] != "0/0"]
+        assert not spilling, (name, spilling)
+    sources = [{key: row_source(row) for key, row in rows.items()} for rows in tables.values()]
+    assert all(found == sources[0] for found in sources)
 
 
 def test_interpreted_kernels_are_not_compiled() -> None:

@@ -95,7 +95,8 @@ def shifted(values: torch.Tensor) -> torch.Tensor:
 
 def lengths(tokens: int) -> list[int]:
     """Turns of a random mean length, as many as make that many tokens."""
-    found, mean = [], random.choice((5, 60, 300, 900))
+    found: list[int] = []
+    mean = random.choice((5, 60, 300, 900))
     while sum(found) < tokens:
         found.append(min(random.randint(1, 2 * mean), tokens - sum(found)))
     return found
@@ -122,7 +123,8 @@ def run_fused(dtype: torch.dtype) -> None:
     weight = torch.zeros(VOCAB, WIDTH, dtype=dtype).requires_grad_()
     old, targets = shifted(torch.zeros(tokens)), shifted(torch.zeros(tokens, dtype=torch.int64))
     advantages = shifted(torch.ones(len(turns)))
-    for more in ({}, {"entropy_coef": 0.1}):
+    options: list[dict[str, Any]] = [{}, {"entropy_coef": 0.1}]
+    for more in options:
         linear_turn_policy_loss(
             hidden, weight, targets, old, advantages, turn_offsets=turn_offsets(turns), impl="triton", **more
         ).loss.backward()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _FENCE = re.compile(r"^```(\w*)[ \t]*(.*?)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
-_GENERATED = ("RESULTS.md", "RESOURCES.md")  # written by the benches
+_GENERATED = ("RESULTS.md", "RESOURCES.md", "RESOURCES-3.6.md")  # written by the benches
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,12 @@ class Elsewhere(Tensor):
     def __new__(cls, numbers: Tensor) -> Elsewhere:
         """Make a tensor without memory of its own."""
         made: Elsewhere = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, numbers.shape, numbers.stride(), numbers.storage_offset(), dtype=numbers.dtype, device=DEVICE
+            cls,
+            numbers.shape,
+            numbers.stride(),
+            numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=torch.device(DEVICE),
         )
         made.numbers = numbers
         return made

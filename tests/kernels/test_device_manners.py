@@ -21,6 +21,7 @@ from tests.helpers.interpreter import DEVICE
 from tests.helpers.tree_cases import random_row
 
 Call = Callable[[], Tensor]
+BACKENDS: Any = torch.backends
 KERNELS = Path(atpo_kernels.__file__).parent
 
 
@@ -103,7 +104,7 @@ def allowed(setting: Callable[[], Any]) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
         for kind in kinds:
             kind.fp32_precision = "none"
-        torch.backends.fp32_precision = "none"
+        BACKENDS.fp32_precision = "none"
 
 
 SETTINGS: dict[str, Callable[[], Any]] = {
@@ -126,7 +127,7 @@ def test_float32_products_of_pytorch_are_ieee(name: str, setting: str, impl: str
         with products:
             OPERATORS[name](impl)().backward()
         after = (cuda.fp32_precision, cpu.fp32_precision)
-        torch.backends.fp32_precision = "ieee"
+        BACKENDS.fp32_precision = "ieee"
         follows = (cuda.fp32_precision, cpu.fp32_precision)
     assert after == before
     assert (follows == ("ieee", "ieee")) == (setting == "tf32 everywhere")  # a setting for all stays one for all

@@ -37,7 +37,7 @@ class Launch:
     def compile_blocks(self) -> None:
         """Compile the kernel for all blocks at the first call, so that no later length finds it uncompiled."""
         kinds = tuple(value.dtype if isinstance(value, Tensor) else value is None for value in self.arguments.values())
-        key = (self.kernel, torch.cuda.current_device() if torch.cuda.is_available() else -1, kinds)
+        key: tuple[Any, ...] = (self.kernel, torch.cuda.current_device() if torch.cuda.is_available() else -1, kinds)
         key += tuple(value for name, value in self.constants.items() if name != "BLOCK")
         if key in _compiled:
             return
