@@ -70,7 +70,8 @@ def test_no_variant_spills_on_sm_90_under_any_triton() -> None:
         spilling = [row for (arch, *_), row in rows.items() if arch == "sm_90" and cells(row)[5] != "0/0"]
         assert not spilling, (name, spilling)
     sources = [{key: row_source(row) for key, row in rows.items()} for rows in tables.values()]
-    assert all(found == sources[0] for found in sources)
+    newest = max(sources, key=len)  # an older Triton's table may be of sm_90 alone
+    assert all(found.items() <= newest.items() for found in sources)
 
 
 def test_interpreted_kernels_are_not_compiled() -> None:
