@@ -43,7 +43,8 @@ class DataConfig:
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     """Columns of the question files, where they are not recognised."""
     root: str = "."
-    """Folder that the files are relative to; the environment variable ATPO_DATA overrides it."""
+    """Folder that the files are relative to. The folder that the environment variable ATPO_DATA names comes first: what
+    it does not have is taken from here."""
     max_train_questions: int | None = Field(default=None, ge=1)
     """Number of training questions used, the first ones; none: all."""
     max_eval_questions: int | None = Field(default=None, ge=1)

@@ -54,15 +54,30 @@ def read_questions(path: str | Path, columns: ColumnsConfig = _ANY_COLUMNS) -> l
     return questions
 
 
-def data_root(data: DataConfig) -> Path:
-    """Return the folder that data files are relative to: the environment variable ATPO_DATA, else `data.root`."""
-    return Path(os.environ.get("ATPO_DATA") or data.root)
+def data_roots(data: DataConfig) -> list[Path]:
+    """Return the folders that data files are looked up in: the environment variable ATPO_DATA's, then `data.root`."""
+    return [Path(root) for root in (os.environ.get("ATPO_DATA"), data.root) if root]
+
+
+def find_file(roots: Sequence[Path], name: str) -> Path:
+    """Return the path of a data file in the first folder that has it, a slice at its end included.
+
+    Raises FileNotFoundError, which names all folders, when none has it.
+    """
+    places = [root / name for root in roots]
+    found = next((place for place in places if _split_slice(place)[0].exists()), None)
+    if found is None:
+        looked = " nor ".join(str(_split_slice(place)[0]) for place in places)
+        raise FileNotFoundError(
+            f"data file {looked} does not exist (files are relative to data.root, or to the folder in ATPO_DATA)"
+        )
+    return found
 
 
 def read_question_files(
-    root: str | Path, names: Iterable[str], columns: ColumnsConfig = _ANY_COLUMNS
+    roots: Sequence[Path], names: Iterable[str], columns: ColumnsConfig = _ANY_COLUMNS
 ) -> list[Question]:
-    """Read the questions of several files, in which no two questions have the same id.
+    """Read the questions of several files in `roots`, in which no two questions have the same id.
 
     Ids that stand more than once, in one file or in several, are told apart by their file: `nq/test:17`, and if that
     is not enough by their number there, `nq/test:17#2`.
@@ -70,7 +85,7 @@ def read_question_files(
     Raises:
         FileNotFoundError, DataError: as `read_questions`.
     """
-    found = [(name, question) for name in names for question in read_questions(Path(root) / name, columns)]
+    found = [(name, question) for name in names for question in read_questions(find_file(roots, name), columns)]
     ids = distinct_ids([(name, question.id) for name, question in found])
     return [replace(question, id=new) for new, (_, question) in zip(ids, found, strict=True)]
 

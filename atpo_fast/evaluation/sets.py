@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.config import Config
 from atpo_fast.data.questions import Question
-from atpo_fast.data.readers import data_root, read_question_files
+from atpo_fast.data.readers import data_roots, read_question_files
 
 Sets = dict[str, list[Question]]
 
@@ -62,6 +62,6 @@ def evaluation_sets(config: Config, eval_questions: Sequence[Question]) -> Sets:
     for name, files in config.eval.sets.items():
         if name in sets:
             raise ConfigError(f"eval.sets: {name} is also a source of the questions in data.eval_files; rename one")
-        found = read_question_files(data_root(config.data), files, config.data.columns)
+        found = read_question_files(data_roots(config.data), files, config.data.columns)
         sets[name] = found[: config.data.max_eval_questions]
     return sets

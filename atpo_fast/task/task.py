@@ -13,7 +13,7 @@ from atpo_fast.config import Config
 from atpo_fast.data.decontamination import normalise_question
 from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT, Prompt
 from atpo_fast.data.questions import Passage, Question
-from atpo_fast.data.readers import data_root, distinct_passages, read_passages, read_question_files
+from atpo_fast.data.readers import data_roots, distinct_passages, find_file, read_passages, read_question_files
 from atpo_fast.data.tokenizers import load_tokenizer, train_bpe
 from atpo_fast.environment import (
     BM25Search,
@@ -118,14 +118,14 @@ def _world_task(config: Config, definition: TaskDefinition, schemas: Sequence[Js
 def _files_task(config: Config, definition: TaskDefinition, schemas: Sequence[JsonSchema]) -> Task:
     """Read questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
     data = config.data
-    root = data_root(data)
+    roots = data_roots(data)
     if not (data.train_files or data.eval_files or config.eval.sets):
         raise DataError("data.source=files needs data.train_files or data.eval_files (or eval.sets); all are empty")
-    everything = read_question_files(root, data.train_files, data.columns)
-    held_out = read_question_files(root, data.eval_files, data.columns)
+    everything = read_question_files(roots, data.train_files, data.columns)
+    held_out = read_question_files(roots, data.eval_files, data.columns)
     held_out = held_out[: data.max_eval_questions]
     train = drop_overlap(everything, held_out)
-    found = [passage for name in data.corpus_files for passage in read_passages(root / name)]
+    found = [passage for name in data.corpus_files for passage in read_passages(find_file(roots, name))]
     passages = distinct_passages(found)
     notes: Notes = {"dropped_train_eval_overlap": float(len(everything) - len(train))}
     train = train[: data.max_train_questions]

@@ -70,7 +70,7 @@ def test_dry_run_and_help_do_not_import_torch() -> None:
     # Fails if a heavy import creeps into the command line: help would take seconds.
     code = (
         "import sys; from atpo_fast.commands.cli import main;"
-        f"assert main(['train', '--config', '{QUICKSTART}', '--dry-run']) == 0;"
+        f"assert main(['eval', '--config', '{QUICKSTART}', '--dry-run']) == 0;"
         "heavy = {'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

@@ -214,6 +214,7 @@ def test_servers_write_the_same_trees_and_their_faults_stop_the_job(
     # Fails if the verb does not reach the servers, or their failure loses what is done or shows a traceback.
     path = tmp_path / "trees.jsonl"
     with CompletionsServer(lambda: load_model(tiny["model"], torch.float32), tiny["tokenizer"]) as server:
+        server.sampled_rows = len(tiny["tokenizer"])  # as the paged engine
         server.fault = lambda number: "500" if number > 30 else None
         options = ["engine.name=server", f"engine.urls=[{server.url}]", "engine.retries=1"]
         output = run(tiny, "--questions", "10", "--out", str(path), *options, code=1)

@@ -249,8 +249,12 @@ def test_task_of_files(write: Callable[[str, Any], Path], tmp_path: Path, monkey
     with pytest.raises(DataError, match=r"train_files or data\.eval_files"):
         load_task(_config(tmp_path))
     monkeypatch.setenv("ATPO_DATA", str(tmp_path / "elsewhere"))
-    with pytest.raises(FileNotFoundError, match="elsewhere"):
-        load_task(_config(tmp_path, **files))
+    assert len(load_task(_config(tmp_path, **files)).train) == 2  # which has none of them
+    (tmp_path / "elsewhere").mkdir()
+    write("elsewhere/train.jsonl", [HOTPOT])
+    assert len(load_task(_config(tmp_path, **files)).train) == 1
+    with pytest.raises(FileNotFoundError, match=r"elsewhere.*nor.*none\.jsonl"):
+        load_task(_config(tmp_path, train_files=["none.jsonl"]))
 
 
 def test_question_normalisation() -> None:
@@ -330,22 +334,26 @@ def test_demonstrations_from_a_file(tmp_path: Path) -> None:
 
 # Fails when evidence is not read from one of the layouts, or a title is searched that is no evidence.
 def test_demonstrations_from_evidence(tmp_path: Path) -> None:
+    """Fails if a chain answers what its results do not hold, or yes and no are looked for in them."""
     musique = json.loads(json.dumps(MUSIQUE))
     musique["paragraphs"][1]["is_supporting"] = True
     path = tmp_path / "questions.json"
     path.write_text(json.dumps([HOTPOT | {"supporting_facts": [["B", 0], ["A", 1], ["B", 2]]}, musique]))
     questions = [*read_questions(path), Question(id="unknown", text="Why?", answers=("no",))]
+    titles = {"evidence_titles": ["D"]}
+    questions += [Question(id="not found", text="Why?", answers=("Par",), meta=titles)]  # no word of the result
+    questions += [Question(id="yes", text="Is it?", answers=("yes",), meta=titles)]
     tokenizer = train_bpe(["<think> I look for A. </think> found"], 400)
     searched: list[str] = []
 
     def search(query: str) -> str:
         searched.append(query)
-        return f"found {query}"
+        return f"found {query} in Paris by Ann"
 
     chains = evidence_demonstrations(questions, search, short_prompts(tokenizer), EXTRACTIONS["boxed"])
-    assert searched == ["B", "A", "C"]
-    assert [chain.question_id for chain in chains] == ["h1", "2hop__1"]
-    assert tokenizer.decode(chains[1].turns[1].observation_ids) == " <result>\nfound C\n</result>"
+    assert searched == ["B", "A", "C", "D", "D"]
+    assert [chain.question_id for chain in chains] == ["h1", "2hop__1", "yes"]
+    assert tokenizer.decode(chains[1].turns[1].observation_ids) == " <result>\nfound C in Paris by Ann\n</result>"
     assert r"\boxed{Paris}" in tokenizer.decode(chains[1].turns[2].action_ids)
 
 

@@ -253,12 +253,12 @@ def test_ids_are_unique_over_several_files(tmp_path: Path) -> None:
     for name in ("nq/test.jsonl", "popqa/test.jsonl"):
         write(tmp_path / name, [{"id": "1", "question": f"{name}?", "answer": "a"}, {"question": "?", "answer": "b"}])
     write(tmp_path / "own.jsonl", [{"id": n, "question": f"{n}?", "answer": "a"} for n in (1, 2, 2)])
-    found = read_question_files(tmp_path, ["nq/test.jsonl", "popqa/test.jsonl", "own.jsonl"])
+    found = read_question_files([tmp_path], ["nq/test.jsonl", "popqa/test.jsonl", "own.jsonl"])
     assert [q.id for q in found] == [
         "nq/test:1", "nq-2", "popqa/test:1", "popqa-2", "own:1", "own:2", "own:2#2"
     ]  # fmt: skip
     assert [q.source for q in found] == ["nq", "nq", "popqa", "popqa", "own", "own", "own"]
-    assert [q.id for q in read_question_files(tmp_path, ["own.jsonl", "own.jsonl"])] == [
+    assert [q.id for q in read_question_files([tmp_path], ["own.jsonl", "own.jsonl"])] == [
         "own:1", "own:2", "own:2#2", "own:1#2", "own:2#3", "own:2#4"
     ]  # fmt: skip
 

@@ -24,7 +24,7 @@ def official_normalise(text: str) -> str:
         if character.isalnum() or character == "_":
             word += character
             continue
-        words += ["" if word in ("a", "an", "the") else word, character]
+        words += [" " if word in ("a", "an", "the") else word, character]
         word = ""
     return " ".join("".join(words).split())
 

@@ -53,6 +53,7 @@ class CompletionsServer:
         self.make_model, self.tokenizer, self.fault = model, tokenizer, fault
         self.dev_mode, self.processed_logprobs, self.max_model_len = dev_mode, processed_logprobs, max_model_len
         self.bodies: list[dict[str, Any]] = []  # of completions asked for
+        self.sampled_rows: int | None = None  # tokens are sampled from the first so many rows; None: from all
         self.running = self.most_running = 0
         self.called: list[str] = []  # other endpoints, with what they were given
         self.healthy = True
@@ -201,6 +202,8 @@ class CompletionsServer:
             finish, cause = "length", None
             while len(written) < body["max_tokens"]:
                 logits = self.model(torch.tensor([ids + written])).logits[:, -1]
+                if self.sampled_rows is not None:
+                    logits[:, self.sampled_rows :] = -torch.inf
                 draw = sample(logits, uniforms(seed, np.array([len(written)])), table)
                 token = int(draw.tokens[0])
                 scaled = logits / (temperature or 1.0) if self.processed_logprobs else logits

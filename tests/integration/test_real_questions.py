@@ -53,7 +53,9 @@ def test_a_method_by_its_name(tmp_path: Path, start: Path, method: str) -> None:
     steps = records(tmp_path / "run", "train")
     assert sorted(steps) == [1, 2], output[-1000:]
     for step in steps.values():
-        assert step["tokens/prefilled"] == step["tokens/unique"] > 0
+        assert step["tokens/unique"] > 0
+        if method != "aepo":  # its monitoring throws a probe and a chain away
+            assert step["tokens/prefilled"] == step["tokens/unique"]
 
 
 # Fails for a ReAct that cannot be evaluated, as it has nothing to train.

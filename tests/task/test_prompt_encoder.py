@@ -154,7 +154,7 @@ def test_demonstrations_continue_what_the_template_has_begun(
     tokenizer.chat_template = template
     encode = PromptEncoder(PROMPTS["published"], tokenizer, max_tokens=3000)
     question = asked("Who?", meta={"evidence_titles": ["A"]})
-    (tree,) = evidence_demonstrations([question], lambda title: "<|im_end|>", encode, EXTRACTIONS["boxed"])
+    (tree,) = evidence_demonstrations([question], lambda title: "<|im_end|> Lin", encode, EXTRACTIONS["boxed"])
     assert tokenizer.decode(tree.turns[1].action_ids).startswith(begins)
     rules = ScoringRules(opening=encode.opening)
     assert score_trees([tree], [question], tokenizer, RewardConfig(), rules=rules)[0][0].reward == 1.0

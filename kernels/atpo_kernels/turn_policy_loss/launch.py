@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from atpo_kernels.arguments import LossArguments
+from atpo_kernels.kernel_launch import Launch
 from atpo_kernels.records import LeafPaths, LossConfig
-from atpo_kernels.turn_policy_loss.kernel_launch import Launch
 from atpo_kernels.turn_policy_loss.kernels import (
     _finish_kernel,
     _leaf_kernel,

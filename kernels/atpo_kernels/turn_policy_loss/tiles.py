@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from atpo_kernels.kernel_launch import Blocks
+
 # (tokens, warps) of a block in rising order; the last also serves whatever is longer
 PACKED_BLOCKS = ((128, 4), (512, 8), (2048, 8))  # with 16 warps the last spills under Triton 3.6
 PADDED_BLOCKS = ((256, 4), (1024, 8), (2048, 8))
@@ -16,10 +18,6 @@ FINISH_BLOCKS = (1024, 2048)
 _PACKED_BLOCKS = {"cpu": ((32, 1),)}
 _PADDED_BLOCKS = {"cpu": ((32, 1),)}
 _FINISH_BLOCKS = {"cpu": (16, 64)}
-
-
-Blocks = tuple[tuple[int, int], ...]
-"""(tokens, warps) of the blocks that a kernel is compiled for."""
 
 
 def packed_blocks(device: torch.device) -> Blocks:

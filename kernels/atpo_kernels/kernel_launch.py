@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atpo_kernels.turn_policy_loss.tiles import Blocks
+Blocks = tuple[tuple[int, int], ...]
+"""(tokens, warps) of the blocks that a kernel is compiled for."""
 
-_compiled: set[tuple[Any, ...]] = (
-    set()
-)  # kernels that were compiled for all their blocks, by device, types and constants
+_compiled: set[tuple[Any, ...]] = set()
+"""Kernels that were compiled for all their blocks, by device, types and constants."""
 
 
 @dataclass(slots=True, kw_only=True)
