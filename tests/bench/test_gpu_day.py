@@ -226,7 +226,7 @@ def test_the_summary_names_the_faster_candidate(tmp_path: Path) -> None:
     assert "| head | 3 | ok | a / b |" in text and "not measured" in text
 
 
-@pytest.mark.slow(reason="starts a process for each of 15 stages")
+@pytest.mark.rehearsal
 def test_the_rehearsal_runs_everything(tmp_path: Path) -> None:
     """Fails if a stage would fail on the day for a reason that is not the GPU's: an import, an argument, a case that is
     gone, a machine without git, DeepSpeed or Liger; or if the summary lacks a part."""
