@@ -89,8 +89,8 @@ def training_flops(config: Config, size: ModelSize, share: float) -> tuple[float
     questions = train.steps * train.questions_per_step
     forwards = 2 if train.old_logprobs == "recompute" else 1
     update = questions * tree * (2 + 2 * (forwards - 1) + 6)  # prefill, old log-probs, forward and backward
-    wants = cold.when == "always" or cold.from_evidence or cold.demonstrations is not None or config.model.path is None
-    if wants and cold.when != "never":
+    demonstrations = cold.asks_for_demonstrations or config.data.source == "world"
+    if cold.precedes_rl(demonstrations=demonstrations, given_model=config.model.path is not None):
         update += cold.steps * cold.batch_size * (prompt + response) * 6
     evaluations = 2 + (train.steps // train.eval_every if train.eval_every else 0)
     answered = evaluations * (config.data.max_eval_questions or config.world.eval_questions)
@@ -126,9 +126,11 @@ def product_rate(dtype: str) -> float:
 
 
 def _dtype(config: Config) -> str:
-    from atpo_fast.train.run import with_dtype
+    from atpo_fast.policy.model import fast_dtype
 
-    return with_dtype(config, cuda=config.device != "cpu" and _sees_gpu()).model.dtype
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    return fast_dtype(cuda=config.device != "cpu" and _sees_gpu())
 
 
 def _sees_gpu() -> bool:

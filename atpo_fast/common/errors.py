@@ -96,6 +96,12 @@ def exit_code(error: BaseException) -> int | None:
     return FAILURE if is_engine_error(error) else None
 
 
+def first_line(error: BaseException) -> str:
+    """Name an error of another library: its type, and the first line of its text with something on it, cut."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
 def is_engine_error(error: BaseException | None) -> bool:
     """Tell whether an engine's surroundings are at fault, and not the code: the error or a cause is an EngineError."""
     while error is not None and not isinstance(error, EngineError):

@@ -29,6 +29,14 @@ def replacing(path: Path | str) -> Iterator[Path]:
         _remove(partial)
 
 
+def free_name(path: Path, suffix: str = "") -> Path:
+    """Return a path beside `path` that is not taken: its name with the first free number, before its `suffix`."""
+    number, name = 1, path.name.removesuffix(suffix)
+    while (aside := path.with_name(f"{name}.{number}{suffix}")).exists():
+        number += 1
+    return aside
+
+
 def partial_path(path: Path) -> Path:
     """Return where `replacing` lets `path` be written, for the processes that only help to write it."""
     return path.with_name(f".{path.name}.partial")

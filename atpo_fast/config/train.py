@@ -55,6 +55,20 @@ class ColdStartConfig:
     """File of demonstrations, with records {"question", "turns": [{"action", "observation"}, ...]}; none: those of the
     world."""
 
+    @property
+    def asks_for_demonstrations(self) -> bool:
+        """Whether demonstrations are named or to be built."""
+        return self.from_evidence or self.demonstrations is not None
+
+    def precedes_rl(self, *, demonstrations: bool, given_model: bool) -> bool:
+        """Tell whether RL begins with a cold start, given whether the task has demonstrations and a model is given.
+
+        Under `auto` the world's own demonstrations are for models made from scratch, those asked for are for any.
+        """
+        if self.when != "auto":
+            return self.when == "always"
+        return demonstrations and (self.asks_for_demonstrations or not given_model)
+
 
 @dataclass(config=STRICT, kw_only=True)
 class DynamicSamplingConfig:

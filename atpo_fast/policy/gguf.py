@@ -7,7 +7,6 @@ which they are; and the generation settings do not know the end of a turn.
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import redirect_stderr
 from io import StringIO
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from atpo_fast.common.errors import InputError
+from atpo_fast.common.errors import InputError, first_line
 from atpo_fast.common.files import replacing
 
 _CHECKED_TOKENS = 16  # greedy tokens that the converted model and the original have to agree on
@@ -45,7 +44,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
             original = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     except Exception as error:  # of three packages, of any kind
         raise InputError(
-            f"{file}: this GGUF file cannot be converted: {_one_line(error)}. Architectures that transformers reads "
+            f"{file}: this GGUF file cannot be converted: {first_line(error)}. Architectures that transformers reads "
             "from GGUF are supported (llama, qwen2, qwen3, gemma, ...); give a Hugging Face folder of the model instead"
         ) from error
     _name_tokens(tokenizer, named_ids)
@@ -73,7 +72,7 @@ def open_gguf(file: Path) -> Any:
     try:
         return GGUFReader(file)
     except Exception as error:  # a broken file breaks the reader in many ways
-        raise InputError(f"{file}: a broken GGUF file: {_one_line(error)}") from error
+        raise InputError(f"{file}: a broken GGUF file: {first_line(error)}") from error
 
 
 def _check_magic(file: Path) -> None:
@@ -131,8 +130,3 @@ def _greedy(model: PreTrainedModel, prompt: Tensor) -> Tensor:  # (1, T) -> (1, 
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=_CHECKED_TOKENS, do_sample=False
     )
     return written
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}".replace(os.linesep, " ")

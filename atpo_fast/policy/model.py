@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from atpo_fast.common.errors import InputError
+from atpo_fast.common.errors import InputError, first_line
 from atpo_fast.policy.gguf import convert_gguf
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,6 +29,12 @@ def model_folder(path: str | Path) -> str | Path:
     if not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"model.path={path}: no config.json there; give a Hugging Face model folder")
     return path
+
+
+def fast_dtype(*, cuda: bool) -> Literal["bfloat16", "float32"]:
+    """Choose the dtype for a GPU, or for this CPU: bfloat16 where it multiplies in it."""
+    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
 
 
 def local_model(path: str, package: str | None, folder: Path) -> Path:
@@ -90,8 +97,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.gguf", "*.bin", "*.pth", "original/*", "onnx/*"]))
     except Exception as error:  # of the hub's client and of what carries it
-        first = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
             f"model.path={name}: no folder of this name, and the Hugging Face hub does not give such a model: "
-            f"{type(error).__name__}: {first[:300]}. Give the path of a local folder, or set HF_TOKEN or HF_ENDPOINT"
+            f"{first_line(error)}. Give the path of a local folder, or set HF_TOKEN or HF_ENDPOINT"
         ) from error

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import replacing
-from atpo_fast.config import ColdStartConfig, Config, OptimConfig
+from atpo_fast.config import ColdStartConfig, OptimConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
 from atpo_fast.policy import Policy, score_rows
@@ -38,32 +38,20 @@ LIKELIHOOD = Objective(aggregation="token-mean")
 def starting_model(run: Run) -> tuple[Path | str, float]:
     """Return (folder of the model that RL starts from, seconds that its cold start took).
 
-    It is the model of a cold start where the run has one (`wants_cold_start`), else the given or a random one.
+    It is the model of a cold start where one precedes RL (`cold_start.when`), else the given or a random one.
     """
-    given = run.config.model.path
-    if wants_cold_start(run.config, bool(run.task.demonstrations)):
+    given, demonstrations = run.config.model.path, bool(run.task.demonstrations)
+    if run.config.cold_start.precedes_rl(demonstrations=demonstrations, given_model=given is not None):
         folder = cold_start(run)
         return folder, float(json.loads((folder / "state.json").read_text())["seconds"])
     if given is not None:
-        if run.task.demonstrations:
+        if demonstrations:
             run.progress.message(
                 f"no cold start: RL starts from the weights of model.path={given} (cold_start.when=always trains them "
                 "on the demonstrations first)"
             )
         return given, 0.0
     return _random_model(run), 0.0
-
-
-def wants_cold_start(config: Config, demonstrations: bool) -> bool:
-    """Tell whether RL begins with a cold start, given whether the task has demonstrations.
-
-    Under `auto` the world's own demonstrations are for models made from scratch, those of the configuration for any.
-    """
-    settings = config.cold_start
-    if settings.when != "auto":
-        return settings.when == "always"
-    asked_for = settings.from_evidence or settings.demonstrations is not None
-    return demonstrations and (asked_for or config.model.path is None)
 
 
 def cold_start(run: Run) -> Path:
@@ -134,9 +122,10 @@ class Imitation:
         self._run, self._settings, self._folder = run, run.config.cold_start, folder
         optim = OptimConfig(lr=self._settings.lr, weight_decay=run.config.optim.weight_decay, betas=(0.9, 0.95))
         self.zero, self._watch = initialize(policy, run.config, optim)
-        self._train, self._validation = _split(
-            run.task.demonstrations, self._settings.validation_share, run.config.seed
-        )
+        demonstrations, share = run.task.demonstrations, self._settings.validation_share
+        for tree in demonstrations:
+            tree.advantages = np.ones(len(tree))
+        self._train, self._validation = _split(demonstrations, share, run.config.seed)
         self._prefix_tokens = max_prefix(run.config, LIKELIHOOD)
         self.step = 0
         self._begun = time.monotonic()
@@ -229,8 +218,6 @@ def _split(trees: list[TurnTree], share: float, seed: int) -> tuple[list[TurnTre
 
     Raises ValueError when nothing is left to train on.
     """
-    for tree in trees:
-        tree.advantages = np.ones(len(tree))
     count = math.ceil(share * len(trees))
     if count >= len(trees):
         raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atpo_fast.common.errors import StopRequested
-from atpo_fast.common.files import replacing
+from atpo_fast.common.files import free_name, replacing
 from atpo_fast.config import Config, RolloutConfig, as_dict
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.decoding import decode_actions, decode_observations
@@ -136,7 +136,7 @@ def answered_before(run: Run, file: AnswerFile, asked: Mapping[Key, Question]) -
         return answered
     if run.is_main:
         if file.path.is_file():
-            aside = _free_name(file.path)
+            aside = free_name(file.path, file.path.suffix)
             file.path.rename(aside)
             run.progress.message(
                 f"{file.path} held answers of another evaluation ({', '.join(changed)} changed): it is now "
@@ -242,13 +242,6 @@ def _sample(run: Run, scored: ScoredTree, number: int) -> Sample:
         response_tokens=written + sum(len(turn.observation_ids) for turn in turns),
         response="".join(action + observation for action, observation in texts),
     )
-
-
-def _free_name(path: Path) -> Path:
-    number = 1
-    while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
-        number += 1
-    return aside
 
 
 def _model_digest(folder: Path) -> str:

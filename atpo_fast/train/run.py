@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from atpo_fast.common.errors import StopRequested
+from atpo_fast.common.files import free_name
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.config import Config
-from atpo_fast.policy.model import local_model
+from atpo_fast.policy.model import fast_dtype, local_model
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
 from atpo_fast.train.zero import join_process_group
@@ -133,8 +134,7 @@ def with_dtype(config: Config, *, cuda: bool) -> Config:
     """Return the configuration with a `model.dtype` that is no longer `auto`."""
     if config.model.dtype != "auto":
         return config
-    fast = cuda or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return replace(config, model=replace(config.model, dtype="bfloat16" if fast else "float32"))
+    return replace(config, model=replace(config.model, dtype=fast_dtype(cuda=cuda)))
 
 
 def with_local_model(config: Config, folder: Path, *, is_main: bool) -> Config:
@@ -143,21 +143,19 @@ def with_local_model(config: Config, folder: Path, *, is_main: bool) -> Config:
     Raises what `local_model` raises.
     """
     model = config.model
-    if is_main and model.path is not None:
-        local_model(model.path, model.package, folder / "model")
+
+    def find() -> Path | None:
+        return None if model.path is None else local_model(model.path, model.package, folder / "model")
+
+    path = find() if is_main else None
     if dist.get_world_size() > 1:
         dist.barrier()
-    if model.path is None:
-        return config
-    path = local_model(model.path, model.package, folder / "model")
-    return replace(config, model=replace(model, path=str(path), package=None))
+    path = path or find()
+    return config if path is None else replace(config, model=replace(model, path=str(path), package=None))
 
 
 def _move_aside(folder: Path) -> None:
     """Rename an earlier run's folder, so that a fresh start neither mixes with it nor destroys it."""
     if not (folder / "checkpoints").is_dir():
         return
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)
+    folder.rename(free_name(folder))
