@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import ColumnsConfig
+from atpo_fast.data.matching import normalise_answer
 from atpo_fast.data.records import Record
 
 QUESTION_NAMES = ("question", "problem")
@@ -37,8 +37,6 @@ _ALIAS_SEPARATOR = "<|answer_split|>"
 _AFTER_HASHES = re.compile(r"^####[ \t]*(\S.*?)\s*$", re.MULTILINE)
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _NUMBER = re.compile(r"[-+$]*[\d,]+(?:\.\d+)?%?")
-_ARTICLES = {"a", "an", "the"}
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def question_of(record: Record, columns: ColumnsConfig) -> tuple[str, Messages]:
@@ -137,7 +135,7 @@ def columns_without_paragraphs(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def normalises_to_nothing(answer: str) -> bool:
     """Tell whether the published normalisation leaves nothing of an answer, such as "The The" or "!!!"."""
-    return not set(answer.lower().translate(_NO_PUNCTUATION).split()) - _ARTICLES
+    return not normalise_answer(answer)
 
 
 def in_json(value: Any) -> Any:

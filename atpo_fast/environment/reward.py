@@ -33,10 +33,10 @@ from transformers import PreTrainedTokenizerBase
 from atpo_fast.common.errors import RewardError
 from atpo_fast.common.event_loop import LazyEventLoop
 from atpo_fast.config import OverlongConfig, RewardConfig
+from atpo_fast.data.matching import exact_match, f1_score
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.decoding import decode, decode_actions, decode_observations
 from atpo_fast.environment.extraction import EXTRACTIONS, Extraction, turn_format_ok
-from atpo_fast.environment.matching import exact_match, f1_score
 from atpo_fast.environment.own_code import place_of
 from atpo_fast.environment.rewards import PUBLISHED, Earned, Reward, Trajectory, earn
 from atpo_fast.environment.tags import TAGS, format_result, open_tag

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from atpo_fast.common.choices import Normalisation
-from atpo_fast.environment.matching import exact_match, f1_score, normalise_answer
+from atpo_fast.data.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.evaluation.answers import AnsweredQuestion
 from atpo_fast.evaluation.sets import BENCHMARKS, benchmark_of
 from atpo_fast.evaluation.statistics import (

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from atpo_fast.common.errors import ConfigError, DataError
+from atpo_fast.data.matching import normalise_answer
 from atpo_fast.data.questions import Question
 from atpo_fast.data.records import Record, read_records
 from atpo_fast.environment.escaping import Escaper
 from atpo_fast.environment.extraction import Extraction
-from atpo_fast.environment.matching import normalise_answer
 from atpo_fast.environment.tags import TAGS, close_tag, format_result, open_tag
 from atpo_fast.task.prompt_encoder import PromptEncoder
 from atpo_fast.tree.turn_tree import TurnTree

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atpo_fast.data.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.environment.extraction import (
     EXTRACTIONS,
     after_hashes,
@@ -18,7 +19,6 @@ from atpo_fast.environment.extraction import (
     last_line,
     turn_format_ok,
 )
-from atpo_fast.environment.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.environment.tags import format_result, parse_call
 
 

@@ -8,10 +8,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from atpo_fast.config import OverlongConfig, RewardConfig
+from atpo_fast.data.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment.extraction import extract_answer, format_ok, turn_format_ok
-from atpo_fast.environment.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.environment.reward import LeafScore, score_trees
 from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result
 from atpo_fast.tree.turn_tree import TurnTree

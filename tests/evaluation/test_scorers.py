@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from atpo_fast.environment.matching import exact_match, f1_score, normalise_answer
+from atpo_fast.data.matching import exact_match, f1_score, normalise_answer
 
 WORDS = [
     "a", "an", "the", "The", "AN", "yes", "no", "noanswer", "No", "Oslo", "oslo", "Zoë", "Zoe\u0308", "İzmir", "ǅ",

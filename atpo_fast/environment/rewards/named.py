@@ -21,8 +21,8 @@ from typing import Any
 from atpo_fast.common.choices import RewardName
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.config import RewardConfig
+from atpo_fast.data.matching import exact_match
 from atpo_fast.environment.extraction import CALL_TAGS, answer_in_tags
-from atpo_fast.environment.matching import exact_match
 from atpo_fast.environment.rewards.trajectory import Trajectory
 from atpo_fast.environment.tags import TAGS, close_tag, open_tag
 
