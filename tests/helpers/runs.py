@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.helpers.forked_runs import ForkedProcess, start_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +48,13 @@ TINY: dict[str, Any] = {
     "credit": {"leaf_norm": False},  # so barely trained rewards, all -1, still make a gradient
     "logging": {"progress": "plain"},
 }
+
+
+def write_config(folder: Path) -> Path:
+    """Write the tiny configuration, whose runs go into the same folder; its path."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
+    return path
 
 
 def start(config: Path, *overrides: str, limit_bytes: int | None = None) -> ForkedProcess:

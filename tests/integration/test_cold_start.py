@@ -15,13 +15,7 @@ from safetensors.torch import load_file
 
 from tests.helpers.forked_runs import ForkedProcess, start_command
 from tests.helpers.gguf_files import write_gguf
-from tests.helpers.runs import TINY, records, run
-
-
-def write_config(folder: Path) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
-    return path
+from tests.helpers.runs import records, run, write_config
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
-from tests.helpers.runs import TINY, launch, records, run, start
+from tests.helpers.runs import launch, records, run, start, write_config
 
 EXACT = "rollout.schedule=synchronous"  # batches that do not depend on when a tool answers
 
@@ -21,12 +20,6 @@ EXACT = "rollout.schedule=synchronous"  # batches that do not depend on when a t
 def config(tmp_path: Path) -> Path:
     """The tiny configuration, writing to the test's own folder."""
     return write_config(tmp_path)
-
-
-def write_config(folder: Path) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"run_dir": str(folder / "run")}))
-    return path
 
 
 @pytest.fixture(scope="module")
