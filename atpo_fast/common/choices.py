@@ -54,6 +54,6 @@ AnswerKind = Literal["boxed", "tag", "last_line", "hashes"]
 RewardName = Literal["published", "arpo_f1", "search_r1_em", "em", "f1", "math", "format"]
 """Rewards by name; `atpo_fast.environment.rewards.named` has a function for each."""
 Normalisation = Literal["published", "unicode"]
-"""How answers are normalised before they are compared; `atpo_fast.environment.matching` says what each does."""
+"""How answers are normalised before they are compared; `atpo_fast.data.matching` says what each does."""
 SharedTurns = Literal["each", "once"]
 """Whether a turn that lies on several trajectories counts in each of them, or once."""

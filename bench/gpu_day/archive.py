@@ -43,31 +43,37 @@ class Archive:
 
     def records(self) -> list[Record]:
         """Read the records of all stages; of the same case the last one in which ours was timed."""
-        found: dict[str, Record] = {}
-        for path in sorted(self.folder.glob("stages/*/*pu/*.json"), key=lambda path: path.stat().st_mtime_ns):
-            try:
-                record = json.loads(path.read_text())
-            except (OSError, ValueError):
-                continue  # half written when its process was stopped
-            if path.stem not in found or _has_ours(record) or not _has_ours(found[path.stem]):
-                found[path.stem] = record | {"stage": path.parts[-3]}
-        return list(found.values())
+        return [record | {"stage": path.parts[-3]} for path, record in self._chosen()]
 
     def renew(self, summary: Callable[[], str], force: bool = False) -> None:
         """Write records, summary and archive again if a stage has written a record since; with `force` always."""
-        seen = {(str(p), p.stat().st_mtime_ns) for p in self.folder.glob("stages/*/*pu/*.json")}
+        seen = {(str(path), path.stat().st_mtime_ns) for path in self._paths()}
         if seen != self._seen or force:
             self._seen = seen
             self.attempt(lambda: self._write(summary()))
 
+    def _paths(self) -> list[Path]:
+        """List the records of all stages, the oldest first."""
+        return sorted(self.folder.glob("stages/*/*pu/*.json"), key=lambda path: path.stat().st_mtime_ns)
+
+    def _chosen(self) -> list[tuple[Path, Record]]:
+        """Choose a record for each case, with its file."""
+        found: dict[str, tuple[Path, Record]] = {}
+        for path in self._paths():
+            try:
+                record = json.loads(path.read_text())
+            except (OSError, ValueError):
+                continue  # half written when its process was stopped
+            if path.stem not in found or _has_ours(record) or not _has_ours(found[path.stem][1]):
+                found[path.stem] = path, record
+        return list(found.values())
+
     def _write(self, summary: str) -> None:
         (self.folder / "summary.md").write_text(summary)
-        merged = self.folder / "records"
-        for path in sorted(self.folder.glob("stages/*/*pu/*.json"), key=lambda path: path.stat().st_mtime_ns):
-            target = merged / path.parent.name / path.name
-            if not target.exists() or _has_ours(json.loads(path.read_text())):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+        for path, _ in self._chosen():
+            target = self.folder / "records" / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
         aside = self.file.with_suffix(".partial")
         with tarfile.open(aside, "w:gz") as archive:
             for name in ("summary.md", "records", "stages"):
