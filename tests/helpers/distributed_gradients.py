@@ -37,10 +37,10 @@ In float64 experts are run one after the other, those that have tokens, and Deep
 
 
 def forest() -> list[TurnTree]:
-    """Three trees with branches, an empty observation and unequal rewards."""
+    """Five trees with branches, an empty observation and unequal rewards."""
     rng = np.random.default_rng(0)
     trees = []
-    for t in range(3):
+    for t in range(5):
         tree = TurnTree(rng.integers(0, VOCAB, 9), question_id=f"q{t}")
         for c in range(3):
             inner = tree.add_turn(0, rng.integers(0, VOCAB, 4 + c), -rng.random(4 + c), rng.integers(0, VOCAB, c * 3))
@@ -88,6 +88,19 @@ def model_gradients(
     out = whole_gradients(policy.model, stage)
     engine.destroy()
     return out
+
+
+def write_few_gradients(folder: Path) -> None:
+    """Be one rank of many; the same as `write_gradients` for one model and stage."""
+    depth_first.ROW_TOKENS = 0
+    join_process_group(cuda=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for budget in ROWS:
+        result = gradients(3, True, budget, "none", rank, world)
+        if rank == 0:
+            np.savez(folder / f"stage3_tied1_budget{budget}_none_ranks{world}.npz", **result)  # type: ignore[arg-type]  # as below
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def write_gradients(folder: Path) -> None:

@@ -20,6 +20,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, n
     folder = tmp_path_factory.mktemp("gradients")
     for ranks in (1, 2):
         fork_ranks(write_gradients, ranks, folder)
+    fork_ranks(write_few_gradients, 3, folder)
     return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
 
@@ -33,6 +34,14 @@ def test_gradient_is_the_same_everywhere(gradients: dict[str, dict[str, np.ndarr
         assert_same(
             gradients[f"stage{stage}_tied{tied}_budget{budget}_none_ranks{ranks}"], reference, stage, budget, ranks
         )
+
+
+# Five trees on three ranks: a rank that has nothing to do while the others open a row would hang, or count twice. With
+# one row for all, two of them have nothing; with short rows a tree that is over the budget lies on one rank.
+def test_gradient_of_uneven_ranks(gradients: dict[str, dict[str, np.ndarray]]) -> None:
+    reference = gradients["stage0_tied1_budget4096_none_ranks1"]
+    for budget in ("4096", "40", "deep"):
+        assert_same(gradients[f"stage3_tied1_budget{budget}_none_ranks3"], reference, budget)
 
 
 # Layers, or their MLPs, computed again over some of the tokens only, inside a backward in which parameters are gathered
