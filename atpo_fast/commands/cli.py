@@ -18,6 +18,7 @@ from atpo_fast.commands.rollout import ROLLOUT
 from atpo_fast.commands.train import TRAIN
 from atpo_fast.common.errors import exit_code
 from atpo_fast.common.log import set_up_logging
+from atpo_fast.common.secrets import redacted
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
 VERBS = (*(verb.as_verb() for verb in LAUNCHED), COMPARE, PREPARE, REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(redacted(f"error: {error}"), file=sys.stderr)
         return code
 
 

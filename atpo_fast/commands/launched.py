@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from atpo_fast.commands.verb import Verb, no_arguments
 from atpo_fast.common.errors import StopRequested, exit_code
 from atpo_fast.common.log import set_up_logging
+from atpo_fast.common.secrets import redacted
 from atpo_fast.config import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.arithmetic import batch_arithmetic
 
@@ -115,7 +116,7 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
         if code is None:
             raise
         if not isinstance(error, StopRequested):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(redacted(f"error: {error}"), file=sys.stderr, flush=True)
         return code
     finally:
         if dist.is_initialized():
