@@ -27,18 +27,23 @@ T = TypeVar("T")
 
 
 class StopSignal:
-    """SIGINT and SIGTERM as a flag that the loop reads between phases; a second signal ends the process at once."""
+    """SIGINT, SIGTERM and SIGUSR1 as a flag that the loop reads between phases.
+
+    A second SIGINT or SIGTERM ends the process at once. SIGUSR1 is what SLURM sends before the time limit
+    (`--signal`), to every process that it knows of, so it may come twice.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number != signal.SIGUSR1:
             sys.exit(128 + number)
+        if not self.requested:
+            print("stopping: saving what is done first (signal again to stop at once)", file=sys.stderr, flush=True)
         self.requested = True
-        print("stopping: saving what is done first (signal again to stop at once)", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raise StopRequested when a signal has come."""
@@ -87,6 +92,10 @@ class Run:
         """Add up a dictionary of numbers that has the same keys on every rank."""
         total = reduce_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
+
+    def all_of(self, here: bool) -> bool:
+        """Tell whether something holds on every rank; a collective."""
+        return int(reduce_over_ranks(torch.tensor([int(not here)])).item()) == 0
 
     def stop_together(self) -> None:
         """Raise StopRequested on every rank when any was asked to stop; a collective."""
