@@ -70,8 +70,9 @@ def launch(
     """Run `atpo_fast.train` with the verb's options in every process of `placement` and wait.
 
     The first SIGINT or SIGTERM asks the processes to save and stop, the second makes them stop at once, the third kills
-    them. They are also stopped when this process dies. Returns 0, the exit code of the process that failed, or
-    128 + the signal.
+    them. SIGUSR1 asks them to save and stop too, however often it comes: SLURM sends it before the time limit. They are
+    also stopped when this process dies. Returns 0, the exit code of the process that failed, or 128 + the signal (after
+    SIGUSR1 143, with which the processes end when they have saved).
     """
     world = base64.urlsafe_b64encode(json.dumps({"localhost": placement.accelerators}).encode()).decode()
     command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
@@ -79,9 +80,25 @@ def launch(
     command += ["--verb", verb, *options, "--config", config_path, *overrides]
     relay = _SignalRelay(start_ranks(command, _environment(placement)))
     code = relay.wait()
-    if relay.received and code != 0:
+    if code != 0 and relay.received:
         return 128 + relay.received[0]
-    return code if code >= 0 else 128 - code
+    killed_by = signal_of(code)
+    if killed_by is None:
+        return code
+    print(f"error: {_killed_words(killed_by)}", file=sys.stderr, flush=True)
+    return 128 + killed_by
+
+
+def signal_of(code: int) -> int | None:
+    """Return the signal that ended a rank, from the launcher's exit code: minus the signal, modulo 256 or not."""
+    number = -code if code < 0 else 256 - code
+    return number if 0 < number < signal.NSIG else None
+
+
+def _killed_words(number: int) -> str:
+    name = signal.Signals(number).name
+    hint = " (the kernel sends it when memory runs out: see `dmesg`)" if number == signal.SIGKILL else ""
+    return f"a rank was ended by {name}{hint}; the same command continues from the newest checkpoint"
 
 
 def start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> Child:
@@ -89,7 +106,7 @@ def start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> Child
 
     It gets a session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
     """
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=stop_with_parent(os.getpid()))
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=prepare_child(os.getpid()))
 
 
 class Child(Protocol):
@@ -102,15 +119,16 @@ class Child(Protocol):
 
 
 class _SignalRelay:
-    """A relay of SIGINT and SIGTERM to the processes of a run."""
+    """A relay of SIGINT, SIGTERM and SIGUSR1 to the processes of a run."""
 
     def __init__(self, child: Child):
-        self.received: list[int] = []
+        self.received: list[int] = []  # SIGINT and SIGTERM
         self._child = child
 
     def wait(self) -> int:
         """Wait for the launcher; returns its exit code."""
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._pass_on) for number in numbers}
         try:
             return self._child.wait()
         finally:
@@ -118,15 +136,18 @@ class _SignalRelay:
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
+        if number != signal.SIGUSR1:
+            self.received.append(number)
+            # the second is another signal than the first: two of a kind may arrive as one
+            number = signal.SIGTERM if len(self.received) == 1 else signal.SIGINT
         try:
             launcher = psutil.Process(self._child.pid)
             if len(self.received) > 2:
                 for process in [*launcher.children(recursive=True), launcher]:
                     process.kill()
             else:  # to the ranks themselves: the launcher would kill them after 30 seconds
-                for process in launcher.children() or [launcher]:
-                    process.terminate()
+                for process in launcher.children() or ([launcher] if self.received else []):
+                    process.send_signal(number)
         except psutil.NoSuchProcess:
             pass
 
@@ -143,18 +164,23 @@ def _environment(placement: Placement) -> dict[str, str]:
     return env
 
 
-def stop_with_parent(parent: int) -> Callable[[], None] | None:
-    """Return a function for the child: it has the kernel send it SIGTERM when this process dies (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
+def prepare_child(parent: int) -> Callable[[], None]:
+    """Return a function for the child.
 
-    def ask_kernel() -> None:
+    It has the kernel send the child SIGTERM when this process dies (Linux). And SIGUSR1 is ignored, by the child's own
+    children too until they handle it: SLURM sends it to every process of a job.
+    """
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+    def prepare() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if libc is None:
+            return
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return ask_kernel
+    return prepare
 
 
 def free_port() -> int:

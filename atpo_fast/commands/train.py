@@ -22,6 +22,7 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
     from atpo_fast.train.loop import Trainer
 
     resume_from = _checkpoint_to_resume(run)
+    run.keep_config()
     _check(run)
     if resume_from is None or make_objective(run.config).loss_config.needs_reference:
         start, seconds = starting_model(run)
@@ -101,6 +102,5 @@ TRAIN = LaunchedVerb(
     "summary.json, report.html. Started again with the same run_dir it continues from the newest checkpoint.",
     example="atpo-fast train --config configs/quickstart.yaml run_dir=runs/mine train.steps=10",
     work=train,
-    keeps_config=True,
     tells_cost=True,
 )

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import free_name
 from atpo_fast.common.ranks import reduce_over_ranks
-from atpo_fast.config import Config
+from atpo_fast.config import Config, save_config
 from atpo_fast.policy.model import fast_dtype, local_model
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
@@ -53,9 +53,13 @@ class StopSignal:
 
 @dataclass(slots=True)
 class Run:
-    """The state of a run in one of its processes."""
+    """The state of a run in one of its processes.
+
+    `config` says everything; `given` is the same before `auto` was decided and the model's folder found.
+    """
 
     config: Config
+    given: Config
     task: Task
     folder: Path
     rank: int
@@ -93,6 +97,11 @@ class Run:
         total = reduce_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
+    def keep_config(self) -> None:
+        """Write the given configuration into the run folder."""
+        if self.is_main:
+            save_config(self.given, self.folder / "config.yaml")
+
     def all_of(self, here: bool) -> bool:
         """Tell whether something holds on every rank; a collective."""
         return int(reduce_over_ranks(torch.tensor([int(not here)])).item()) == 0
@@ -118,7 +127,7 @@ def start_run(config: Config) -> Run:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.manual_seed(config.seed)
-    folder = Path(config.run_dir)
+    folder, given = Path(config.run_dir), config
     is_main = rank == 0
     if is_main:
         if config.train.resume == "never":
@@ -128,6 +137,7 @@ def start_run(config: Config) -> Run:
     task = load_task(config)
     return Run(
         config=config,
+        given=given,
         task=task,
         folder=folder,
         rank=rank,

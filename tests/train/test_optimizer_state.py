@@ -24,10 +24,10 @@ def together(folder: Path) -> dict[tuple[str, str], Tensor]:
             assert int(start) not in pieces.setdefault((name, key), {})
             pieces[name, key][int(start)] = values
     whole: dict[tuple[str, str], Tensor] = {}
-    for key, parts in pieces.items():
-        for start in sorted(parts):
-            assert start == len(whole.get(key, ()))
-            whole[key] = torch.cat([whole[key], parts[start]]) if start else parts[start]
+    for named, parts in pieces.items():
+        ends = [0, *(begin + len(parts[begin]) for begin in sorted(parts))]
+        assert ends[:-1] == sorted(parts)
+        whole[named] = torch.cat([parts[begin] for begin in sorted(parts)])
     return whole
 
 
@@ -36,8 +36,7 @@ def together(folder: Path) -> dict[tuple[str, str], Tensor]:
 @pytest.mark.distributed
 def test_any_stage_continues_any_other(tmp_path: Path) -> None:
     fork_ranks(write_states, 2, tmp_path)
-    for ranks in (1, 3):
-        fork_ranks(continue_states, ranks, tmp_path)
+    fork_ranks(continue_states, 3, tmp_path)
     checked = 0
     for written in STAGES:
         for dtype in DTYPES:
@@ -53,7 +52,7 @@ def test_any_stage_continues_any_other(tmp_path: Path) -> None:
                 for name, value in load_file(folder / "after.safetensors").items():
                     torch.testing.assert_close(value, after[name], rtol=bound, atol=bound, msg=f"{folder} {name}")
                 checked += 1
-    assert checked == len(STAGES) * len(DTYPES) * len(STAGES) * 2
+    assert checked == len(STAGES) * len(DTYPES) * len(STAGES)
 
 
 # Fails when a stretch that no file holds is filled with whatever is there.
