@@ -19,9 +19,11 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
     """Train to the last step, then write the summary and the report; returns the exit code."""
     from atpo_fast.train.cold_start import check_vocabulary, starting_model
     from atpo_fast.train.from_config import make_objective
+    from atpo_fast.train.identity import RUN, claim
     from atpo_fast.train.loop import Trainer
 
     resume_from = _checkpoint_to_resume(run)
+    claim(run, run.folder / "run.json", RUN, continued=resume_from is not None)
     run.keep_config()
     _check(run)
     if resume_from is None or make_objective(run.config).loss_config.needs_reference:

@@ -135,6 +135,9 @@ class TrainConfig:
     resume: Literal["auto", "never", "must"] = "auto"
     """What to do with an earlier run of the run folder. auto: continue from its newest checkpoint when there is one.
     must: fail when there is none. never: begin again; the earlier run's folder is renamed."""
+    on_change: Literal["refuse", "continue"] = "refuse"
+    """What to do when what the run folder holds was made with other settings, data, weights or vocabulary than these.
+    refuse: name each difference and stop. continue: name it and go on. Harmless differences are only named."""
     save_trees: int = Field(default=2, ge=0)
     """Number of trees per step written out for the report."""
     dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)

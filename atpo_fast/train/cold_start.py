@@ -29,6 +29,7 @@ from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_fast.train.checkpoints import Checkpoints, load_checkpoint, newest_intact
 from atpo_fast.train.from_config import build_model, max_prefix
+from atpo_fast.train.identity import COLD_START, claim
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model
@@ -65,10 +66,15 @@ def cold_start(run: Run) -> Path:
 
     Raises:
         ValueError: there are no demonstrations, or none are left beside those for validation.
+        ChangedRunError: the folder holds a cold start of something else.
         StopRequested: the run was asked to stop; a checkpoint was saved.
     """
     folder = run.folder / "cold_start"
-    if _finished(run, folder):
+    finished = _finished(run, folder)
+    resume_from = None if finished or run.config.train.resume == "never" else newest_intact(run, folder)
+    record = run.folder / "cold_start.run.json"
+    claim(run, record, COLD_START, continued=finished or resume_from is not None)
+    if finished:
         run.progress.message(f"cold start: using {folder}")
         return folder
     if not run.task.demonstrations:
@@ -76,7 +82,6 @@ def cold_start(run: Run) -> Path:
             "cold start: the task has no demonstrations; set cold_start.demonstrations, cold_start.from_evidence or "
             "data.source=world"
         )
-    resume_from = newest_intact(run, folder) if run.config.train.resume != "never" else None
     model = run.config.model if resume_from is None else replace(run.config.model, path=str(resume_from / "hf"))
     policy = Policy(
         build_model(model, run.task.tokenizer, run.config.seed),
