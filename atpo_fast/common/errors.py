@@ -65,6 +65,13 @@ class DynamicSamplingError(AtpoError, RuntimeError):
     on_every_rank = True
 
 
+class AlarmError(AtpoError, RuntimeError):
+    """An alarm has ended the run, as `logging.alarms.action` asks; the message says which, and what to do."""
+
+    exit_code = BAD_INPUT
+    on_every_rank = True
+
+
 class EngineError(AtpoError, RuntimeError):
     """An inference engine cannot do what a rollout needs, for a reason outside of this program; the message says why,
     and what to do."""

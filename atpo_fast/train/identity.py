@@ -29,7 +29,7 @@ _PROBE_BYTES = 1 << 16
 HARMLESS = (
     # where and how it is computed
     "run_dir", "device", "ranks", "deepspeed", "engine.*", "model.gradient_checkpointing", "model.liger",
-    "train.row_tokens", "train.prefix_memory_gb",
+    "train.row_tokens", "train.prefix_memory_gb", "rollout.schedule",
     # how long, and what is written
     "logging.*", "eval.*", "train.steps", "train.token_budget", "train.eval_every", "train.save_every",
     "train.keep_checkpoints", "train.keep_best", "train.async_save", "train.save_trees", "train.resume",
@@ -125,12 +125,15 @@ def describe(run: Run, model: Path | None = None) -> dict[str, dict[str, Any]]:
 def differences(
     before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]], scope: Scope
 ) -> Iterator[tuple[str, str]]:
-    """Yield (name, words) of each setting and content that differs and that the scope depends on."""
+    """Yield (name, words) of each setting and content that differs and that the scope depends on.
+
+    What only one of the two has is left out: it is of another version, or of another kind of engine.
+    """
     for part, words in (("settings", "{}: {!r} before, {!r} now"), ("contents", "{}: others ({} before, {} now)")):
         old, new = before.get(part, {}), now[part]
-        for name in dict.fromkeys([*new, *old]):
-            if old.get(name) != new.get(name) and not _matches(name, scope.indifferent):
-                yield name, words.format(name, old.get(name), new.get(name))
+        for name in new:
+            if name in old and old[name] != new[name] and not _matches(name, scope.indifferent):
+                yield name, words.format(name, old[name], new[name])
 
 
 def model_digest(folder: Path) -> str:

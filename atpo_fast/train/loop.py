@@ -16,12 +16,13 @@ from pathlib import Path
 
 import deepspeed
 
-from atpo_fast.common.errors import DynamicSamplingError, StopRequested
+from atpo_fast.common.errors import AlarmError, DynamicSamplingError, StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage
 from atpo_fast.policy import score_rows
+from atpo_fast.telemetry.alarms import look, outcome_words
 from atpo_fast.train.checkpoints import Checkpoints, load_checkpoint
 from atpo_fast.train.dynamic_sampling import Filled, describe, fill, read_surplus, sampling_metrics, write_surplus
 from atpo_fast.train.evaluate import NOTHING_EVALUATED, evaluate_step
@@ -33,7 +34,7 @@ from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import Draw, draw_questions, sampling_seed
 from atpo_fast.train.scoring import Group, score_batch
 from atpo_fast.train.step import optimizer_step, with_logprob
-from atpo_fast.train.step_metrics import add_up, rollout_metrics
+from atpo_fast.train.step_metrics import add_up, no_signal, rollout_metrics
 from atpo_fast.train.train_state import TrainState
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
 from atpo_fast.train.weights import load_policy
@@ -67,6 +68,7 @@ class Trainer:
         self.state = TrainState()
         self.surplus: list[Group] = []  # groups that dynamic sampling has kept for the next step
         self.checkpoints = Checkpoints(run, run.folder)
+        self.alarms: dict[str, str] = {}  # alarms that began with the last step
         if resume_from is None:
             run.logger.truncate_after(-1)
         else:
@@ -92,7 +94,7 @@ class Trainer:
         """Run to the last step; False when stopped early (a checkpoint was saved)."""
         try:
             self._run()
-        except DynamicSamplingError:  # raised on every rank too
+        except (DynamicSamplingError, AlarmError):  # raised on every rank too
             self.save()
             self.checkpoints.settle(wait=True)
             raise
@@ -115,8 +117,14 @@ class Trainer:
             self.checkpoints.settle(wait=False)
             if self._due(self.config.train.eval_every):
                 self._evaluate()
-            if self._due(self.config.train.save_every):
+            action = self.config.logging.alarms.action if self.alarms else "tell"
+            if self._due(self.config.train.save_every) or action == "save":
                 self.save()
+            if action == "stop":
+                raise AlarmError(
+                    f"stopped after step {self.state.step} by the alarms {', '.join(self.alarms)} "
+                    "(logging.alarms.action=stop); a checkpoint is saved, and the same command continues"
+                )
         if self.state.eval_step != self.state.step:  # stopped in the last evaluation, now resumed
             self._evaluate()
 
@@ -217,7 +225,7 @@ class Trainer:
         with run.timer.phase("logprob"):
             prepared = [self._prepare(b.rows, on_policy=i == staleness == 0) for i, b in enumerate(batches)]
         limit = inf if staleness else train.max_mismatch_kl  # older weights may differ
-        metrics, mismatch = MetricMean(), Mismatch(limit)
+        metrics, mismatch, before = MetricMean(), Mismatch(limit), self.state.optimizer_steps
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
             for i, (rows, batch) in enumerate(zip(prepared, batches, strict=True)):
@@ -228,6 +236,7 @@ class Trainer:
                     self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
+        policy["policy/updates"] = float(self.state.optimizer_steps - before)
         if mismatch.kl is not None:
             policy |= {"rollout/mismatch_kl": mismatch.kl, "rollout/logprob_gap": mismatch.gap}
         return policy, sum(batch.pruned for batch in batches)
@@ -283,7 +292,10 @@ class Trainer:
             )
             | {f"time/{name}": seconds for name, seconds in add_up(batch.phases for batch in batches).items()}
             | metrics
-            | {"policy/skipped_steps": float(self.watch.skipped_steps)}
+            | {
+                "policy/skipped_steps": float(self.watch.skipped_steps),
+                "sampling/no_signal": no_signal(filled.rolled_out),
+            }
             | {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
         )
         if train.dynamic_sampling.enabled:
@@ -292,10 +304,22 @@ class Trainer:
             run.progress.message(f"step {self.state.step}: {what}")
         for name in TOTALS:
             self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
-        run.logger.log("train", self.state.step, metrics)
+        self.alarms, holding = look(metrics, self.config.logging.alarms, self.state.alarms)
+        run.logger.log("train", self.state.step, metrics | holding)
         run.progress.step_done(self.state.step, train.steps, metrics)
+        self._tell(metrics)
         if run.is_main and train.save_trees:
             append_trees(run.folder / "trees.jsonl", trained[: train.save_trees], self.state.step, run.task.tokenizer)
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        """Say why a step had no update, and which alarms have begun."""
+        if not metrics["policy/updates"]:
+            self.run.progress.message(
+                f"step {self.state.step}: no update, because no trajectory earned more or less than its question's "
+                f"others; outcomes: {outcome_words(metrics)}"
+            )
+        for name, text in self.alarms.items():
+            self.run.progress.message(f"ALARM {name}, step {self.state.step}: {text}")
 
     @property
     def seconds(self) -> float:

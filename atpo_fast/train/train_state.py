@@ -20,6 +20,7 @@ class TrainState:
     cursor: int = 0  # place of the next question in the order of questions (`atpo_fast.train.schedule.Draw`)
     kept: list[list[int]] = field(default_factory=list)  # surplus: (place, weights_step, trees) of each group
     totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
+    alarms: dict[str, float] = field(default_factory=dict)  # what `atpo_fast.telemetry.alarms` remembers
 
     def summary(self, seconds: float) -> dict[str, Any]:
         """Return the contents of `summary.json` for a training that took `seconds`."""

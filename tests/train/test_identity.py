@@ -68,9 +68,9 @@ def test_a_changed_run_is_refused_in_words(tmp_path: Path) -> None:
     (changed,) = json.loads((folder / "run.json").read_text())["changes"]
     assert changed[0].startswith("optim.lr")
     for verb, other in (("cold-start", "cold_start.lr=1e-4"), ("rollout", "rollout.top_k=3")):
-        words = [verb, "--config", str(config), EXACT, *(["--questions=1"] if verb == "rollout" else [])]
-        process = start_command(*words)
+        command = [verb, "--config", str(config), EXACT, *(["--questions=1"] if verb == "rollout" else [])]
+        process = start_command(*command)
         assert process.communicate(timeout=900) and process.returncode == 0
-        process = start_command(*words, other)
+        process = start_command(*command, other)
         output, _ = process.communicate(timeout=900)
         assert process.returncode == 2 and other.partition("=")[0] in output and "something else" in output

@@ -27,6 +27,7 @@ class Trajectory:
         token_ids: (t,) tokens after the prompt, results included.
         validation: whether it belongs to an evaluation.
         leaf: number of the leaf in its tree.
+        fault: rule of the format that is broken, if one is.
     """
 
     question: Question
@@ -42,6 +43,7 @@ class Trajectory:
     token_ids: TokenIds = field(compare=False)
     validation: bool
     leaf: int
+    fault: str | None = None
 
     @property
     def tokens(self) -> int:
