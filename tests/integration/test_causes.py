@@ -51,7 +51,7 @@ def test_a_wrong_prompt(model: Path, tmp_path: Path) -> None:
 # Fails when a run begins without its search server; tests/environment has one that dies on the way.
 def test_a_dead_search_server(model: Path, tmp_path: Path) -> None:
     dead = ["tools.search_backend=http", "tools.search_url=http://127.0.0.1:9/retrieve"]
-    lines = two_steps(tmp_path, f"model.path={model}", *dead, code=2)
+    lines = two_steps(tmp_path, f"model.path={model}", *dead, code=1)
     (line,) = [line for line in lines if line.startswith("error:")]
     assert "127.0.0.1:9" in line and "Connection refused" in line and "Start a retrieval server" in line
 
