@@ -71,7 +71,8 @@ def make_engine(
         from atpo_fast.engines.paged import PagedEngine
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config, engine))
-        return PagedEngine(model, tokenizer, cache_tokens=engine.cache_tokens, device=device)
+        sizes = {"cache_tokens": engine.cache_tokens, "cache_states": engine.cache_states}
+        return PagedEngine(model, tokenizer, **sizes, device=device)
     if isinstance(engine, VLLMConfig):
         from atpo_fast.engines.vllm.engine import VLLMEngine
 
