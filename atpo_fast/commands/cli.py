@@ -17,9 +17,8 @@ from atpo_fast.commands.report import REPORT
 from atpo_fast.commands.retriever import RETRIEVER
 from atpo_fast.commands.rollout import ROLLOUT
 from atpo_fast.commands.train import TRAIN
-from atpo_fast.common.errors import exit_code
+from atpo_fast.common.errors import exit_code, in_words
 from atpo_fast.common.log import set_up_logging
-from atpo_fast.common.secrets import redacted
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
 LOCAL = (COMPARE, PREPARE, REPORT, IMPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(redacted(f"error: {error}"), file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return code
 
 
