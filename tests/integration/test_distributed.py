@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.helpers.distributed_gradients import HYBRID_CASES, write_gradients
+from tests.helpers.distributed_gradients import HYBRID_CASES, write_few_gradients, write_gradients
 from tests.helpers.forked_runs import fork_ranks
 from tests.helpers.hybrid_models import DENSE
 
