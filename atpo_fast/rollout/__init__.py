@@ -2,8 +2,7 @@
 
 from atpo_fast.rollout.counters import RolloutCounters
 from atpo_fast.rollout.expansion import expansion_scores, keep_leaves, select_turns
-from atpo_fast.rollout.openings import begin_sessions
-from atpo_fast.rollout.tree_search import TreeSearch, in_order
+from atpo_fast.rollout.tree_search import TreeSearch, begin_sessions, in_order
 
 __all__ = [
     "RolloutCounters",

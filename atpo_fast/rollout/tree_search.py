@@ -14,8 +14,8 @@ from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Engine
 from atpo_fast.environment import TAGS, ToolBox
-from atpo_fast.environment.sessions import Sessions, StateTree
-from atpo_fast.rollout.branch import QuestionSearch
+from atpo_fast.environment.sessions import Sessions, StateTree, task_of
+from atpo_fast.rollout.branch import QuestionSearch, hashed
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.rollout.counters import Progress, ProgressCallback, RolloutCounters, Timer
 from atpo_fast.rollout.growth import Growth, Station
@@ -149,3 +149,16 @@ class TreeSearch:
 def in_order(finished: Iterable[tuple[int, TurnTree]]) -> list[TurnTree]:
     """Collect the trees of a roll-out in the order of their questions, and those of one question by their numbers."""
     return [tree for _, tree in sorted(finished, key=lambda found: (found[0], found[1].meta.get("tree", 0)))]
+
+
+def begin_sessions(sessions: Sessions, questions: Sequence[Question], seed: int) -> list[StateTree]:
+    """Open the first session of each question, side by side.
+
+    Its seed follows from `seed`, the question's id, and how many equal ids came before.
+    """
+    seen: Counter[str] = Counter()
+    tasks = []
+    for question in questions:
+        tasks.append((question.id, task_of(question), hashed(seed, question.id, seen[question.id], "session")))
+        seen[question.id] += 1
+    return sessions.begin(tasks)

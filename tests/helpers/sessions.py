@@ -107,7 +107,8 @@ class Drawing(Diary):
 
 def make_sessions(factory: Callable[[dict[str, Any], int], Session], **settings: Any) -> Sessions:
     """The sessions of a factory, after the check at the start."""
-    config = EnvironmentConfig(**({"factory": "tests:factory", "timeout_seconds": 240.0} | settings))
+    given: dict[str, Any] = {"factory": "tests:factory", "timeout_seconds": 240.0} | settings
+    config = EnvironmentConfig(**given)
     return Sessions(factory, config, max_chars=2000, task=CHECK, seed=0)
 
 

@@ -165,8 +165,9 @@ def test_rewards_belong_to_their_turns(tmp_path: Any) -> None:
     assign_credit(trees, "at2po", leaf_norm=False, value="leaf_mean", advantage="node_value")
     tree = trees[0]
     for leaf in tree.leaves:
-        assert tree.advantages is not None and tree.turn_rewards is not None and tree.turns[leaf].score is not None
-        assert tree.advantages[leaf] == pytest.approx(tree.turns[leaf].score + sum(tree.turn_rewards[tree.path(leaf)]))
+        score = tree.turns[leaf].score
+        assert tree.advantages is not None and tree.turn_rewards is not None and score is not None
+        assert tree.advantages[leaf] == pytest.approx(score + sum(tree.turn_rewards[tree.path(leaf)]))
 
 
 class Opening(Diary):
@@ -236,7 +237,7 @@ def test_sessions_close_when_a_branch_is_late() -> None:
         return "<act> two</act>" if rng.random() < 0.5 else "<answer> nine</answer><eos>"
 
     sessions = make_sessions(Slow)
-    shape = {"strategy": "chain", "initial_chains": 8, "straggler_seconds": 0.2}
+    shape: dict[str, Any] = {"strategy": "chain", "initial_chains": 8, "straggler_seconds": 0.2}
     (tree,) = roll_out(make_search(engine(script), sessions, **shape), questions(1))
     late = [leaf for leaf in tree.leaves if tree.turns[leaf].finish_reason == "stop"]
     assert late and all(tree.turns[leaf].score is None for leaf in late)
