@@ -63,7 +63,7 @@ def walk() -> Iterator[str]:
 
 
 def opened(call: Caller, **columns: Any) -> Any:
-    return call(openenv.open_session({"id": "1", **columns}, 3))
+    return call(openenv.open_session({"id": "1", **columns}, 4))  # without a seed, a walk begins elsewhere
 
 
 def test_client(walk: str) -> None:
@@ -71,10 +71,11 @@ def test_client(walk: str) -> None:
     with the seed differs from the first: then no path could be replayed."""
     with caller() as call:
         first, second = (opened(call, base_url=walk, action_field="direction") for _ in range(2))
-        assert first.opening == second.opening == "at 2"
-        assert [result.text for result in call.steps(first, "right", "left")] == ["at 3", "at 2"]
-        home = call.steps(second, "left", "left")
+        assert first.opening == second.opening == "at 3"
+        assert [result.text for result in call.steps(first, "right", "left")] == ["at 4", "at 3"]
+        home = call.steps(second, "left", "left", "left")
         assert [(result.text, result.reward, result.done) for result in home] == [
+            ("at 2", -0.1, False),
             ("at 1", -0.1, False),
             ("at 0", 1.0, True),
         ]
