@@ -1,7 +1,7 @@
 """Make the environment of one host's adapter test: `python3 .ci/adapters.py verl`, called by `make test-adapters`.
 
-The hosts pin transformers and others, each to its own version, so each gets an environment; PyTorch and pytest come from
-`.venv`, whose packages are put behind those of the host on the new environment's path.
+The hosts pin transformers and others, each to its own version, so each gets an environment. PyTorch and pytest are
+those of `.venv`, whose packages are put behind the host's on the path of the new environment.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ HOSTS = {
             "torchdata",
         ],
     ),
-    "openrlhf": Host("openrlhf==0.11.2", ["transformers==5.15.0", "ray==2.55.0", "peft", "optree", "torchdata"], False),
+    "openrlhf": Host(
+        "openrlhf==0.11.2", ["transformers==5.15.0", "ray==2.55.0", "peft", "optree", "pylatexenc", "torchdata"], False
+    ),
 }
 
 

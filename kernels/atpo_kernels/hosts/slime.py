@@ -41,11 +41,11 @@ def policy_loss(
         **get_rollout_top_p_logprob_kwargs(args, batch),
     )
     old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
-    rows = [found["log_probs"], old or None, batch["advantages"], batch["loss_masks"]]
-    logprob, old, advantages, mask = (None if x is None else pad_sequence(list(x), batch_first=True) for x in rows)
+    rows = found["log_probs"], batch["advantages"], batch["loss_masks"]
+    logprob, advantages, mask = (pad_sequence(list(x), batch_first=True) for x in rows)
     out = turn_policy_loss(
         logprob,
-        old,
+        pad_sequence(list(old), batch_first=True) if old else None,
         advantages,
         mask=mask,
         reduction="none",

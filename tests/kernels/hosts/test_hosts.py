@@ -25,7 +25,7 @@ from atpo_kernels.hosts.verl.loss import policy_loss
 from tests.helpers.policies import make
 
 B, T = 6, 12
-CLIP = {"clip_low": 0.1, "clip_high": 0.15}
+CLIP: dict[str, Any] = {"clip_low": 0.1, "clip_high": 0.15}
 FOLDER = Path(hosts.__path__[0])
 
 
@@ -145,7 +145,7 @@ def by_slime(mode: str, rows: dict[str, Tensor], whole: dict[str, Tensor], ranks
         ).sum()
 
     args = SimpleNamespace(**OPTIONS_OF_SLIME)
-    given = {"log_probs": cut(rows["old"]), "advantages": cut(rows["advantages"]), "loss_masks": masks}
+    given: dict[str, Any] = {"log_probs": cut(rows["old"]), "advantages": cut(rows["advantages"]), "loss_masks": masks}
     given |= {"response_lengths": lengths, "total_lengths": lengths, "unconcat_tokens": None}
     loss, logged = slime.policy_loss(args, given, torch.cat(cut(rows["logprob"])), sum_of_sample_mean)
     assert {"loss", "pg_loss", "entropy_loss", "clipped_low"} <= logged.keys()
@@ -227,6 +227,7 @@ def written_out(trees: list[TurnTree]) -> dict[str, Any]:
     for t, tree in enumerate(trees):
         for leaf in tree.leaves:
             path = tree.path(leaf)[1:]
+            assert tree.advantages is not None
             parts: dict[str, list[float]] = {"ids": [], "mask": [], "logprobs": [], "advantages": []}
             for n in path:
                 turn, a = tree.turns[n], tree.advantages[n]
