@@ -433,7 +433,7 @@ def test_constructor_errors(arguments: dict[str, Any], message: str) -> None:
         ({"turn_ids": torch.full((B, T), T)}, "turn_ids must lie in [0, 12)"),
         ({"advantages": torch.zeros(B, 3)}, "or with turn_ids (B, K), got (5, 3)"),
         ({"advantages": torch.zeros(B, 2), "turn_ids": torch.full((B, T), 2)}, "turn_ids go up to 2"),
-        ({"vllm_is_ratio": torch.ones(B)}, "or (B, 1), got (5,)"),
+        ({"vllm_is_ratio": torch.ones(B + 1)}, "(B, 1) or (B,), got (6, 1)"),
         ({"ref_input": torch.zeros(B, 1, D), "ref_weight": torch.zeros(V, D)}, "ref_input must be (B, T, D)"),
         ({}, "needs ref_per_token_logps, or ref_input and ref_weight"),
     ],

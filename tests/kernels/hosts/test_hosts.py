@@ -320,3 +320,18 @@ def test_autocast() -> None:
         _, metrics = head(hidden, ids, ones, torch.ones(2), old_per_token_logps=expected.detach())
         assert torch.equal(head(hidden, selected_token_ids=ids)[0], expected)
     assert metrics.by_name["ratio_max"] == 1
+
+
+def test_shapes_of_other_trainers() -> None:
+    """Fails if advantages (B, 1) or importance weights (B,) are refused, or spread over the wrong axis."""
+    rows, one = batch(), torch.linspace(-1, 1, B, dtype=torch.float64)
+    losses = [turn_policy_loss(rows["logprob"], rows["old"], x, mask=rows["mask"]).loss for x in (one, one[:, None])]
+    torch.testing.assert_close(losses[0], losses[1])
+    hidden, weight = torch.randn(B, T, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    loss, trust = FusedLinearTurnPolicyLoss(), one.abs()
+    values = [
+        loss(hidden, weight, torch.zeros(B, T, dtype=torch.long), rows["mask"], one, vllm_is_ratio=x)[0]
+        for x in (trust, trust[:, None], trust[:, None].expand(B, T))
+    ]
+    torch.testing.assert_close(values[0], values[1])
+    torch.testing.assert_close(values[0], values[2])
