@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -36,11 +37,12 @@ from atpo_fast.config import OverlongConfig, RewardConfig
 from atpo_fast.data.matching import exact_match, f1_score
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.decoding import decode, decode_actions, decode_observations
-from atpo_fast.environment.extraction import EXTRACTIONS, Extraction, turn_format_ok
+from atpo_fast.environment.extraction import EXTRACTIONS, Extraction, FormatFault, turn_format_ok
 from atpo_fast.environment.own_code import place_of
 from atpo_fast.environment.rewards import PUBLISHED, Earned, Reward, Trajectory, earn
+from atpo_fast.environment.rewards.named import NAMED
 from atpo_fast.environment.tags import TAGS, format_result, open_tag
-from atpo_fast.tree.turn_tree import TurnTree
+from atpo_fast.tree.turn_tree import Floats, TurnTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,11 @@ class ScoringRules:
     opening: str = ""
     loop: LazyEventLoop = field(default_factory=lambda: LazyEventLoop("rewards"))
 
+    @property
+    def reads_score(self) -> bool:
+        """Whether a reward looks at the environment's score of a trajectory, or may do so."""
+        return any(r.signature is not None or r.function is NAMED["session"] for r in self.rewards)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeafScore:
@@ -67,6 +74,7 @@ class LeafScore:
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
     was read as such. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
     is the part of `reward` that the length took, 0 or less. `rewards` holds the task's rewards by name, unweighted.
+    `outcome` says why the reward is what it is, one of OUTCOMES.
     """
 
     turn: int
@@ -79,6 +87,22 @@ class LeafScore:
     answer: str | None
     overlong: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict, compare=False)
+    outcome: str = field(default="", compare=False)
+
+
+RIGHT, WRONG, UNREAD = "right", "wrong", "unread"
+TOKEN_LIMIT, CALL_LIMIT = "token_limit", "call_limit"
+OUTCOMES = (RIGHT, WRONG, UNREAD, TOKEN_LIMIT, CALL_LIMIT, *get_args(FormatFault))
+"""Why a trajectory earned what it did: a right or a wrong answer in the asked format; one in the format that cannot be
+read; cut at a limit of tokens; ended after a call that could not be answered (no call left, no room, or a tool too
+late); or the rule of the format that is broken."""
+
+
+def outcome(fault: str | None, answer: str | None, em: float, finish_reason: str) -> str:
+    """Say why a trajectory earned what it did, given how its last turn ended: one of OUTCOMES."""
+    if fault is None:
+        return UNREAD if answer is None else RIGHT if em else WRONG
+    return {"length": TOKEN_LIMIT, "stop": CALL_LIMIT}.get(finish_reason, fault)
 
 
 def score_trees(
@@ -93,8 +117,8 @@ def score_trees(
 ) -> list[list[LeafScore]]:
     """Score every leaf of every tree, in the order of `tree.leaves`, and set its reward on the tree.
 
-    Sets `tree.turn_rewards` too where turns have a `turn_penalty`. Each turn is decoded once. A tree
-    without leaves gives an empty list.
+    Sets `tree.turn_rewards` too where turns have a `turn_penalty`, or the environment rewarded them. Each turn is
+    decoded once. A tree without leaves gives an empty list.
 
     Args:
         trees: unscored trees.
@@ -142,16 +166,14 @@ def _trajectories(
 ) -> list[Trajectory]:
     """Read the trajectories of a tree's leaves, and set the rewards of its turns where they have any."""
     written, responses = _turn_texts(tree, tokenizer, rules.opening)
-    if reward.turn_penalty:
-        turns = zip(written, tree.turns, strict=True)
-        broken = [not turn_format_ok(text, turn.tool is not None) for text, turn in turns]
-        tree.turn_rewards = np.array([0.0, *broken[1:]]) * -reward.turn_penalty
+    tree.turn_rewards = _turn_rewards(tree, written, reward)
     prompt = decode(tokenizer, tree.turns[0].observation_ids.tolist())
     found = []
     for leaf in tree.leaves:
         path = tree.path(leaf)[1:]
         text = "".join(written[n] for n in path)
         answer = _answer(text, question, leaf, rules.extraction)
+        fault = rules.extraction.fault(text, answer)
         found.append(
             Trajectory(
                 question=question,
@@ -161,15 +183,28 @@ def _trajectories(
                 answer=answer,
                 em=exact_match(answer, question.answers, reward.normalise) if answer is not None else 0.0,
                 f1=f1_score(answer, question.answers, reward.normalise) if answer is not None else 0.0,
-                format_ok=rules.extraction.well_formed(text, answer),
+                format_ok=fault is None,
+                fault=fault,
                 turns=len(path),
                 tool_calls=sum(tree.turns[n].tool is not None for n in path),
                 token_ids=tree.path_ids(leaf)[len(tree.turns[0].observation_ids) :],
                 validation=validation,
                 leaf=leaf,
+                score=tree.turns[leaf].score,
+                turn_rewards=sum(tree.turns[n].step_reward or 0.0 for n in path),
             )
         )
     return found
+
+
+def _turn_rewards(tree: TurnTree, written: Sequence[str], reward: RewardConfig) -> Floats | None:
+    """Add up what each turn earns itself, (N,): what the environment gave, and the penalty of a broken format."""
+    steps = np.array([turn.step_reward or 0.0 for turn in tree.turns])
+    if not reward.turn_penalty:
+        return steps if steps.any() else None
+    turns = zip(written, tree.turns, strict=True)
+    broken = [not turn_format_ok(text, turn.tool is not None) for text, turn in turns]
+    return steps + np.array([0.0, *broken[1:]]) * -reward.turn_penalty
 
 
 def _scores(
@@ -190,6 +225,9 @@ def _scores(
             answer=trajectory.answer,
             overlong=penalty,
             rewards=mine.by_name,
+            outcome=outcome(
+                trajectory.fault, trajectory.answer, trajectory.em, tree.turns[trajectory.leaf].finish_reason
+            ),
         )
         tree.set_reward(trajectory.leaf, score.reward)
         scores.append(score)
