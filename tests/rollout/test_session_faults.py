@@ -1,4 +1,7 @@
-"""Many trees over sessions that fail in every way: each question gets its tree, and nothing is left."""
+"""Many trees over sessions that fail in every way: each question gets its tree, and nothing is left.
+
+`ATPO_TEST_TREES` sets the number of trees.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from atpo_fast.engines.base import Request
 from atpo_fast.environment import Result, Session, SessionLostError
@@ -101,10 +103,8 @@ def session_threads() -> list[str]:
 
 # Fails if a fault ends the roll-out, costs a question its tree, reaches the tree of another question, or leaves a
 # session, a thread, a process or a file behind.
-@pytest.mark.parametrize(
-    "count", [60, pytest.param(1000, marks=pytest.mark.slow(reason="1,000 trees, two minutes of CPU time"))]
-)
-def test_faults(count: int) -> None:
+def test_faults() -> None:
+    count = int(os.environ.get("ATPO_TEST_TREES", "60"))
     files, processes = handles(), children()
     sessions = make_sessions(Faulty, fork="native", timeout_seconds=5.0, sessions=48, concurrency=16)
     asked = questions(count)
