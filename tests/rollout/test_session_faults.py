@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from atpo_fast.engines.base import Request
 from atpo_fast.environment import Result, Session, SessionLostError
@@ -90,11 +91,8 @@ def handles() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def children() -> set[str]:
-    found = set()
-    for task in Path("/proc/self/task").iterdir():
-        found |= set((task / "children").read_text().split())
-    return found
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
 def session_threads() -> list[str]:
