@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atpo_fast.common.choices import GradientCheckpointing, Liger
+from atpo_fast.common.model_layers import describe_layers
 from atpo_fast.objective import Objective
-from atpo_fast.policy.attention import TREE_ATTENTION, attention_blocks, check_supported, register
+from atpo_fast.policy.attention import TREE_ATTENTION, RowBlocks, check_supported, register
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
 from atpo_fast.policy.layers import use_liger
@@ -22,15 +23,15 @@ class Policy(nn.Module):
     """A causal LM over packed rows.
 
     Args:
-        model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`. Its attention and
-            head are replaced; parameter names stay Hugging Face's.
+        model: a causal LM of attention layers, full or over windows, a backbone at `.model` and a linear `.lm_head`
+            (docs/supported_models.md). Its attention and head are replaced; parameter names stay Hugging Face's.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
         liger: `auto` runs RMSNorm, SwiGLU and RoPE of the architectures in `layers.MODEL_TYPES` on Liger's kernels
             where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers unchanged.
 
-    Raises ValueError for models with windowed or capped attention, and for those that the choice of
+    Raises ValueError for models with layers that trees do not run through, and for those that the choice of
     gradient_checkpointing does not suit.
     """
 
@@ -43,7 +44,7 @@ class Policy(nn.Module):
         liger: Liger = "auto",
     ):
         super().__init__()
-        check_supported(model.config)
+        check_supported(model)
         register()
         model.set_attn_implementation(TREE_ATTENTION)
         install_head(model, temperature)
@@ -51,6 +52,7 @@ class Policy(nn.Module):
             use_liger(model)
         enable_checkpointing(model, gradient_checkpointing)
         self.model = model
+        self._windows = [layer.window for layer in describe_layers(model.config)]
         self.skipped_tokens = 0  # left out of backward passes so far, with gradient checkpointing
 
     def forward(
@@ -79,19 +81,14 @@ class Policy(nn.Module):
                 "`accumulate_gradients`, which pass rows as `plan_passes` says, or pack with max_prefix=0"
             )
         subtree_end = row.subtree_end.to(self.device, non_blocking=True)
-
-        def make_blocks(subtree_end: Tensor) -> Any:  # (T,)
-            return attention_blocks(
-                self.model.config, subtree_end, self.model.dtype, self.device, prefix_tokens=row.prefix_tokens
-            )
-
+        make_blocks = partial(RowBlocks, self._windows, row.prefix_tokens)
         tokens = GradientTokens(subtree_end, make_blocks)
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
             use_cache=False,
             subtree_end=subtree_end,
-            tree_blocks=make_blocks(row.subtree_end),  # once for all layers
+            tree_blocks=make_blocks(row.subtree_end),
             gradient_tokens=tokens,
             row_prefix=prefix,
         )
