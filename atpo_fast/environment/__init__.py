@@ -6,6 +6,7 @@ from atpo_fast.environment.function_tool import FunctionTool, ToolError
 from atpo_fast.environment.python_tool import PythonTool
 from atpo_fast.environment.result_cache import CachedTool, ResultCache
 from atpo_fast.environment.search import BM25Search, HTTPSearch, IndexSearch
+from atpo_fast.environment.session import ForkError, Result, Session, SessionLostError
 from atpo_fast.environment.tags import (
     CALL_LIMIT_NOTICE,
     TAGS,
@@ -26,11 +27,15 @@ __all__ = [
     "BM25Search",
     "CachedTool",
     "Escaper",
+    "ForkError",
     "FunctionTool",
     "HTTPSearch",
     "IndexSearch",
     "PythonTool",
+    "Result",
     "ResultCache",
+    "Session",
+    "SessionLostError",
     "TagVocabulary",
     "Tool",
     "ToolBox",

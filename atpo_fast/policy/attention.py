@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
-from atpo_fast.common.model_layers import describe_layers, find_problems
+from atpo_fast.models.layers import describe_layers, find_problems
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_kernels import make_attention_blocks, tree_attention
 from atpo_kernels.tree_attention import AttentionBlocks
@@ -83,10 +83,10 @@ def prefix_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Compute the bytes that one token of a row's prefix takes.
 
     They hold its keys and values, twice because a row's graph has them behind one another, their gradients in float32,
-    and its layers' outputs.
+    and its layers' outputs. Layers with a state keep one for the whole row, which is not counted.
     """
     layers = describe_layers(config)
-    held = sum(2 * layer.key_heads * layer.head_dim for layer in layers) * (2 * dtype.itemsize + 4)
+    held = sum(2 * layer.key_heads * layer.head_dim for layer in layers if layer.attends) * (2 * dtype.itemsize + 4)
     return held + len(layers) * config.hidden_size * dtype.itemsize
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from atpo_fast.common.model_layers import LogitRule, logit_rule
+from atpo_fast.common.logits import LogitRule, logit_rule
 from atpo_fast.objective import Objective
 from atpo_fast.objective.objective import leaf_paths, token_weights
 from atpo_fast.tree.packed_rows import PackedTrees

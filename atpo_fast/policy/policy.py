@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atpo_fast.common.choices import GradientCheckpointing, Liger
-from atpo_fast.common.model_layers import describe_layers
+from atpo_fast.models.layers import describe_layers
 from atpo_fast.objective import Objective
 from atpo_fast.policy.attention import TREE_ATTENTION, RowBlocks, check_supported, register
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
 from atpo_fast.policy.layers import use_liger
 from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
+from atpo_fast.policy.opened_rows.states import RowStates
+from atpo_fast.recurrent.layers import carry_states
+from atpo_fast.recurrent.segments import Segments
 from atpo_fast.tree.packed_rows import PackedTrees
 
 
@@ -23,8 +26,9 @@ class Policy(nn.Module):
     """A causal LM over packed rows.
 
     Args:
-        model: a causal LM of attention layers, full or over windows, a backbone at `.model` and a linear `.lm_head`
-            (docs/supported_models.md). Its attention and head are replaced; parameter names stay Hugging Face's.
+        model: a causal LM of attention layers, full or over windows, and layers with a state, with a backbone at
+            `.model` and a linear `.lm_head` (docs/supported_models.md). Its attention and head are replaced; parameter
+            names stay Hugging Face's.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
@@ -47,6 +51,7 @@ class Policy(nn.Module):
         check_supported(model)
         register()
         model.set_attn_implementation(TREE_ATTENTION)
+        self._has_states = carry_states(model)
         install_head(model, temperature)
         if liger == "auto" and torch.cuda.is_available():
             use_liger(model)
@@ -81,21 +86,31 @@ class Policy(nn.Module):
                 "`accumulate_gradients`, which pass rows as `plan_passes` says, or pack with max_prefix=0"
             )
         subtree_end = row.subtree_end.to(self.device, non_blocking=True)
-        make_blocks = partial(RowBlocks, self._windows, row.prefix_tokens)
-        tokens = GradientTokens(subtree_end, make_blocks)
+
+        def structure(subtree_end: Tensor) -> dict[str, Any]:  # (T,)
+            return self._structure(subtree_end, row.prefix_tokens, prefix)
+
+        tokens = GradientTokens(subtree_end, structure)
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
             use_cache=False,
             subtree_end=subtree_end,
-            tree_blocks=make_blocks(row.subtree_end),
             gradient_tokens=tokens,
             row_prefix=prefix,
+            **structure(row.subtree_end),
         )
         hidden = out.last_hidden_state
         if self.model.is_gradient_checkpointing and self.model.training and hidden.requires_grad and not prefix.closing:
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
+
+    def _structure(self, subtree_end: Tensor, prefix_tokens: int, prefix: RowPrefix) -> dict[str, Any]:  # (T,)
+        """Make the keyword arguments that tell all layers how the tokens of a row hang together."""
+        blocks = RowBlocks(self._windows, prefix_tokens, subtree_end)
+        if not self._has_states:
+            return {"tree_blocks": blocks}
+        return {"tree_blocks": blocks, "seq_idx": RowStates(Segments.of_trees(subtree_end, self.device), prefix)}
 
     def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:  # (1, T, D)
         tokens.observe(gradient)

@@ -13,7 +13,16 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from atpo_fast.recurrent.layers import NEEDED, known_types
+
 FULL, SLIDING = "full_attention", "sliding_attention"
+_WORDS = {
+    FULL: "full attention",
+    "linear_attention": "a layer with a state",
+    "conv": "a short convolution",
+    "mlp": "an MLP",
+    "moe": "a mixture of experts",
+}
 _SAME_KIND = {"attention": FULL}  # other names for the same
 _DROPOUT = "attention_dropout"
 # Rotary frequencies that follow the longest position of a call, which in a packed row is another trajectory's.
@@ -32,31 +41,24 @@ class Layer:
     query_heads: int = 0
     key_heads: int = 0
     head_dim: int = 0
+    supported: bool = True
+    """Whether trees can be computed through the layer."""
 
     @property
-    def supported(self) -> bool:
-        """Whether trees can be computed through the layer."""
+    def attends(self) -> bool:
+        """Whether the layer has keys and values."""
         return self.kind in (FULL, SLIDING)
 
     @property
     def description(self) -> str:
         """What the layer is, in words."""
-        if self.kind == FULL:
-            return "full attention"
-        return f"attention over a window of {self.window}" if self.kind == SLIDING else self.kind.replace("_", " ")
-
-
-@dataclass(frozen=True, slots=True)
-class LogitRule:
-    """How a model makes logits of the head's products x: softcap * tanh(x / divisor / softcap)."""
-
-    divisor: float = 1.0
-    softcap: float | None = None
+        return f"attention over a window of {self.window}" if self.window else _WORDS.get(self.kind, self.kind)
 
 
 def describe_layers(config: PretrainedConfig) -> list[Layer]:
     """Describe every decoder layer of a model, supported or not. Raises ValueError where windows have no size."""
     kinds, window = _kinds(config), getattr(config, "sliding_window", None)
+    known = {FULL, SLIDING, *known_types(config)}
     if SLIDING in kinds and not window:
         raise ValueError(f"{config.model_type}: layer_types has {SLIDING}, but sliding_window={window}")
     own = getattr(config, "per_layer_config", None)  # Gemma 4: other shapes for layers of other kinds
@@ -66,7 +68,8 @@ def describe_layers(config: PretrainedConfig) -> list[Layer]:
         heads = config.num_attention_heads
         width = getattr(shape, "head_dim", None) or config.hidden_size // heads
         keys = getattr(shape, "num_key_value_heads", None) or heads
-        found.append(Layer(index, kind, window if kind == SLIDING else None, heads, keys, width))
+        seen = window if kind == SLIDING else None
+        found.append(Layer(index, kind, seen, heads, keys, width, supported=kind in known))
     return found
 
 
@@ -78,20 +81,13 @@ def _kinds(config: PretrainedConfig) -> list[str]:
     return [SLIDING if getattr(config, "sliding_window", None) else FULL] * config.num_hidden_layers
 
 
-def logit_rule(config: PretrainedConfig) -> LogitRule:
-    """Read how a model changes the head's products: Granite and Cohere scale them, Gemma caps them."""
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    factor = getattr(config, "logit_scale", None) or 1.0
-    return LogitRule(divisor / factor, getattr(config, "final_logit_softcapping", None))
-
-
 def layer_problems(layers: Iterable[Layer]) -> list[str]:
     """Say which layers are of no supported kind: a line for each kind, with the layers' numbers."""
     kinds: dict[str, list[int]] = {}
     for layer in layers:
         if not layer.supported:
             kinds.setdefault(layer.kind, []).append(layer.index)
-    return [f"{_numbers(found)}: {kind} is not supported on trees" for kind, found in kinds.items()]
+    return [f"{_numbers(found)} of type {kind}: not supported on trees" for kind, found in kinds.items()]
 
 
 def find_problems(model: PreTrainedModel) -> list[str]:
@@ -105,13 +101,13 @@ def find_problems(model: PreTrainedModel) -> list[str]:
 
 def _structure_problems(model: PreTrainedModel) -> Iterator[str]:
     name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
+    if not getattr(model, "_supports_attention_backend", False) and model.config.model_type not in NEEDED:
         yield f"{name} does not let its attention be replaced"
     layers: Sequence[nn.Module] | None = getattr(model.base_model, "layers", None)
     if layers is None or not isinstance(model.get_output_embeddings(), nn.Module):
         yield f"{name} is no causal LM with decoder layers at .model.layers and a head at .lm_head"
         return
-    attention = {layer.index for layer in describe_layers(model.config) if layer.kind in (FULL, SLIDING)}
+    attention = {layer.index for layer in describe_layers(model.config) if layer.attends}
     hidden = [i for i, layer in enumerate(layers) if i in attention and any(map(_keeps_state, layer.modules()))]
     if hidden:
         yield f"{_numbers(hidden)}: a recurrent or convolutional part beside the attention is not supported on trees"
