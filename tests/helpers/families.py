@@ -6,11 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tests.helpers.hybrid_models import hybrid_config
 
 VOCAB = 48
 SIZES: dict[str, Any] = {
@@ -98,11 +101,25 @@ FAMILIES = {
         "layers without rotary positions, windows",
     ),
     "granite": Family("Granite 3", _config("Granite", logits_scaling=2.5), "full attention, scaled logits"),
+    "qwen3_5": Family("Qwen3.5", partial(hybrid_config, "qwen3_5"), "Gated DeltaNet and full attention", ("layer",)),
+    "qwen3_next": Family(
+        "Qwen3-Next", partial(hybrid_config, "qwen3_next"), "Gated DeltaNet and full attention, experts", ("layer",)
+    ),
+    "nemotron_h": Family(
+        "Nemotron-H", partial(hybrid_config, "nemotron_h"), "Mamba2, full attention, experts", ("layer",)
+    ),
+    "granitemoehybrid": Family(
+        "Granite 4 hybrid", partial(hybrid_config, "granitemoehybrid"), "Mamba2, full attention, experts", ("layer",)
+    ),
+    "lfm2": Family("LFM2", partial(hybrid_config, "lfm2"), "short convolutions and full attention", ("layer",)),
 }  # fmt: skip
 
 
-def make(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """The random model of a family, with every parameter away from 0, in the eager attention of transformers."""
+def make(name: str, dtype: torch.dtype = torch.float64, rounded: bool = False) -> PreTrainedModel:
+    """The random model of a family, with every parameter away from 0, in the eager attention of transformers.
+
+    Its numbers are those of float32, or if they are `rounded` of bfloat16.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         FAMILIES[name].config(), attn_implementation="eager", experts_implementation="eager"
@@ -110,7 +127,7 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype)
+    return (model.to(torch.bfloat16) if rounded else model).to(dtype)
 
 
 class _Torch:
