@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 _DIVIDED = ("granite", "granitemoe", "granitemoeshared", "granitemoehybrid", "granite_swa", "granitemoe_swa")
 _MULTIPLIED = ("cohere", "cohere2")
 _CAPPED = ("gemma2", "gemma3_text", "gemma4_text", "vaultgemma")
@@ -17,6 +19,11 @@ class LogitRule:
     divisor: float = 1.0
     softcap: float | None = None
     """None: x / divisor."""
+
+    def apply(self, products: Tensor) -> Tensor:  # (..., V) -> (..., V)
+        """Make logits of products."""
+        scaled = products if self.divisor == 1 else products / self.divisor
+        return scaled if self.softcap is None else self.softcap * (scaled / self.softcap).tanh()
 
 
 def logit_rule(config: Any) -> LogitRule:

@@ -71,7 +71,8 @@ def make_engine(
         from atpo_fast.engines.paged import PagedEngine
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config, engine))
-        return PagedEngine(model, tokenizer, cache_tokens=engine.cache_tokens, device=device)
+        tokens, states = engine.cache_tokens, engine.cache_states
+        return PagedEngine(model, tokenizer, cache_tokens=tokens, cache_states=states, device=device)
     if isinstance(engine, VLLMConfig):
         from atpo_fast.engines.vllm.engine import VLLMEngine
 

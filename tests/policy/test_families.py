@@ -84,7 +84,7 @@ def test_what_trees_do_not_run_through_is_refused_by_layer() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     cases = [
         (chunked, "layers 0-2 of type chunked_attention: not supported on trees"),
-        (FalconH1Config(num_hidden_layers=2), "layers 0-1: a recurrent or convolutional part beside the attention"),
+        (FalconH1Config(num_hidden_layers=2), "layers 0-1 of type hybrid: not supported on trees"),
         (LlamaConfig(**SIZES, num_hidden_layers=1, attention_dropout=0.1), "attention_dropout=0.1"),
         (LlamaConfig(**SIZES, num_hidden_layers=1, rope_parameters=rope), "rope_type=dynamic"),
     ]
@@ -93,6 +93,14 @@ def test_what_trees_do_not_run_through_is_refused_by_layer() -> None:
             model = AutoModelForCausalLM.from_config(config)
         with pytest.raises(ValueError, match=message):
             check_supported(model)
+
+
+def test_a_state_beside_the_attention_is_refused() -> None:
+    """Fails if a layer that the configuration calls attention also mixes tokens in another way."""
+    model = make("llama")
+    model.model.layers[1].self_attn.mix = torch.nn.Conv1d(32, 32, 4)
+    with pytest.raises(ValueError, match="layer 1: a recurrent or convolutional part beside the attention"):
+        check_supported(model)
 
 
 def test_a_window_that_only_the_masks_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

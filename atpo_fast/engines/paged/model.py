@@ -10,14 +10,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from atpo_fast.common.logits import logit_rule
 from atpo_fast.engines.paged.attention import ATTENTION, PagedBatch
+from atpo_fast.models.layers import find_problems
+from atpo_fast.recurrent.carried import CarriedStates
+from atpo_fast.recurrent.layers import carry_states
 
 
 class PagedModel:
     """The backbone and the head of `model`, which from now on belongs to the engine.
 
     Raises:
-        ValueError: the architecture does not take attention functions, or limits attention to a window.
+        ValueError: a layer or a setting of the model that the engine would compute wrongly.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None):
@@ -27,6 +31,8 @@ class PagedModel:
         if dtype is not None:  # parameters only: the frequencies of the rotary embedding must stay float32
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
+        self.has_states = carry_states(model)
+        self._rule = logit_rule(model.config)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
@@ -37,13 +43,20 @@ class PagedModel:
         tokens: Tensor,  # (T,) int64
         positions: Tensor,  # (T,) int64 position of each token on its path
         paged: PagedBatch,
+        states: CarriedStates | None = None,
     ) -> Tensor:
-        """Return (T, D) final hidden states; write the tokens' keys and values into the pool."""
-        out = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged)
+        """Return (T, D) final hidden states; write keys, values and states into the pools."""
+        carried = {} if states is None else {"seq_idx": states}
+        out = self.model.base_model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged, **carried
+        )
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (R, V) logits of `hidden` (R, D): float32 even where the weights are bfloat16, float64 if they are."""
+        return self._rule.apply(self._products(hidden))
+
+    def _products(self, hidden: Tensor) -> Tensor:  # (R, D) -> (R, V)
         head = self.model.get_output_embeddings()
         if head.weight.dtype in (torch.float32, torch.float64):
             return head(hidden)
@@ -79,9 +92,5 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not let its attention be replaced; use a Qwen, Llama or similar model")
-    windows = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
-    if windows:
-        raise ValueError(f"{name} has layers of kind {sorted(windows)}; the paged engine needs full attention")
+    if problems := find_problems(model):
+        raise ValueError(f"{type(model).__name__} does not run in the paged engine: {'; '.join(problems)}")
