@@ -96,6 +96,8 @@ def find_problems(model: PreTrainedModel) -> list[str]:
     Only the model's classes and configuration are looked at, so it may be on the device "meta".
     """
     config = model.config
+    if getattr(config, "num_hidden_layers", None) is None:
+        return [f"{type(model).__name__} is more than a language model; give a checkpoint of its text part"]
     return [*layer_problems(describe_layers(config)), *_structure_problems(model), *_config_problems(config)]
 
 

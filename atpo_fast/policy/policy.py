@@ -17,6 +17,7 @@ from atpo_fast.policy.head import RowLoss, install_head
 from atpo_fast.policy.layers import use_liger
 from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
 from atpo_fast.policy.opened_rows.states import RowStates
+from atpo_fast.policy.plain import as_transformers
 from atpo_fast.recurrent.layers import carry_states
 from atpo_fast.recurrent.segments import Segments
 from atpo_fast.tree.packed_rows import PackedTrees
@@ -50,6 +51,7 @@ class Policy(nn.Module):
         super().__init__()
         check_supported(model)
         register()
+        self._plain_attention, self._temperature = model.config._attn_implementation, temperature
         model.set_attn_implementation(TREE_ATTENTION)
         self._has_states = carry_states(model)
         install_head(model, temperature)
@@ -66,6 +68,7 @@ class Policy(nn.Module):
         objective: Objective | None = None,
         prefix: RowPrefix = NO_PREFIX,
         score: bool = True,
+        plain: bool = False,
     ) -> tuple[Tensor, Tensor] | RowLoss | Tensor:
         """Score one row: ((A,) log-prob, (A,) entropy), or its loss when an objective is given.
 
@@ -74,7 +77,11 @@ class Policy(nn.Module):
             objective: what the loss is of; none: log-probs and entropies.
             prefix: what the row reads of the rows above it and leaves for those below (`run_passes`).
             score: False leaves the head out and returns the (A, D) hidden states that predict the action tokens.
+            plain: True returns the (A,) log-probs of a row of one trajectory as transformers computes them, by its own
+                attention, layers and logits.
         """
+        if plain:
+            return self._plain_logprobs(row)
         hidden = prefix.predicting(self.hidden_states(row, prefix), row.predictor)
         return self.model.lm_head(hidden, row, objective) if score else hidden
 
@@ -104,6 +111,13 @@ class Policy(nn.Module):
         if self.model.is_gradient_checkpointing and self.model.training and hidden.requires_grad and not prefix.closing:
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
+
+    def _plain_logprobs(self, row: PackedTrees) -> Tensor:  # (A,)
+        with as_transformers(self.model, self._plain_attention):
+            logits = self.model(input_ids=row.input_ids[None], use_cache=False).logits[0]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        table = (logits[row.predictor].to(wide) / self._temperature).log_softmax(-1)
+        return table.gather(1, row.targets[:, None])[:, 0]
 
     def _structure(self, subtree_end: Tensor, prefix_tokens: int, prefix: RowPrefix) -> dict[str, Any]:  # (T,)
         """Make the keyword arguments that tell all layers how the tokens of a row hang together."""

@@ -29,6 +29,7 @@ from atpo_fast.train.evaluate import NOTHING_EVALUATED, evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.information_gain import measure_gold
 from atpo_fast.train.minibatches import pack_minibatches, trees_per_minibatch
+from atpo_fast.train.packing_check import check_packing
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import Draw, draw_questions, sampling_seed
@@ -62,6 +63,9 @@ class Trainer:
         self.policy = load_policy(run.config, start if resume_from is None else resume_from / "hf")
         self.max_prefix = max_prefix(run.config, self.objective)
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
+        if run.config.train.check_packing:
+            found = check_packing(self.zero, self.policy, device_of(self.zero))
+            run.progress.message(f"packed tree against trajectories: {found}")
         self.reference = self._make_reference(start)
         self.sampler = Sampler(run, start, self.zero.device)
         self.batches = BatchSampler(self.sampler, self._questions, lambda draw: sampling_seed(run.config.seed, draw))

@@ -198,5 +198,5 @@ def tree_attention_triton(
 ) -> Tensor:  # (T, Hq, d)
     """Compute `tree_attention` by Triton kernels; see there."""
     if sinks is not None or options.window is not None or options.softcap is not None:
-        raise ValueError("tree_attention: impl='triton' has no windows, sinks or soft caps yet; use impl='torch'")
+        raise ValueError("tree_attention: impl='triton' has no windows, sinks or soft caps; use impl='auto' or 'torch'")
     return _TreeAttention.apply(q, k, v, subtree_end, options.scale, blocks)
