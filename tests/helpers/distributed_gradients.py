@@ -111,7 +111,8 @@ def write_gradients(folder: Path) -> None:
         if rank == 0:
             np.savez(folder / f"{family}_stage{stage}_{budget}_{choice}_ranks{world}.npz", **result)  # type: ignore[arg-type]  # as above
     for family, choice in WINDOWED.items():
-        for stage, budget, used in ((0, "4096", "none"), (3, "deep", choice)):
+        windowed: tuple[tuple[int, str, GradientCheckpointing], ...] = ((0, "4096", "none"), (3, "deep", choice))
+        for stage, budget, used in windowed:
             with in_float64():
                 result = model_gradients(make(family), stage, budget, used, rank, world)
             if rank == 0:
