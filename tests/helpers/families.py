@@ -41,7 +41,7 @@ class Family:
     about: str
     """What its layers are, beside what the table's other columns say."""
     checkpointing: tuple[str, ...] = ("layer", "mlp")
-    """What works of train.gradient_checkpointing."""
+    """What works of model.gradient_checkpointing."""
 
 
 def _config(name: str, **options: Any) -> Callable[[], PretrainedConfig]:
