@@ -20,11 +20,12 @@ SHORT = {
     "atpo_fast/common/logits.py": "one number of a model's configuration, which policy and engines must read alike",
     "atpo_fast/common/ranks.py": "one collective, which credit, packing and policy must not import from the trainer",
     "atpo_fast/common/threads.py": "one setting, which has to be made before PyTorch is imported",
-    "atpo_fast/config/logging.py": "a section of the configuration, of which each has its file",
     "atpo_fast/config/section.py": "what all sections share, which none of them can hold",
     "bench/attention/bench_attention.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/attention/sdpa.py": "one implementation to compare with, of which each has its file",
     "bench/update/bench_update.py": "what pytest-benchmark runs of this subject, of which each has its file",
+    "kernels/atpo_kernels/hosts/__main__.py": "starts the check of the hosts",
+    "kernels/atpo_kernels/hosts/verl/plugin.py": "registers when it is imported, which nothing else must",
 }
 """Files of fewer lines than `SHORTEST`, and why they are; those named __init__.py are not asked."""
 

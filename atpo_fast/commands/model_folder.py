@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+
+from atpo_fast.common.manifest import MANIFEST, DamagedError, check_files, read_manifest
+
+_LOG = logging.getLogger(__name__)
 
 
 def find_model(folder: Path) -> Path | None:
     """Find the Hugging Face folder of a checkpoint, of a run folder, or `folder` if it is one itself; None: none.
 
-    The model of a run folder is that of its newest checkpoint, and before there is one that of its cold start.
+    The model of a run folder is that of its newest checkpoint, and before there is one that of its cold start. One that
+    is not as its manifest says is named in a warning and passed over.
     """
     newest_first = sorted(folder.glob("checkpoints/step_*/hf"), reverse=True)
     candidates = (folder / "hf", *newest_first, folder / "cold_start", folder)
-    return next((candidate for candidate in candidates if _holds_model(candidate)), None)
+    return next((candidate for candidate in candidates if _holds_model(candidate) and _is_intact(candidate)), None)
 
 
 def model_to_use(run_folder: Path, given: str | None, overrides: Sequence[str]) -> tuple[Path, bool]:
@@ -35,6 +41,20 @@ def newest_model(run_folder: Path) -> Path:
     if found is None:
         raise FileNotFoundError(f"{run_folder} has no trained model; set model.path or train first")
     return found
+
+
+def _is_intact(model: Path) -> bool:
+    """Tell whether the files of a checkpoint's model are those that were written, where there is a manifest of them."""
+    checkpoint = model.parent
+    if model.name != "hf" or not (checkpoint / MANIFEST).is_file():
+        return True
+    try:
+        listed = read_manifest(checkpoint)
+        check_files(checkpoint, listed, [name for name in listed if name.startswith("hf/")])
+    except DamagedError as error:
+        _LOG.warning("CHECKPOINT DAMAGED: %s: %s; its model is not used", checkpoint, error)
+        return False
+    return True
 
 
 def _holds_model(folder: Path) -> bool:

@@ -48,13 +48,24 @@ def _nbytes(named: tuple[str, Parameter]) -> int:
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_main: bool) -> None:
     """Write Hugging Face safetensors, config and tokenizer; every rank calls, the main one writes."""
-    state: dict[str, Tensor] = {}
+    weights = gather_weights(policy, is_main=is_main)
+    if is_main:
+        write_model(policy, tokenizer, weights, folder)
+
+
+def gather_weights(policy: Policy, *, is_main: bool) -> dict[str, Tensor]:
+    """Copy the weights as they are now to the memory of the main rank; every rank calls, the others get nothing."""
+    weights: dict[str, Tensor] = {}
     for name, tensor in whole_parameters(policy):
         if is_main:
-            state[name] = tensor.to("cpu", copy=True)
-    if is_main:
-        policy.model.save_pretrained(folder, state_dict=_with_tied(policy, state))
-        tokenizer.save_pretrained(folder)
+            weights[name] = tensor.to("cpu", copy=True)
+    return weights
+
+
+def write_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write gathered weights as Hugging Face safetensors, with the policy's config and the tokenizer."""
+    policy.model.save_pretrained(folder, state_dict=_with_tied(policy, weights))
+    tokenizer.save_pretrained(folder)
 
 
 def _with_tied(policy: Policy, state: dict[str, Tensor]) -> dict[str, Tensor]:
