@@ -31,7 +31,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no window": ("mistral", {"window": lambda window: None}),
     "no sinks": ("gpt-oss", {"sinks": lambda sinks: None}),
     "no cap": ("gemma2", {"softcap": lambda cap: None}),
-    "another scale": ("llama", {"scale": lambda scale: 1.1 * scale}),
+    "another scale": ("llama", {"scale": lambda scale: 1.5 * scale}),
 }
 
 
