@@ -98,7 +98,7 @@ def test_advantages(advantage: str, expected: list[float]) -> None:
     for before in (
         [],
         [TurnTree([1])],
-    ):  # a tree before it shifts all indices; without, its root is turn 0 of the table
+    ):  # without one, its root is turn 0 of the table
         tree = small_tree()
         assign_credit([*before, tree], leaf_norm=False, advantage=advantage)
         assert tree.advantages == pytest.approx(expected, abs=1e-12)
