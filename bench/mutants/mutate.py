@@ -103,5 +103,5 @@ def _apply(node: ast.expr, change: int) -> None:
         node.op = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()
         if isinstance(node.op, ast.Not):  # not x becomes not not x, which is the truth of x
             node.operand = ast.UnaryOp(ast.Not(), node.operand)
-    elif isinstance(node, ast.Constant):
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float):
         node.value = not node.value if isinstance(node.value, bool) else node.value + 1
