@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+ADAPTERS = "adapter_config.json"  # PEFT's name of the file beside adapters
+
 
 def find_model(folder: Path) -> Path | None:
     """Find the Hugging Face folder of a checkpoint, of a run folder, or `folder` if it is one itself; None: none.
@@ -14,6 +16,12 @@ def find_model(folder: Path) -> Path | None:
     newest_first = sorted(folder.glob("checkpoints/step_*/hf"), reverse=True)
     candidates = (folder / "hf", *newest_first, folder / "cold_start", folder)
     return next((candidate for candidate in candidates if _holds_model(candidate)), None)
+
+
+def find_adapters(folder: Path) -> Path | None:
+    """Find the folder of LoRA adapters of a checkpoint, or of a run folder's newest one; None where there is none."""
+    newest_first = sorted(folder.glob("checkpoints/step_*/adapter"), reverse=True)
+    return next((found for found in (folder / "adapter", *newest_first) if (found / ADAPTERS).is_file()), None)
 
 
 def model_to_use(run_folder: Path, given: str | None, overrides: Sequence[str]) -> tuple[Path, bool]:

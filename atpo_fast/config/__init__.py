@@ -10,7 +10,7 @@ from atpo_fast.config.engines import EngineConfig, PagedConfig, ServerConfig, VL
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
 from atpo_fast.config.method import CreditConfig, ObjectiveConfig, OverlongConfig, RewardConfig
-from atpo_fast.config.model import ModelConfig
+from atpo_fast.config.model import LoRAConfig, ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.schema import Config
 from atpo_fast.config.section import as_dict
@@ -28,6 +28,7 @@ __all__ = [
     "DynamicSamplingConfig",
     "EngineConfig",
     "EvalConfig",
+    "LoRAConfig",
     "LoggingConfig",
     "MCPServerConfig",
     "ModelConfig",

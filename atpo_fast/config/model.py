@@ -17,6 +17,26 @@ def _checkpointing_name(value: Any) -> Any:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class LoRAConfig:
+    """LoRA: low-rank adapters are trained in place of the model's weights."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters; 0: none, and all weights are trained."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the adapters: a weight W becomes W + alpha / rank * B A."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers with an adapter: the ends of their names, such as [q_proj, v_proj]. all-linear: every linear layer but the
+    LM head, which cannot have one."""
+    cold_start: bool | None = None
+    """Whether the cold start trains adapters too, which are merged into the model at its end, rather than all weights.
+    none: where `model.path` is given."""
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError("model.lora.targets=[] names no layer; name some, or leave it at all-linear")
+
+
+@dataclass(config=STRICT, kw_only=True)
 class ModelConfig:
     """The policy model: a checkpoint, or a random model of a given size."""
 
@@ -32,6 +52,8 @@ class ModelConfig:
     gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_checkpointing_name)] = "none"
     """What the backward computes again instead of keeping it. layer (or true): whole decoder layers. mlp: the MLP of
     each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
+    """Adapters."""
     liger: Liger = "auto"
     """Use of Liger's RMSNorm, SwiGLU and RoPE. auto: on a GPU, for the architectures that they are known to fit. off:
     never."""
@@ -59,5 +81,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.package is not None and self.path is None:
             raise ValueError(f"model.package={self.package} needs model.path, the path of the model inside the package")
+        if self.path is None and self.lora.rank and self.lora.cold_start:
+            raise ValueError(
+                "model.lora.cold_start=true trains adapters on a random model: give model.path, or leave it out"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")

@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (docs/design.md#checkpoints).
 
     checkpoints/step_000050/deepspeed/...   model, optimizer, as DeepSpeed writes them
-    checkpoints/step_000050/hf/             safetensors, config, tokenizer
+    checkpoints/step_000050/hf/             safetensors, config, tokenizer; adapters are merged
+    checkpoints/step_000050/adapter/        the adapters alone, as PEFT writes them, if there are any
     checkpoints/step_000050/surplus.jsonl   trees that dynamic sampling has kept for the next step, if any
     checkpoints/step_000050/state.json      step, cursor, totals; written last, so its presence means complete
 
@@ -27,7 +28,7 @@ from atpo_fast.policy import Policy
 from atpo_fast.train.dynamic_sampling import write_surplus
 from atpo_fast.train.run import Run
 from atpo_fast.train.scoring import Group
-from atpo_fast.train.weights import export_model
+from atpo_fast.train.weights import export_adapters, export_model
 
 
 @dataclass(slots=True)
@@ -105,6 +106,7 @@ def save_checkpoint(
     def write(folder: Path) -> None:
         save_zero(zero, folder)
         export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
+        export_adapters(policy, folder / "adapter", is_main=run.is_main)
         if run.is_main:
             write_surplus(folder, surplus)
 
@@ -142,9 +144,13 @@ def write_checkpoint(run: Run, home: Path, step: int, state: dict[str, Any], wri
 
 
 def save_zero(zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
-    """Write weights, optimizer and random numbers into a checkpoint; every rank calls, and has its part of them."""
+    """Write weights, optimizer and random numbers into a checkpoint; every rank calls, and has its part of them.
+
+    Weights that are not trained, below adapters, are those of the model that the run starts from, and are left out.
+    """
     client = {"torch_rng": torch.get_rng_state()}
-    zero.save_checkpoint(str(checkpoint / "deepspeed"), tag="state", client_state=client, save_latest=False)
+    where = str(checkpoint / "deepspeed")
+    zero.save_checkpoint(where, tag="state", client_state=client, save_latest=False, exclude_frozen_parameters=True)
 
 
 def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> TrainState:
@@ -168,7 +174,8 @@ def load_zero(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> di
             f"{checkpoint} was written by another number of ranks than {run.world}; set ranks as before, or start a "
             f"new run_dir from its weights with model.path={checkpoint / 'hf'}"
         )
-    path, client = zero.load_checkpoint(str(checkpoint / "deepspeed"), tag="state")
+    everything = all(parameter.requires_grad for parameter in zero.module.parameters())
+    path, client = zero.load_checkpoint(str(checkpoint / "deepspeed"), tag="state", load_module_strict=everything)
     if path is None:
         raise CheckpointError(
             f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before"

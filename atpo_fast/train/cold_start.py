@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from atpo_fast.adapters import has_adapters
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import replacing
 from atpo_fast.config import ColdStartConfig, OptimConfig
@@ -28,7 +29,7 @@ from atpo_fast.train.checkpoints import complete_checkpoints, load_zero, save_ze
 from atpo_fast.train.from_config import build_model, max_prefix
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
-from atpo_fast.train.weights import export_model
+from atpo_fast.train.weights import export_model, trained_line, with_adapters
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import TurnTree
 
@@ -72,11 +73,16 @@ def cold_start(run: Run) -> Path:
             "cold start: the task has no demonstrations; set cold_start.demonstrations, cold_start.from_evidence or "
             "data.source=world"
         )
+    model, lora = build_model(run.config.model, run.task.tokenizer, run.config.seed), run.config.model.lora
+    if lora.cold_start or (lora.cold_start is None and run.config.model.path is not None):
+        model = with_adapters(model, lora, run.config.seed)
     policy = Policy(
-        build_model(run.config.model, run.task.tokenizer, run.config.seed),
+        model,
         gradient_checkpointing=run.config.model.gradient_checkpointing,
         liger=run.config.model.liger,
     )
+    if has_adapters(policy.model):
+        run.progress.message(trained_line(policy))
     imitation = Imitation(run, policy, folder)
     imitation.fit()
     export_model(policy, run.task.tokenizer, folder, is_main=run.is_main)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import deepspeed
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atpo_fast.config import Config
+from atpo_fast.adapters import (
+    AdapterSettings,
+    Weight,
+    adapter_weights,
+    add_adapters,
+    has_adapters,
+    save_adapters,
+    whole_weights,
+)
+from atpo_fast.config import Config, LoRAConfig
 from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy, load_model
 
@@ -19,42 +27,67 @@ _BUCKET_BYTES = 256 << 20
 
 
 def load_policy(config: Config, folder: Path | str) -> Policy:
-    """Load the policy from a Hugging Face folder."""
+    """Load the policy from a Hugging Face folder, and put new adapters on it where `model.lora` asks for them."""
+    model = load_model(folder, getattr(torch, config.model.dtype))
     return Policy(
-        load_model(folder, getattr(torch, config.model.dtype)),
+        with_adapters(model, config.model.lora, config.seed),
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
         liger=config.model.liger,
     )
 
 
+def with_adapters(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> PreTrainedModel:
+    """Return the model with the adapters that are configured, if any. Raises what `add_adapters` raises."""
+    return add_adapters(model, AdapterSettings(lora.rank, lora.alpha, lora.targets), seed) if lora.rank else model
+
+
+def trained_line(policy: Policy) -> str:
+    """Say how many parameters of a policy with adapters are trained. Before DeepSpeed partitions them."""
+    parameters = list(policy.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    whole = sum(parameter.numel() for parameter in parameters)
+    return f"LoRA: trains {trained:,} of {whole:,} parameters ({trained / whole:.2%})"
+
+
 def whole_parameters(policy: Policy, bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
     """Yield (Hugging Face name, full tensor) one at a time; under ZeRO-3 a collective on every rank.
 
     Parameters are gathered in buckets of at most `bucket_bytes` (a larger one by itself), so no rank ever holds more
-    than a bucket beside its shards. A tensor is valid until the next one is asked for. Tied parameters come once.
+    than a bucket beside its shards. A tensor is valid until the next one is asked for. Tied parameters come once, and
+    adapters are merged into the weights of their layers.
     """
-    for bucket in in_buckets(policy.model.named_parameters(), _nbytes, bucket_bytes):
-        parts = [parameter for _, parameter in bucket if hasattr(parameter, "ds_id")]
+    return _gathered(whole_weights(policy.model), bucket_bytes)
+
+
+def _gathered(weights: Iterable[Weight], bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+    for bucket in in_buckets(weights, lambda weight: weight.nbytes, bucket_bytes):
+        parts = [p for weight in bucket for p in weight.parameters if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
-            for name, parameter in bucket:
-                yield name, parameter.detach()
-
-
-def _nbytes(named: tuple[str, Parameter]) -> int:
-    parameter = named[1]
-    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+            for weight in bucket:
+                yield weight.name, weight.make()
 
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_main: bool) -> None:
     """Write Hugging Face safetensors, config and tokenizer; every rank calls, the main one writes."""
-    state: dict[str, Tensor] = {}
-    for name, tensor in whole_parameters(policy):
-        if is_main:
-            state[name] = tensor.to("cpu", copy=True)
+    state = _on_main(whole_parameters(policy), is_main)
     if is_main:
         policy.model.save_pretrained(folder, state_dict=_with_tied(policy, state))
         tokenizer.save_pretrained(folder)
+
+
+def export_adapters(policy: Policy, folder: Path, *, is_main: bool) -> None:
+    """Write PEFT's folder of a policy's adapters, if it has any; called as `export_model` is."""
+    if not has_adapters(policy.model):
+        return
+    weights = _on_main(_gathered(adapter_weights(policy.model)), is_main)
+    if is_main:
+        save_adapters(policy.model, weights, folder)
+
+
+def _on_main(named: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Tensor]:
+    """Copy all tensors to the CPU of the main rank; the others take part and keep nothing."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in named if is_main}
 
 
 def _with_tied(policy: Policy, state: dict[str, Tensor]) -> dict[str, Tensor]:

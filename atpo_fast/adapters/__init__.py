@@ -1,0 +1,19 @@
+"""LoRA adapters on a Hugging Face model, through PEFT: add them, switch them off, and take whole weights out of them.
+
+PEFT is imported only where a model has adapters (`pip install 'atpo-fast[lora]'`).
+"""
+
+from atpo_fast.adapters.lora import AdapterSettings, add_adapters, has_adapters, plain_model, without_adapters
+from atpo_fast.adapters.weights import Weight, adapter_weights, save_adapters, whole_weights
+
+__all__ = [
+    "AdapterSettings",
+    "Weight",
+    "adapter_weights",
+    "add_adapters",
+    "has_adapters",
+    "plain_model",
+    "save_adapters",
+    "whole_weights",
+    "without_adapters",
+]

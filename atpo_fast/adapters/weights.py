@@ -1,0 +1,99 @@
+"""Weights out of a model with adapters: whole ones, as if they had been merged, or those of the adapters alone.
+
+A `Weight` says what it is made of, so that ZeRO-3's parameters can be gathered before it is made.
+See docs/lora.md#weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from atpo_fast.adapters.lora import ADAPTER, lora_layers
+
+_PEFT_PREFIX = "base_model.model."  # what PEFT writes before the model's own names
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight by its name, and how it is made of parameters."""
+
+    name: str
+    parameters: tuple[Parameter, ...]  # the weight itself, or W (out, in), A (rank, in) and B (out, rank)
+    scaling: float = 0.0  # of B A
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters, whole, though they may be partitioned."""
+        return sum(int(getattr(p, "ds_numel", p.numel())) * p.element_size() for p in self.parameters)
+
+    def make(self) -> Tensor:
+        """Return the weight, detached: a parameter itself, or W + scaling B A, added in float32 and rounded once."""
+        if len(self.parameters) == 1:
+            return self.parameters[0].detach()
+        base, a, b = (parameter.detach() for parameter in self.parameters)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return torch.addmm(base.to(wide), b.to(wide), a.to(wide), alpha=self.scaling).to(base.dtype)
+
+
+def whole_weights(model: nn.Module) -> Iterator[Weight]:
+    """Yield every weight of a model under its Hugging Face name, adapters merged into theirs; tied ones once.
+
+    Raises ValueError for adapters that are not LoRA on a linear layer.
+    """
+    layers = lora_layers(model)
+    _check_mergeable(layers)
+    inner = tuple(f"{name}." for name in layers)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(inner):
+            yield Weight(name, (parameter,))
+            continue
+        layer, _, rest = name.partition(".base_layer.")
+        if not rest:  # one of the adapter's, which the weight of its layer takes in
+            continue
+        module = layers[layer]
+        if rest == "weight":
+            a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            yield Weight(f"{layer}.weight", (parameter, a, b), module.scaling[ADAPTER])
+        else:
+            yield Weight(f"{layer}.{rest}", (parameter,))
+
+
+def adapter_weights(model: nn.Module) -> Iterator[Weight]:
+    """Yield the weights of the adapters alone, under the names that PEFT writes to its files."""
+    for name, module in lora_layers(model).items():
+        for part in ("lora_A", "lora_B"):
+            yield Weight(f"{_PEFT_PREFIX}{name}.{part}.weight", (getattr(module, part)[ADAPTER].weight,))
+
+
+def save_adapters(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a folder that `PeftModel.from_pretrained` reads. It names the model that the adapters were put on.
+
+    Args:
+        model: the model with the adapters, for their configuration.
+        weights: tensors by the names of `adapter_weights`.
+        folder: created where it is missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy(model.peft_config[ADAPTER])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _check_mergeable(layers: Mapping[str, Any]) -> None:
+    for name, layer in layers.items():
+        kind, variant = f"{type(layer).__module__}.{type(layer).__name__}", getattr(layer, "lora_variant", None)
+        if kind != "peft.tuners.lora.layer.Linear" or variant:
+            raise ValueError(f"{name} is a {kind}{f' with {variant}' if variant else ''}: only plain LoRA is merged")
+        if list(layer.lora_A) != [ADAPTER]:
+            raise ValueError(f"{name} has the adapters {list(layer.lora_A)}; expected one, {ADAPTER!r}")
