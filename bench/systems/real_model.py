@@ -250,7 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "update" in options.parts:
             results["update"] = measure_update(folder, dtype, options.repeats)
     print("\n".join(_lines(results)))
-    about = {"model": options.model or f"random, SmolLM2-135M's sizes, {options.layers} layers", "dtype": str(dtype)}
+    model = f"random, SmolLM2-135M's sizes, {options.layers} layers" if options.model is None else folder.name
+    about = {"model": model, "dtype": str(dtype)}
     about |= {"device": device_name("cpu"), "environment": environment(), "clock": clock("cpu")}
     write_record("real_model", "real_model", "cpu", options.results, **about, **sizes, targets=TARGETS, results=results)
 
