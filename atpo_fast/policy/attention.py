@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig
 
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
+from atpo_fast.recurrent.layers import NEEDED, known_types
 from atpo_kernels import make_attention_blocks, tree_attention
 
 TREE_ATTENTION = "atpo_tree"
@@ -26,11 +27,11 @@ def register() -> None:
 
 def check_supported(config: PretrainedConfig) -> None:
     """Raise ValueError for models whose attention a packed tree would compute wrongly."""
-    windowed = [t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"]
-    if windowed:
+    unknown = {t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"} - known_types(config)
+    if unknown:
         raise ValueError(
-            f"{config.model_type}: layers of type {sorted(set(windowed))} are not supported on packed trees; "
-            "only full attention is (for Qwen models set use_sliding_window to false)"
+            f"{config.model_type}: layers of type {sorted(unknown)} are not supported on packed trees; full attention "
+            f"is (for Qwen models set use_sliding_window to false), and layers with a state in {', '.join(NEEDED)}"
         )
     if getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None):
         raise ValueError(f"{config.model_type}: sliding-window attention is not supported on packed trees")

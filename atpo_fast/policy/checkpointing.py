@@ -32,15 +32,15 @@ class GradientTokens:
 
     Args:
         subtree_end: (T,) of the row, on the device.
-        make_blocks: makes the attention's block lists from a row's subtree_end.
+        structure: makes the keyword arguments that tell layers how tokens hang together from a row's subtree_end.
     """
 
-    def __init__(self, subtree_end: Tensor, make_blocks: Callable[[Tensor], Any]):
-        self._subtree_end, self._make_blocks = subtree_end, make_blocks
+    def __init__(self, subtree_end: Tensor, structure: Callable[[Tensor], dict[str, Any]]):
+        self._subtree_end, self._structure = subtree_end, structure
         self.index: Tensor | None = None  # (K,) int64 in order; None: all
         self.subtree_end: Tensor | None = None  # (K,) int32 of the row of the needed tokens; None: all
         self.skipped = 0  # T - K
-        self._attention: dict[str, Any] | None = None  # keyword arguments of attention over that row, once a layer asks
+        self._attention: dict[str, Any] | None = None  # keyword arguments of layers over that row, once a layer asks
         self._whole: list[Any] = []  # values of the arguments BY_TOKEN ...
         self._cut: dict[str, Any] = {}  # ... and the same of the needed tokens
 
@@ -62,7 +62,7 @@ class GradientTokens:
         if self.subtree_end is None:
             return run
         if self._attention is None:
-            self._attention = {"subtree_end": self.subtree_end, "tree_blocks": self._make_blocks(self.subtree_end)}
+            self._attention = {"subtree_end": self.subtree_end} | self._structure(self.subtree_end)
         whole = [run.keywords.get(name) for name in BY_TOKEN]
         if not self._whole or any(new is not old for new, old in zip(whole, self._whole, strict=True)):
             self._whole = whole  # the same objects for every layer, so this happens once

@@ -10,12 +10,16 @@ from transformers import PreTrainedModel
 
 from atpo_fast.adapters.lora import plain_model, refuse_dropout
 from atpo_fast.common.choices import GradientCheckpointing, Liger
+from atpo_fast.common.logits import logits_divisor
 from atpo_fast.objective import Objective
 from atpo_fast.policy.attention import TREE_ATTENTION, attention_blocks, check_supported, register
 from atpo_fast.policy.checkpointing import GradientTokens, enable_checkpointing
 from atpo_fast.policy.head import RowLoss, install_head
 from atpo_fast.policy.layers import use_liger
 from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
+from atpo_fast.policy.opened_rows.states import RowStates
+from atpo_fast.recurrent.layers import carry_states
+from atpo_fast.recurrent.segments import Segments
 from atpo_fast.tree.packed_rows import PackedTrees
 
 if TYPE_CHECKING:
@@ -26,9 +30,9 @@ class Policy(nn.Module):
     """A causal LM over packed rows.
 
     Args:
-        model: any causal LM with full attention, a backbone at `.model` and a linear `.lm_head`, or PEFT's `PeftModel`
-            around one, whose adapters are in the backbone. Its attention and head are replaced; parameter names stay
-            those of the causal LM.
+        model: any causal LM with full attention or layers with a state, a backbone at `.model` and a linear `.lm_head`,
+            or PEFT's `PeftModel` around one, whose adapters are in the backbone. Its attention and head are replaced;
+            parameter names stay those of the causal LM.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
@@ -55,7 +59,8 @@ class Policy(nn.Module):
         check_supported(model.config)
         register()
         model.set_attn_implementation(TREE_ATTENTION)
-        install_head(model, temperature)
+        self._has_states = carry_states(model)
+        install_head(model, temperature * logits_divisor(model.config))
         if liger == "auto" and torch.cuda.is_available():
             use_liger(model)
         enable_checkpointing(model, gradient_checkpointing)
@@ -89,25 +94,31 @@ class Policy(nn.Module):
             )
         subtree_end = row.subtree_end.to(self.device, non_blocking=True)
 
-        def make_blocks(subtree_end: Tensor) -> Any:  # (T,)
-            return attention_blocks(
-                self.model.config, subtree_end, self.model.dtype, self.device, prefix_tokens=row.prefix_tokens
-            )
+        def structure(subtree_end: Tensor) -> dict[str, Any]:  # (T,)
+            return self._structure(subtree_end, row.prefix_tokens, prefix)
 
-        tokens = GradientTokens(subtree_end, make_blocks)
+        tokens = GradientTokens(subtree_end, structure)
         out = self.model.model(
             input_ids=row.input_ids[None],
             position_ids=row.position_ids[None],
             use_cache=False,
             subtree_end=subtree_end,
-            tree_blocks=make_blocks(row.subtree_end),  # once for all layers
             gradient_tokens=tokens,
             row_prefix=prefix,
+            **structure(row.subtree_end),
         )
         hidden = out.last_hidden_state
         if self.model.is_gradient_checkpointing and self.model.training and hidden.requires_grad and not prefix.closing:
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
+
+    def _structure(self, subtree_end: Tensor, prefix_tokens: int, prefix: RowPrefix) -> dict[str, Any]:  # (T,)
+        """Make the keyword arguments that tell all layers how the tokens of a row hang together."""
+        model, device = self.model, self.device
+        blocks = attention_blocks(model.config, subtree_end, model.dtype, device, prefix_tokens=prefix_tokens)
+        if not self._has_states:
+            return {"tree_blocks": blocks}
+        return {"tree_blocks": blocks, "seq_idx": RowStates(Segments.of_trees(subtree_end, device), prefix)}
 
     def _observe(self, tokens: GradientTokens, gradient: Tensor) -> None:  # (1, T, D)
         tokens.observe(gradient)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.common.choices import GradientCheckpointing
@@ -18,11 +18,22 @@ from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.step import accumulate
 from atpo_fast.train.zero import GradientWatch, GuardedAdamW, join_process_group
+from tests.helpers.hybrid_models import DENSE, in_float64, make_hybrid
 from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
 
 VOCAB = 64
 ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
 """Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
+
+HYBRID_CASES: tuple[tuple[int, str, GradientCheckpointing], ...] = (
+    (0, "4096", "none"),
+    (3, "4096", "none"),
+    (3, "deep", "layer"),
+)
+"""Of models with layers that have a state: ZeRO stage, row budget and checkpointing.
+
+In float64 experts are run one after the other, those that have tokens, and DeepSpeed wants the same calls on all ranks.
+"""
 
 
 def forest() -> list[TurnTree]:
@@ -44,7 +55,7 @@ def forest() -> list[TurnTree]:
 def gradients(
     stage: int, tied: bool, budget: str, choice: GradientCheckpointing, rank: int, world: int
 ) -> dict[str, np.ndarray]:
-    """Whole gradients of one mini-batch after the last backward."""
+    """Whole gradients of one mini-batch of a Qwen3 model."""
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = Qwen3Config(
@@ -55,7 +66,14 @@ def gradients(
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    policy = Policy(Qwen3ForCausalLM(config), gradient_checkpointing=choice).train()
+    return model_gradients(Qwen3ForCausalLM(config), stage, budget, choice, rank, world)
+
+
+def model_gradients(
+    model: PreTrainedModel, stage: int, budget: str, choice: GradientCheckpointing, rank: int, world: int
+) -> dict[str, np.ndarray]:
+    """Whole gradients of one mini-batch after the last backward."""
+    policy = Policy(model, gradient_checkpointing=choice).train()
     optimizer = GuardedAdamW(policy.parameters(), lr=0.0)
     GradientWatch(policy, optimizer)
     engine = start_engine(policy, optimizer, stage)
@@ -85,6 +103,11 @@ def write_gradients(folder: Path) -> None:
         name = f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}_ranks{world}.npz"
         if rank == 0:
             np.savez(folder / name, **result)  # type: ignore[arg-type]  # numpy's flags are none of them
+    for family, (stage, budget, choice) in itertools.product(DENSE, HYBRID_CASES):
+        with in_float64():
+            result = model_gradients(make_hybrid(family), stage, budget, choice, rank, world)
+        if rank == 0:
+            np.savez(folder / f"{family}_stage{stage}_{budget}_{choice}_ranks{world}.npz", **result)  # type: ignore[arg-type]  # as above
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         result = module_gradients(stage, tied, inside, rank, world)
         if rank == 0:

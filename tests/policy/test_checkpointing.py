@@ -182,7 +182,7 @@ def test_needed_tokens_are_the_ancestors(seed: int) -> None:
     q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
     needed = ((k <= q) & (q < end[None, :]) & carries[:, None]).any(0)
     needed[0] = True
-    tokens = GradientTokens(row.subtree_end, make_tree_blocks)
+    tokens = GradientTokens(row.subtree_end, lambda end: {"tree_blocks": make_tree_blocks(end)})
     tokens.observe(carries[None, :, None].double())
     if needed.sum() > 0.95 * length:
         assert tokens.index is None

@@ -1,9 +1,9 @@
 """The tensors of opened rows that rows below read, and the gradients they return (docs/design.md#opened-rows).
 
 A tree over the row budget is computed depth-first (`plan.py`). An opened row is forwarded without gradient and leaves
-the keys and values of every layer and its last final hidden state. The rows below read them, and their backward adds
-gradients to them, in float32. When these rows are done, the opened row is closed: forwarded once more with gradient,
-where what they sent back enters its own backward.
+the keys and values of every attention layer, the state of every layer with one, and its last final hidden state. The
+rows below read them, and their backward adds gradients to them, in float32. When these rows are done, the opened row is
+closed: forwarded once more with gradient, where what they sent back enters its own backward.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class Kept:
 class OpenedRow:
     """The tensors of an opened row that the rows below it read."""
 
-    keys: list[Kept] = field(default_factory=list)  # keys of each layer: (T, Hkv, d)
-    values: list[Kept] = field(default_factory=list)  # values of each layer: (T, Hkv, d)
+    keys: dict[int, Kept] = field(default_factory=dict)  # keys of each attention layer: (T, Hkv, d)
+    values: dict[int, Kept] = field(default_factory=dict)  # values of each attention layer: (T, Hkv, d)
+    inputs: dict[int, Kept] = field(default_factory=dict)  # last inputs of each convolution: (at most W, C)
+    states: dict[int, Kept] = field(default_factory=dict)  # end state of each recurrence: (1, ...)
     last_hidden: Kept | None = None  # (1, D) hidden state that predicts the first action token of the turns below
     layer_outputs: list[Tensor] = field(default_factory=list)  # outputs of checkpointed layers: (1, T, D)
 
@@ -55,13 +57,13 @@ class RowPrefix:
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:  # (T, Hkv, d) -> (P+T, Hkv, d)
         """Put the row's keys and values of a layer behind those of the rows above."""
         if self.own is not None and not self.closing:
-            self.own.keys.append(Kept(key.detach()))
-            self.own.values.append(Kept(value.detach()))
+            self.own.keys[layer] = Kept(key.detach())
+            self.own.values[layer] = Kept(value.detach())
         elif self.own is not None:
-            key, value = _Close.apply(key, self.own.keys[layer]), _Close.apply(value, self.own.values[layer])
+            key, value = Close.apply(key, self.own.keys[layer]), Close.apply(value, self.own.values[layer])
         if self.above:
-            key = _Continue.apply(key, *(row.keys[layer] for row in self.above))
-            value = _Continue.apply(value, *(row.values[layer] for row in self.above))
+            key = Continue.apply(key, *(row.keys[layer] for row in self.above))
+            value = Continue.apply(value, *(row.values[layer] for row in self.above))
         return key, value
 
     def predicting(self, hidden: Tensor, predictor: Tensor) -> Tensor:  # (T, D), (A,) -> (A, D)
@@ -69,25 +71,27 @@ class RowPrefix:
         if self.own is not None and not self.closing:
             self.own.last_hidden = Kept(hidden[-1:].detach().clone())
         elif self.own is not None:
-            hidden = _Close.apply(hidden, self.own.last_hidden)
+            hidden = Close.apply(hidden, self.own.last_hidden)
         if not self.above:
             return hidden.index_select(0, predictor)
-        return _Continue.apply(hidden, self.above[-1].last_hidden).index_select(0, predictor + 1)
+        return Continue.apply(hidden, self.above[-1].last_hidden).index_select(0, predictor + 1)
 
 
 NO_PREFIX = RowPrefix()
 
 
-class _Continue(torch.autograd.Function):
+class Continue(torch.autograd.Function):
     """Concatenation of kept tensors and the row's own, which collects the gradients of the kept ones."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, *kept: Kept) -> Tensor:  # type: ignore[override]
+        """Concatenate along the first axis."""
         ctx.kept = kept
         return torch.cat([*(k.value for k in kept), own])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Split the gradient; the kept tensors take theirs."""
         sizes = [len(k.value) for k in ctx.kept]
         *parts, rest = grad.split([*sizes, len(grad) - sum(sizes)])
         for kept, part in zip(ctx.kept, parts, strict=True):
@@ -95,16 +99,18 @@ class _Continue(torch.autograd.Function):
         return rest, *(None for _ in parts)
 
 
-class _Close(torch.autograd.Function):
+class Close(torch.autograd.Function):
     """Identity that adds the collected gradients of the kept rows, its last ones, in the backward."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, kept: Kept) -> Tensor:  # type: ignore[override]
+        """Return `own`."""
         ctx.kept = kept
         return own.view_as(own)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Add what the rows below have collected to the gradient of the last rows."""
         back = ctx.kept.gradient
         if back is None:
             return grad, None
