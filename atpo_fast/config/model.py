@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from atpo_fast.common.choices import GradientCheckpointing, Liger
 from atpo_fast.config.section import STRICT
+
+if TYPE_CHECKING:
+    from atpo_fast.adapters import AdapterSettings
 
 
 def _checkpointing_name(value: Any) -> Any:
@@ -27,6 +30,10 @@ class LoRAConfig:
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Layers with an adapter: the ends of their names, such as [q_proj, v_proj]. all-linear: every linear layer but the
     LM head, which cannot have one."""
+    in_engine: Literal["auto", "merged", "adapters"] = "auto"
+    """What the engine holds. merged: weights with the adapters merged into them, rounded to their dtype. adapters: the
+    adapters beside the weights it began with. auto: adapters in a bfloat16 engine, where merging would lose small
+    changes, and merged in a float32 one and on servers."""
     cold_start: bool | None = None
     """Whether the cold start trains adapters too, which are merged into the model at its end, rather than all weights.
     none: where `model.path` is given."""
@@ -34,6 +41,13 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if not self.targets:
             raise ValueError("model.lora.targets=[] names no layer; name some, or leave it at all-linear")
+
+    @property
+    def adapters(self) -> AdapterSettings | None:
+        """The adapters to train; None where all weights are."""
+        from atpo_fast.adapters import AdapterSettings
+
+        return AdapterSettings(self.rank, self.alpha, self.targets) if self.rank else None
 
 
 @dataclass(config=STRICT, kw_only=True)

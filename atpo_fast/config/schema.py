@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from atpo_fast.common.choices import MethodName
 from atpo_fast.config.checks import (
+    check_adapters,
     check_engine,
     check_old_logprobs,
     check_row,
@@ -80,5 +81,6 @@ class Config:
         check_turn_clips(self.credit, self.objective)
         check_row(self.data, self.rollout, self.train)
         check_old_logprobs(self.train, self.objective)
+        check_adapters(self.model, self.engine)
         check_engine(self.engine, self.rollout, self.train)
         check_unsampled_tokens(self.rollout, self.train, self.objective)

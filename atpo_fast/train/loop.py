@@ -59,7 +59,7 @@ class Trainer:
         self.max_prefix = max_prefix(run.config, self.objective)
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         self.reference = self._make_reference(start)
-        self.sampler = Sampler(run, start, self.zero.device)
+        self.sampler = Sampler(run, start, self.zero.device, run.config.model.lora.adapters)
         self.batches = BatchSampler(self.sampler, self._questions, lambda draw: sampling_seed(run.config.seed, draw))
         self.state = TrainState()
         self.surplus: list[Group] = []  # groups that dynamic sampling has kept for the next step

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atpo_fast.adapters import (
-    AdapterSettings,
+    ADAPTER,
     Weight,
     adapter_weights,
     add_adapters,
@@ -39,7 +39,7 @@ def load_policy(config: Config, folder: Path | str) -> Policy:
 
 def with_adapters(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> PreTrainedModel:
     """Return the model with the adapters that are configured, if any. Raises what `add_adapters` raises."""
-    return add_adapters(model, AdapterSettings(lora.rank, lora.alpha, lora.targets), seed) if lora.rank else model
+    return model if lora.adapters is None else add_adapters(model, lora.adapters, seed)
 
 
 def trained_line(policy: Policy) -> str:
@@ -60,7 +60,12 @@ def whole_parameters(policy: Policy, bucket_bytes: int = _BUCKET_BYTES) -> Itera
     return _gathered(whole_weights(policy.model), bucket_bytes)
 
 
-def _gathered(weights: Iterable[Weight], bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+def adapter_parameters(policy: Policy, bucket_bytes: int = _BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name in the model, full tensor) of the adapters alone, as `whole_parameters` does."""
+    return _gathered(adapter_weights(policy.model), bucket_bytes)
+
+
+def _gathered(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
     for bucket in in_buckets(weights, lambda weight: weight.nbytes, bucket_bytes):
         parts = [p for weight in bucket for p in weight.parameters if hasattr(p, "ds_id")]
         with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
@@ -80,9 +85,9 @@ def export_adapters(policy: Policy, folder: Path, *, is_main: bool) -> None:
     """Write PEFT's folder of a policy's adapters, if it has any; called as `export_model` is."""
     if not has_adapters(policy.model):
         return
-    weights = _on_main(_gathered(adapter_weights(policy.model)), is_main)
+    weights = _on_main(adapter_parameters(policy), is_main)
     if is_main:
-        save_adapters(policy.model, weights, folder)
+        save_adapters(policy.model.peft_config[ADAPTER], weights, folder)
 
 
 def _on_main(named: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Tensor]:
