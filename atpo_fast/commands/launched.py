@@ -6,12 +6,17 @@ The modules of such verbs import what needs PyTorch inside `work`, so that help 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from atpo_fast.commands.hostfile import start_nodes
+from atpo_fast.commands.nodes import add_node_arguments, follow_input, nodes_of
 from atpo_fast.commands.verb import Verb, no_arguments
 from atpo_fast.common.errors import StopRequested, exit_code
 from atpo_fast.common.log import set_up_logging
@@ -68,6 +73,7 @@ class LaunchedVerb:
             help="overrides by dotted name; values are YAML, for example optim.lr=1e-6 data.eval_files=[a.jsonl]",
         )
         self.add_options(parser)
+        add_node_arguments(parser)
 
     def options(self, arguments: argparse.Namespace) -> list[str]:
         """Return the verb's own options as words of a command line."""
@@ -88,9 +94,18 @@ def _launch(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
             print(*cost_lines(config), sep="\n")
         return 0
     read_deepspeed(config)
+    options = verb.options(arguments)
+    if arguments.hostfile is not None:
+        words = [verb.name, *options, "--config", arguments.config, *arguments.overrides]
+        return start_nodes(arguments, words)
     from atpo_fast.commands.launcher import launch, place
 
-    return launch(verb.name, arguments.config, arguments.overrides, place(config), verb.options(arguments))
+    placement = place(config)
+    nodes = nodes_of(arguments, len(placement.accelerators))
+    if arguments.stop_with_input:
+        stop = partial(os.kill, os.getpid(), signal.SIGTERM)
+        threading.Thread(target=follow_input, args=(stop, sys.stdin), daemon=True).start()
+    return launch(verb.name, arguments.config, arguments.overrides, placement, options, nodes)
 
 
 def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:

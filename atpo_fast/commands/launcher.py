@@ -1,8 +1,8 @@
 """Start the processes of a run with DeepSpeed's launcher, pass signals on, and return their exit code.
 
 This starts `deepspeed.launcher.launch`, the part of the `deepspeed` command that runs on each machine: unlike the whole
-command it passes signals on and honours CUDA_VISIBLE_DEVICES. For several machines use
-`deepspeed --hostfile FILE --module atpo_fast.train --config FILE`.
+command it passes signals on and honours CUDA_VISIBLE_DEVICES. Of several machines each starts its own
+(`atpo_fast/commands/nodes.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Protocol
 
 import psutil
 
+from atpo_fast.commands.nodes import Nodes, choose_interface, tell_meeting
 from atpo_fast.common.threads import bound_spinning
 from atpo_fast.config import Config, ConfigError
 
@@ -65,23 +66,44 @@ def usable_cores() -> int:
 
 
 def launch(
-    verb: str, config_path: str, overrides: Sequence[str], placement: Placement, options: Sequence[str] = ()
+    verb: str,
+    config_path: str,
+    overrides: Sequence[str],
+    placement: Placement,
+    options: Sequence[str] = (),
+    nodes: Nodes | None = None,
 ) -> int:
     """Run `atpo_fast.train` with the verb's options in every process of `placement` and wait.
+
+    With `nodes`, these processes are those of one node, and the others start theirs by themselves.
 
     The first SIGINT or SIGTERM asks the processes to save and stop, the second makes them stop at once, the third kills
     them. They are also stopped when this process dies. Returns 0, the exit code of the process that failed, or
     128 + the signal.
     """
-    world = base64.urlsafe_b64encode(json.dumps({"localhost": placement.accelerators}).encode()).decode()
-    command = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={free_port()}", "--log_level=critical", "--module", "atpo_fast.train"]
-    command += ["--verb", verb, *options, "--config", config_path, *overrides]
-    relay = _SignalRelay(start_ranks(command, _environment(placement)))
+    environment = _environment(placement)
+    if nodes is not None:
+        choose_interface(environment, nodes)
+        tell_meeting(nodes)
+    command = [sys.executable, "-m", "deepspeed.launcher.launch", *_meeting(placement, nodes), "--log_level=critical"]
+    command += ["--module", "atpo_fast.train", "--verb", verb, *options, "--config", config_path, *overrides]
+    relay = _SignalRelay(start_ranks(command, environment))
     code = relay.wait()
     if relay.received and code != 0:
         return 128 + relay.received[0]
     return code if code >= 0 else 128 - code
+
+
+def _meeting(placement: Placement, nodes: Nodes | None) -> list[str]:
+    """Return the words that tell DeepSpeed's launcher its ranks, those of the other nodes, and where they meet."""
+    if nodes is None:
+        world = {"localhost": placement.accelerators}
+        where = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    else:
+        world = {f"node{node}": [str(i) for i in range(slots)] for node, slots in enumerate(nodes.slots)}
+        world[f"node{nodes.rank}"] = placement.accelerators
+        where = [f"--node_rank={nodes.rank}", f"--master_addr={nodes.master}", f"--master_port={nodes.port}"]
+    return [f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}", *where]
 
 
 def start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> Child:

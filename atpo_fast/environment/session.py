@@ -65,11 +65,13 @@ class Session(Protocol):
 
     def call(self, name: str, arguments: dict[str, Any]) -> Result:
         """Call the tool `name`."""
-        raise NotImplementedError(f"{type(self).__name__} has no tools: it takes plain text")
+        what = f"{type(self).__name__} has no tools: it takes plain text"
+        raise NotImplementedError(what)
 
     def step(self, text: str) -> Result:
         """Act by plain text."""
-        raise NotImplementedError(f"{type(self).__name__} takes no plain text: it has tools")
+        what = f"{type(self).__name__} takes no plain text: it has tools"
+        raise NotImplementedError(what)
 
     def fork(self) -> Session:
         """Return another session in the same state, which shares nothing mutable with this one."""
@@ -86,6 +88,7 @@ class Session(Protocol):
     def close(self) -> None:
         """Free what the session holds. Called once for every session, also after an exception in another method, and
         from another thread while a call hangs."""
+        return
 
 
 class SessionLostError(Exception):

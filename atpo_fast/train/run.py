@@ -21,6 +21,7 @@ from atpo_fast.config import Config
 from atpo_fast.policy.model import fast_dtype, local_model
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
+from atpo_fast.train.shared_files import check_shared_files
 from atpo_fast.train.zero import join_process_group
 
 T = TypeVar("T")
@@ -117,6 +118,7 @@ def start_run(config: Config) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
     config = with_local_model(with_dtype(config, cuda=cuda), folder, is_main=is_main)
     task = load_task(config)
+    check_shared_files(config, task, folder)
     return Run(
         config=config,
         task=task,

@@ -251,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
             results["update"] = measure_update(folder, dtype, options.repeats)
     print("\n".join(_lines(results)))
     model = f"random, SmolLM2-135M's sizes, {options.layers} layers" if options.model is None else folder.name
-    about = {"model": model, "dtype": str(dtype)}
+    about: dict[str, Any] = {"model": model, "dtype": str(dtype)}
     about |= {"device": device_name("cpu"), "environment": environment(), "clock": clock("cpu")}
     write_record("real_model", "real_model", "cpu", options.results, **about, **sizes, targets=TARGETS, results=results)
 

@@ -1,0 +1,75 @@
+"""What the ranks of a run must share, checked before anything expensive: configuration, run folder, model, questions.
+
+On one machine it holds by itself. On several, a folder of the same name may be another one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from atpo_fast.config import Config, as_dict
+from atpo_fast.task import Task
+
+_ADVICE = {
+    "configuration": "start every node with the same file and overrides",
+    "run folder": "run_dir must lie on a file system that all nodes share",
+    "model": "model.path must hold the same files on every node",
+    "questions": "the data files must be the same on every node",
+}
+
+
+def check_shared_files(config: Config, task: Task, folder: Path) -> None:
+    """Compare what every rank sees with what rank 0 sees; a collective.
+
+    Raises:
+        ValueError: on every rank, when some rank sees something else; it names the hosts and what to do.
+    """
+    if dist.get_world_size() == 1:
+        return
+    mark = _leave_mark(folder)
+    seen = {
+        "configuration": _digest(as_dict(config)),
+        "run folder": str((folder / mark).is_file()),
+        "model": _digest(_model_files(config.model.path)),
+        "questions": _digest([(question.id, question.text) for question in (*task.train, *task.eval)]),
+    }
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (socket.gethostname(), os.environ.get("RANK", "0"), seen))
+    if dist.get_rank() == 0:
+        (folder / mark).unlink(missing_ok=True)
+    problems = [line for host, rank, found in everywhere for line in _differences(host, rank, found, everywhere[0][2])]
+    if problems:
+        raise ValueError("the nodes do not see the same: " + "; ".join(problems))
+
+
+def _leave_mark(folder: Path) -> str:
+    """Create an empty file in the run folder on rank 0; returns its name on every rank."""
+    name = [f".shared-{secrets.token_hex(8)}"]
+    if dist.get_rank() == 0:
+        (folder / name[0]).touch()
+    dist.broadcast_object_list(name, src=0)
+    return name[0]
+
+
+def _differences(host: str, rank: str, found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
+    return [f"{name} on {host} (rank {rank}): {_ADVICE[name]}" for name in expected if found[name] != expected[name]]
+
+
+def _model_files(path: str | None) -> list[tuple[str, int]]:
+    """Return names and sizes of the files of a model folder."""
+    if path is None:
+        return []
+    return [(file.name, file.stat().st_size) for file in sorted(Path(path).glob("*")) if file.is_file()]
+
+
+def _digest(value: Any) -> str:
+    return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
