@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,7 +36,7 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings, seed: int) -
 
     Raises:
         InputError: PEFT is not installed.
-        ValueError: the model has no such target, or the LM head is one.
+        ValueError: the model has no such target, or one is the LM head or no linear layer, as stacked experts are.
     """
     if find_spec("peft") is None:
         raise InputError("model.lora needs PEFT, which is not installed: pip install 'atpo-fast[lora]'")
@@ -45,6 +45,7 @@ def add_adapters(model: PreTrainedModel, settings: AdapterSettings, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         plain = plain_model(get_peft_model(model, peft_config(settings), autocast_adapter_dtype=False))
+    check_mergeable(lora_layers(plain))
     head = plain.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(
@@ -93,6 +94,19 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def check_mergeable(layers: Mapping[str, Any]) -> None:
+    """Raise ValueError unless each of `lora_layers` is a linear layer with one plain LoRA adapter."""
+    for name, layer in layers.items():
+        kind, variant = f"{type(layer).__module__}.{type(layer).__name__}", layer.lora_variant
+        if kind != "peft.tuners.lora.layer.Linear" or variant:
+            raise ValueError(
+                f"{name} is a {kind}{f' with {variant}' if variant else ''}: only plain LoRA on linear layers can be "
+                "merged; name linear layers in model.lora.targets, such as [q_proj, k_proj, v_proj, o_proj]"
+            )
+        if list(layer.lora_A) != [ADAPTER]:
+            raise ValueError(f"{name} has the adapters {list(layer.lora_A)}; expected one, {ADAPTER!r}")
 
 
 @contextmanager

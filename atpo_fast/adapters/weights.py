@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from atpo_fast.adapters.lora import ADAPTER, lora_layers
+from atpo_fast.adapters.lora import ADAPTER, check_mergeable, lora_layers
 
 _PEFT_PREFIX = "base_model.model."  # what PEFT writes before the model's own names
 
@@ -50,7 +50,7 @@ def whole_weights(model: nn.Module) -> Iterator[Weight]:
     Raises ValueError for adapters that are not LoRA on a linear layer.
     """
     layers = lora_layers(model)
-    _check_mergeable(layers)
+    check_mergeable(layers)
     inner = tuple(f"{name}." for name in layers)
     for name, parameter in model.named_parameters():
         if not name.startswith(inner):
@@ -91,12 +91,3 @@ def save_adapters(config: Any, weights: Mapping[str, Tensor], folder: Path) -> N
     config = copy(config)
     config.inference_mode = True
     config.save_pretrained(str(folder))
-
-
-def _check_mergeable(layers: Mapping[str, Any]) -> None:
-    for name, layer in layers.items():
-        kind, variant = f"{type(layer).__module__}.{type(layer).__name__}", getattr(layer, "lora_variant", None)
-        if kind != "peft.tuners.lora.layer.Linear" or variant:
-            raise ValueError(f"{name} is a {kind}{f' with {variant}' if variant else ''}: only plain LoRA is merged")
-        if list(layer.lora_A) != [ADAPTER]:
-            raise ValueError(f"{name} has the adapters {list(layer.lora_A)}; expected one, {ADAPTER!r}")

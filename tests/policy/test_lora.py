@@ -16,6 +16,7 @@ from atpo_fast.packing import depth_first
 from atpo_fast.policy import Policy, accumulate_gradients, score_rows
 from tests.helpers.adapters import peft_model, wake_adapters
 from tests.helpers.flat_reference import exact_norms, flat_loss, flatten
+from tests.helpers.hybrid_models import in_float64, make_hybrid
 from tests.helpers.policies import MODELS, make, trees
 
 OBJECTIVE = Objective.preset("at2po", clip_low=0.5, clip_high=0.5)
@@ -62,6 +63,39 @@ def test_tree_equals_flat_through_peft(name: str) -> None:
         for parameter, gradient in expected.items():
             difference = float((found[parameter] - gradient).abs().max())
             assert difference < 1e-9 * size, (name, choice, row_tokens, parameter)
+
+
+# Fails if an adapter in a layer with a state, or beside stacked experts, is passed over where the layer's functions are
+# exchanged, or its gradient is lost between rows.
+@pytest.mark.parametrize("name", ["qwen3_next", "lfm2", "nemotron_h"])
+def test_tree_equals_flat_in_layers_with_a_state(name: str) -> None:
+    def adapted() -> PeftModel:
+        torch.manual_seed(1)
+        model = get_peft_model(make_hybrid(name), LoraConfig(r=3, lora_alpha=7, target_modules="all-linear"))
+        wake_adapters(model)
+        return model
+
+    with in_float64():
+        plain = adapted()
+        flat_loss(
+            lambda ids, _, __: plain(ids[None], use_cache=False).logits[0], flatten(trees()), OBJECTIVE
+        ).backward()
+        expected = adapter_gradients(plain)
+        policy = Policy(adapted(), gradient_checkpointing="layer").train()
+        rows = pack_trees(trees(), OBJECTIVE, 12, dtype=torch.float64, max_prefix=500)
+        accumulate_gradients(policy, rows, OBJECTIVE)
+        found = adapter_gradients(policy.model)
+    assert found.keys() == expected.keys() and len(found) >= 20
+    size = max(float(gradient.abs().max()) for gradient in expected.values())
+    for parameter, gradient in expected.items():
+        assert float((found[parameter] - gradient).abs().max()) < 1e-9 * size, parameter
+
+
+# Fails if what cannot be merged is found out after the first rollout, not when the run starts.
+def test_stacked_experts_are_refused_at_the_start() -> None:
+    with pytest.raises(ValueError, match=r"mlp\.experts is a peft\..*name linear layers in model\.lora\.targets"):
+        add_adapters(make_hybrid("qwen3_next"), AdapterSettings(rank=3, alpha=7.0), seed=0)
+    add_adapters(make_hybrid("qwen3_next"), AdapterSettings(3, 7.0, ("q_proj", "v_proj")), seed=0)
 
 
 # Fails if adapters begin otherwise than as the model they are put on, depend on random numbers drawn before, get
@@ -164,7 +198,7 @@ def test_prompt_tuning_is_refused() -> None:
 # Fails if what cannot be merged is sent to the engine without its adapter.
 def test_only_plain_lora_is_merged() -> None:
     dora = Policy(peft_model("llama", use_dora=True))
-    with pytest.raises(ValueError, match="only plain LoRA is merged"):
+    with pytest.raises(ValueError, match="only plain LoRA on linear layers can be merged"):
         list(whole_weights(dora.model))
     two = peft_model("llama")
     two.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
