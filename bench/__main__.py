@@ -8,6 +8,7 @@
     python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
     python -m bench threads              measure how long waiting threads should spin
     python -m bench real-model           compare engine and update with Hugging Face on a model of real size
+    python -m bench hybrid               the update of models with recurrent layers: trees against flat rows
     python -m bench training-run RUN     record a training with a real model, its curve and its evaluations
     python -m bench.methods              compare the methods, about an hour (`make compare`)
     python -m bench.gpu_day              the first quarter of an hour on a GPU: docs/gpu_day.md
@@ -33,6 +34,7 @@ COMMANDS = {
     "retrieval": "bench.systems.retrieval",
     "threads": "bench.systems.threads",
     "real-model": "bench.systems.real_model",
+    "hybrid": "bench.systems.hybrid",
     "training-run": "bench.systems.training_run",
 }
 

@@ -51,8 +51,10 @@ PromptKind = Literal["published", "short", "messages"]
 """Prompt of a question: AT2PO's, the bare question, or the chat of the data's record."""
 AnswerKind = Literal["boxed", "tag", "last_line", "hashes"]
 """How the answer is read from a trajectory; `atpo_fast.environment.extraction` has a function for each."""
-RewardName = Literal["published", "arpo_f1", "search_r1_em", "em", "f1", "math", "format"]
+RewardName = Literal["published", "arpo_f1", "search_r1_em", "em", "f1", "math", "format", "session"]
 """Rewards by name; `atpo_fast.environment.rewards.named` has a function for each."""
+Fork = Literal["auto", "native", "copy", "replay", "none"]
+"""How the state of an environment branches; `atpo_fast.environment.sessions` does each."""
 Normalisation = Literal["published", "unicode"]
 """How answers are normalised before they are compared; `atpo_fast.data.matching` says what each does."""
 SharedTurns = Literal["each", "once"]

@@ -24,6 +24,11 @@ class EventLoopThread:
         self._thread.start()
         self._close = weakref.finalize(self, _stop, self.loop, stopped, self._thread)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller runs on this thread."""
+        return self._thread is threading.current_thread()
+
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine; returns a future of its outcome."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)

@@ -5,8 +5,9 @@ between sections, `arithmetic.py` says what a configuration amounts to.
 """
 
 from atpo_fast.common.errors import ConfigError
-from atpo_fast.config.data import ColumnsConfig, DataConfig, WorldConfig
+from atpo_fast.config.data import ColumnsConfig, DataConfig, RoomsConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig, ServerConfig, VLLMConfig
+from atpo_fast.config.environment import EnvironmentConfig
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
 from atpo_fast.config.method import CreditConfig, ObjectiveConfig, OverlongConfig, RewardConfig
@@ -27,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DynamicSamplingConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "EvalConfig",
     "LoRAConfig",
     "LoggingConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "RewardConfig",
     "RewardTermConfig",
     "RolloutConfig",
+    "RoomsConfig",
     "ServerConfig",
     "TaskConfig",
     "ToolsConfig",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from atpo_fast.config.data import DataConfig
 from atpo_fast.config.engines import EngineConfig, ServerConfig, VLLMConfig
-from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
+from atpo_fast.config.environment import EnvironmentConfig
+from atpo_fast.config.method import CreditConfig, ObjectiveConfig
 from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.train import TrainConfig
@@ -21,15 +22,6 @@ def check_row(data: DataConfig, rollout: RolloutConfig, train: TrainConfig) -> N
         )
 
 
-def check_turn_rewards(reward: RewardConfig, credit: CreditConfig) -> None:
-    """Check that rewards of turns reach the credit."""
-    if reward.turn_penalty and credit.method != "gtpo":
-        raise ValueError(
-            f"reward.turn_penalty={reward.turn_penalty:g} rewards turns, which credit.method={credit.method} does not "
-            "read: set credit.method=gtpo, or leave it out"
-        )
-
-
 def check_turn_clips(credit: CreditConfig, objective: ObjectiveConfig) -> None:
     """Check that the loss has a clip range for a turn where the credit scales it."""
     level, clip = objective.resolved["level"], objective.resolved["clip"]
@@ -41,6 +33,21 @@ def check_turn_clips(credit: CreditConfig, objective: ObjectiveConfig) -> None:
             f"credit.method=a2tgpo scales the clip range of each turn, which does not go with {what}: set another, or "
             "credit.clip_spread=0"
         )
+
+
+def check_fork(environment: EnvironmentConfig, rollout: RolloutConfig) -> None:
+    """Check that a search that branches has a way to fork sessions."""
+    if environment.fork == "none" and rollout.strategy != "chain":
+        raise ValueError(
+            f"environment.fork=none, but rollout.strategy={rollout.strategy} continues earlier turns: set "
+            "rollout.strategy=chain, or another fork"
+        )
+
+
+def check_rooms(data: DataConfig, environment: EnvironmentConfig) -> None:
+    """Check that somebody opens the rooms."""
+    if data.source == "rooms" and environment.factory is None:
+        raise ValueError("data.source=rooms needs environment.factory=atpo_fast.world.rooms:open_session, its sessions")
 
 
 def check_old_logprobs(train: TrainConfig, objective: ObjectiveConfig) -> None:

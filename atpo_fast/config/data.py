@@ -1,4 +1,4 @@
-"""Sections `data` and `world`: where questions and passages come from."""
+"""Sections `data`, `world` and `rooms`: where questions and passages come from."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ class ColumnsConfig:
 class DataConfig:
     """Sources of questions, passages and tokenizer."""
 
-    source: Literal["world", "files"] = "files"
-    """Source of the task. world: the embedded world, generated from a seed. files: data files on disk."""
+    source: Literal["world", "rooms", "files"] = "files"
+    """Source of the task. world: the embedded world of questions, generated from a seed. rooms: the embedded world of
+    rooms, whose actions change it. files: data files on disk."""
     train_files: list[str] = Field(default_factory=list)
     """Question files (.json, .jsonl, .csv, .tsv, .parquet, each also .gz; or folders that `datasets` saved), relative
     to `root`."""
@@ -55,7 +56,7 @@ class DataConfig:
 
 @dataclass(config=STRICT, kw_only=True)
 class WorldConfig:
-    """The embedded world (used when data.source is `world`)."""
+    """The embedded world of questions (used when data.source is `world`)."""
 
     entities: int = Field(default=60, ge=10)
     """Number of entities."""
@@ -73,3 +74,38 @@ class WorldConfig:
     """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
     seed: int = 0
     """Seed of the world itself; the run's seed is separate."""
+
+
+@dataclass(config=STRICT, kw_only=True)
+class RoomsConfig:
+    """The embedded world of rooms, keys and locked doors (used when data.source is `rooms`)."""
+
+    colours: int = Field(default=8, ge=3, le=12)
+    """Number of colours of keys and doors."""
+    keys: int = Field(default=3, ge=2)
+    """Number of keys in a room, and of doors; one of them leads on."""
+    shown: int = Field(default=2, ge=1)
+    """Number of the keys that a look shows."""
+    max_doors: int = Field(default=3, ge=1)
+    """Largest number of doors on the way to the treasury; the smallest is 1."""
+    treasures: int = Field(default=40, ge=2)
+    """Number of names of treasures."""
+    train_questions: int = Field(default=2000, ge=1)
+    """Number of training questions."""
+    eval_questions: int = Field(default=200, ge=1)
+    """Number of evaluation questions."""
+    demonstrations: int = Field(default=4000, ge=1)
+    """Number of scripted demonstrations for the cold start."""
+    good_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
+    door_reward: float = 0.0
+    """Reward of the turn that opens a right door, beside the outcome."""
+    seed: int = 0
+    """Seed of the world itself; the run's seed is separate."""
+
+    def __post_init__(self) -> None:
+        if not self.shown <= self.keys <= self.colours:
+            raise ValueError(
+                f"rooms.shown={self.shown}, rooms.keys={self.keys} and rooms.colours={self.colours} must ascend: a "
+                "look shows some of the keys of a room, whose colours differ"
+            )

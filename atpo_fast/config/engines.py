@@ -18,6 +18,9 @@ class PagedConfig:
     """Kind of the engine."""
     cache_tokens: int = Field(default=262144, ge=64)
     """Budget of the prefix cache, in tree tokens."""
+    cache_states: int = Field(default=4096, ge=2)
+    """Budget of the states of recurrent layers: one for each turn in the cache, one for each request that is decoded.
+    Memory is taken as it is needed."""
     cache_dtype: Literal["model", "float32"] = "model"
     """Dtype of the engine's weights and cache."""
 

@@ -45,7 +45,7 @@ class RewardConfig:
     turn_cost: float = Field(default=0.0, ge=0)
     """Cost subtracted per tool call (published, arpo_f1)."""
     turn_penalty: float = Field(default=0.0, ge=0)
-    """Penalty on each turn that breaks the format of a turn, as a reward of that turn (gtpo, published 0.1)."""
+    """Penalty on each turn that breaks the format of a turn, as a reward of that turn (published for gtpo: 0.1)."""
     normalise: Normalisation = "published"
     """Normalisation of answers before they are compared. published: lower case, no ASCII punctuation, no articles.
     unicode: besides, one form of accents, dashes, quotes and widths, and no TeX commands around text."""
@@ -69,7 +69,9 @@ class CreditConfig:
     pass_at_k: int = Field(default=4, ge=1)
     """Number k of the tries of which one has to succeed (passk)."""
     discount: float | None = Field(default=None, gt=0, le=1)
-    """Factor of a reward that is one turn further away (gtpo, igpo, a2tgpo); none: 0.9 for gtpo, else 1."""
+    """Factor of a reward that is one turn further away; none: 0.9 for gtpo, else 1. gtpo, igpo and a2tgpo discount from
+    each turn on, the others from the first: the outcome of a trajectory and the rewards that the environment gave its
+    turns."""
     ancestors: AncestorWeight = "leaves"
     """Weight of a leaf's comparison with those below an ancestor (treepo). leaves: their number. equal: always 1."""
     clip_spread: float = Field(default=0.5, ge=0, lt=1)

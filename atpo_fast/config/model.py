@@ -71,6 +71,9 @@ class ModelConfig:
     liger: Liger = "auto"
     """Use of Liger's RMSNorm, SwiGLU and RoPE. auto: on a GPU, for the architectures that they are known to fit. off:
     never."""
+    architecture: dict[str, bool | int | float | str | list[str]] = Field(default_factory=dict)
+    """Random model: fields of its Hugging Face configuration that are none of the sizes below, such as `{model_type:
+    qwen3_5_text, linear_num_key_heads: 2}`. Without `model_type` it is a Qwen3."""
     hidden_size: int = Field(default=128, ge=8)
     """Random model: width."""
     layers: int = Field(default=4, ge=1)
@@ -99,5 +102,7 @@ class ModelConfig:
             raise ValueError(
                 "model.lora.cold_start=true trains adapters on a random model: give model.path, or leave it out"
             )
+        if self.path is not None and self.architecture:
+            raise ValueError("model.architecture describes a random model, but model.path names one: leave one out")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}")

@@ -11,14 +11,16 @@ from atpo_fast.common.choices import MethodName
 from atpo_fast.config.checks import (
     check_adapters,
     check_engine,
+    check_fork,
     check_old_logprobs,
+    check_rooms,
     check_row,
     check_turn_clips,
-    check_turn_rewards,
     check_unsampled_tokens,
 )
-from atpo_fast.config.data import DataConfig, WorldConfig
+from atpo_fast.config.data import DataConfig, RoomsConfig, WorldConfig
 from atpo_fast.config.engines import EngineConfig, PagedConfig
+from atpo_fast.config.environment import EnvironmentConfig
 from atpo_fast.config.logging import LoggingConfig
 from atpo_fast.config.method import CreditConfig, ObjectiveConfig, RewardConfig
 from atpo_fast.config.model import ModelConfig
@@ -50,11 +52,15 @@ class Config:
     task: TaskConfig = Field(default_factory=TaskConfig)
     """Prompt, answer and rewards."""
     world: WorldConfig = Field(default_factory=WorldConfig)
-    """The embedded world."""
+    """The embedded world of questions."""
+    rooms: RoomsConfig = Field(default_factory=RoomsConfig)
+    """The embedded world of rooms."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     """The policy."""
     tools: ToolsConfig = Field(default_factory=ToolsConfig)
     """The environment's tools."""
+    environment: EnvironmentConfig = Field(default_factory=EnvironmentConfig)
+    """An environment with a state."""
     engine: EngineConfig = Field(default_factory=PagedConfig)
     """The inference engine."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
@@ -77,10 +83,11 @@ class Config:
     """Metrics."""
 
     def __post_init__(self) -> None:
-        check_turn_rewards(self.reward, self.credit)
         check_turn_clips(self.credit, self.objective)
         check_row(self.data, self.rollout, self.train)
+        check_fork(self.environment, self.rollout)
         check_old_logprobs(self.train, self.objective)
         check_adapters(self.model, self.engine)
+        check_rooms(self.data, self.environment)
         check_engine(self.engine, self.rollout, self.train)
         check_unsampled_tokens(self.rollout, self.train, self.objective)

@@ -77,7 +77,9 @@ def assign_credit(
         value: at2po: one of `VALUES`, `child_softmax`, `child_mean` or `leaf_mean`.
         advantage: at2po: `node_value`, `diff_parent`, `diff_global` or `diff_localglobal`.
         k: passk: size of the set whose best counts.
-        discount: gtpo, igpo, a2tgpo: factor of a reward that is a turn further away; None: 0.9 for gtpo, else 1.
+        discount: factor of a reward that is a turn further away; None: 0.9 for gtpo, else 1. gtpo, igpo and a2tgpo sum
+            from each turn on. With the others a trajectory earns the sum from its first turn on: the rewards of its
+            turns (`turn_rewards` of the trees), and the outcome with the last.
         ancestors: treepo: weight of an ancestor's comparison, its number of `leaves` or `equal`.
         clip_spread: a2tgpo: by what share a clip range is widened or narrowed at most.
         shared_turns: `each`: a turn counts in each trajectory through it. `once`: it counts once, shared among them.
@@ -100,28 +102,55 @@ def assign_credit(
     forest = as_forest(trees)
     if not forest.trees:
         return
-    reward = _rewards(forest)
+    reward, turn_rewards = _rewards(forest), _turn_rewards(forest)
+    if method in ("gtpo", *GAIN_METHODS):
+        _assign_returns(forest, reward, turn_rewards, method, options)
+        return _share_turns(forest, shared_turns)
+    reward = _discounted(forest, reward, turn_rewards, options.discount)
     if method == "at2po":
         values = turn_values(forest, reward, leaf_norm=leaf_norm, value=value)
         _store(forest, values, turn_advantages(forest, values, advantage=advantage))
-    elif method in ("gtpo", *GAIN_METHODS):
-        _assign_returns(forest, reward, method, options)
     else:
         _assign_leaf_advantages(forest, reward, method, options)
+    _share_turns(forest, shared_turns)
+
+
+def _share_turns(forest: Forest, shared_turns: str) -> None:
+    """Let a turn count once, where that is asked for."""
     if shared_turns == "once":
         through = np.maximum(forest.sum_leaves_below(forest.multiplicity), 1.0)
         _store_turns(forest, "turn_weight", 1.0 / through)
 
 
-def _assign_returns(forest: Forest, reward: Floats, method: str, options: _Options) -> None:
+def _turn_rewards(forest: Forest) -> Floats:
+    """Join the rewards of turns, (N,); 0 for trees without."""
+    return np.concatenate([np.zeros(len(t)) if t.turn_rewards is None else t.turn_rewards for t in forest.trees])
+
+
+def _discounted(forest: Forest, reward: Floats, turn_rewards: Floats, discount: float | None) -> Floats:
+    """Sum what each trajectory earns from its first turn on, (S,): rewards of turns, and the outcome at the end."""
+    if discount in (None, 1.0) and not turn_rewards.any():
+        return reward
+    entries = Entries.of(forest, reward, np.zeros(len(forest.trees), dtype=np.int64))
+    earned = turn_rewards[entries.turn] + np.where(entries.last, entries.reward, 0.0)
+    sums = entries.sum_ahead(earned, 1.0 if discount is None else discount)
+    total, acting = reward.copy(), np.diff(forest.path_offsets) > 0
+    total[acting] = sums[forest.path_offsets[:-1][acting]]
+    return total
+
+
+def _assign_returns(forest: Forest, reward: Floats, turn_rewards: Floats, method: str, options: _Options) -> None:
     """Give turns their advantages by a method of turn rewards."""
+    if method in GAIN_METHODS:
+        acting = np.diff(forest.path_offsets) > 0
+        reward = reward.copy()
+        reward[acting] += turn_rewards[forest.path_turns[forest.path_offsets[1:][acting] - 1]]
     entries = Entries.of(forest, reward, _question_numbers(forest.trees))
     discount = options.discount if options.discount is not None else 0.9 if method == "gtpo" else 1.0
     if method == "gtpo":
-        parts = [np.zeros(len(t)) if t.turn_rewards is None else t.turn_rewards for t in forest.trees]
-        _store(forest, *gtpo(entries, np.concatenate(parts), discount))
+        _store(forest, *gtpo(entries, turn_rewards, discount))
         return
-    gain = information_gain(forest)
+    gain = information_gain(forest) + turn_rewards
     values = _mean_by_turn(forest, reward)
     if method == "igpo":
         _store(forest, values, igpo(entries, gain, discount))

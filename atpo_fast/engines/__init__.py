@@ -77,7 +77,8 @@ def make_engine(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config, engine))
         if held is not None:
             model = add_adapters(model, held, config.seed)
-        return PagedEngine(model, tokenizer, cache_tokens=engine.cache_tokens, device=device)
+        tokens, states = engine.cache_tokens, engine.cache_states
+        return PagedEngine(model, tokenizer, cache_tokens=tokens, cache_states=states, device=device)
     if isinstance(engine, VLLMConfig):
         from atpo_fast.engines.vllm.engine import VLLMEngine
 

@@ -39,8 +39,9 @@ from atpo_fast.environment.decoding import decode, decode_actions, decode_observ
 from atpo_fast.environment.extraction import EXTRACTIONS, Extraction, turn_format_ok
 from atpo_fast.environment.own_code import place_of
 from atpo_fast.environment.rewards import PUBLISHED, Earned, Reward, Trajectory, earn
+from atpo_fast.environment.rewards.named import NAMED
 from atpo_fast.environment.tags import TAGS, format_result, open_tag
-from atpo_fast.tree.turn_tree import TurnTree
+from atpo_fast.tree.turn_tree import Floats, TurnTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,11 @@ class ScoringRules:
     rewards: tuple[Reward, ...] = (PUBLISHED,)
     opening: str = ""
     loop: LazyEventLoop = field(default_factory=lambda: LazyEventLoop("rewards"))
+
+    @property
+    def reads_score(self) -> bool:
+        """Whether a reward looks at the environment's score of a trajectory, or may do so."""
+        return any(r.signature is not None or r.function is NAMED["session"] for r in self.rewards)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,8 +99,8 @@ def score_trees(
 ) -> list[list[LeafScore]]:
     """Score every leaf of every tree, in the order of `tree.leaves`, and set its reward on the tree.
 
-    Sets `tree.turn_rewards` too where turns have a `turn_penalty`. Each turn is decoded once. A tree
-    without leaves gives an empty list.
+    Sets `tree.turn_rewards` too where turns have a `turn_penalty`, or the environment rewarded them. Each turn is
+    decoded once. A tree without leaves gives an empty list.
 
     Args:
         trees: unscored trees.
@@ -142,10 +148,7 @@ def _trajectories(
 ) -> list[Trajectory]:
     """Read the trajectories of a tree's leaves, and set the rewards of its turns where they have any."""
     written, responses = _turn_texts(tree, tokenizer, rules.opening)
-    if reward.turn_penalty:
-        turns = zip(written, tree.turns, strict=True)
-        broken = [not turn_format_ok(text, turn.tool is not None) for text, turn in turns]
-        tree.turn_rewards = np.array([0.0, *broken[1:]]) * -reward.turn_penalty
+    tree.turn_rewards = _turn_rewards(tree, written, reward)
     prompt = decode(tokenizer, tree.turns[0].observation_ids.tolist())
     found = []
     for leaf in tree.leaves:
@@ -167,9 +170,21 @@ def _trajectories(
                 token_ids=tree.path_ids(leaf)[len(tree.turns[0].observation_ids) :],
                 validation=validation,
                 leaf=leaf,
+                score=tree.turns[leaf].score,
+                turn_rewards=sum(tree.turns[n].step_reward or 0.0 for n in path),
             )
         )
     return found
+
+
+def _turn_rewards(tree: TurnTree, written: Sequence[str], reward: RewardConfig) -> Floats | None:
+    """Add up what each turn earns itself, (N,): what the environment gave, and the penalty of a broken format."""
+    steps = np.array([turn.step_reward or 0.0 for turn in tree.turns])
+    if not reward.turn_penalty:
+        return steps if steps.any() else None
+    turns = zip(written, tree.turns, strict=True)
+    broken = [not turn_format_ok(text, turn.tool is not None) for text, turn in turns]
+    return steps + np.array([0.0, *broken[1:]]) * -reward.turn_penalty
 
 
 def _scores(

@@ -22,7 +22,7 @@ from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
 __all__ = ["Tool", "ToolBox", "ToolResult", "make_toolbox"]
 
 _LOG = logging.getLogger(__name__)
-_CHARS_PER_TOKEN = 16  # far above what tokenizers reach on text: cutting here never shortens a result that would fit
+CHARS_PER_TOKEN = 16  # far above what tokenizers reach on text: cutting here never shortens a result that would fit
 _TRY_SHARE = 0.9  # share of a try's time: code and servers stop before the tool box does, so that it abandons no thread
 
 
@@ -46,13 +46,18 @@ def open_further_tools(tools: ToolsConfig) -> list[Tool]:
     return opened
 
 
-def described_schemas(tools: ToolsConfig, further: Sequence[Tool]) -> list[JsonSchema]:
-    """Return the schemas of the tools that the prompt has to describe: none unless there are `further` tools.
+def described_schemas(
+    tools: ToolsConfig, further: Sequence[Tool], of_sessions: Sequence[JsonSchema] = ()
+) -> list[JsonSchema]:
+    """Return the schemas of the tools that the prompt has to describe: none unless there are further tools.
 
-    With further tools that is all tools but the search, which the published prompt describes itself.
+    With further tools, or tools of sessions, that is all tools but the search, which the published prompt describes
+    itself.
     """
     known = [PythonTool] if "python" in tools.builtin else []
-    return [tool_schema(tool) for tool in (*known, *further)] if further else []
+    if not further and not of_sessions:
+        return []
+    return [*(tool_schema(tool) for tool in (*known, *further)), *of_sessions]
 
 
 def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Sequence[Tool] | None = None) -> ToolBox:
@@ -80,7 +85,7 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Seque
             retries=tools.retries,
             timeout_seconds=tools.timeout_seconds,
             workers=tools.calls_per_tool,
-            max_chars=_CHARS_PER_TOKEN * tools.max_result_tokens,
+            max_chars=CHARS_PER_TOKEN * tools.max_result_tokens,
             backoff_seconds=tools.backoff_seconds,
             concurrency=tools.concurrency,
             timeouts=tools.timeouts,

@@ -70,11 +70,13 @@ def prefix_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Compute the bytes that one token of a row's prefix takes.
 
     They hold its keys and values, twice because a row's graph has them behind one another, their gradients in float32,
-    and its layers' outputs.
+    and its layers' outputs. Layers with a state keep one for the whole row, which is not counted.
     """
     _, key_heads, width = head_shape(config)
-    per_layer = 2 * key_heads * width * (2 * dtype.itemsize + 4) + config.hidden_size * dtype.itemsize
-    return config.num_hidden_layers * per_layer
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    attending = sum(kind not in known_types(config) for kind in kinds)
+    keys = 2 * key_heads * width * (2 * dtype.itemsize + 4)
+    return attending * keys + config.num_hidden_layers * config.hidden_size * dtype.itemsize
 
 
 def _tree_attention_forward(

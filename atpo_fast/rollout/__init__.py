@@ -2,6 +2,14 @@
 
 from atpo_fast.rollout.counters import RolloutCounters
 from atpo_fast.rollout.expansion import expansion_scores, keep_leaves, select_turns
-from atpo_fast.rollout.tree_search import TreeSearch, in_order
+from atpo_fast.rollout.tree_search import TreeSearch, begin_sessions, in_order
 
-__all__ = ["RolloutCounters", "TreeSearch", "expansion_scores", "in_order", "keep_leaves", "select_turns"]
+__all__ = [
+    "RolloutCounters",
+    "TreeSearch",
+    "begin_sessions",
+    "expansion_scores",
+    "in_order",
+    "keep_leaves",
+    "select_turns",
+]

@@ -19,6 +19,7 @@ import numpy as np
 from atpo_fast.data.questions import Question
 from atpo_fast.engines.base import Completion, PathNode
 from atpo_fast.environment import ToolCall, ToolResult
+from atpo_fast.environment.sessions import Place, SessionAnswer, StateTree
 from atpo_fast.tree.turn_tree import TokenIds, TurnTree
 
 _RESERVE_TOKENS = 100  # tokens left for the policy after a result that had to be cut (published)
@@ -30,7 +31,7 @@ class BranchState(Enum):
     READY = auto()  # to be given to the engine
     WRITING = auto()  # in flight at the engine
     CALLING = auto()  # to be given to the tools
-    ANSWERING = auto()  # in flight at the tools
+    ANSWERING = auto()  # in flight at the tools, or at the session that scores the trajectory
     ENDED = auto()  # its round is over for it: its last turn is a leaf, or goes on in a later round
 
 
@@ -70,6 +71,8 @@ class QuestionSearch:
     kept: bool = True  # whether the turns of the current round enter the tree
     branches: int = 0  # branches begun so far
     numbers: list[int] = field(default_factory=lambda: [0])  # number at the engine of each turn of the tree
+    states: StateTree | None = None  # states of the environment, where it has any
+    places: list[Place | None] = field(default_factory=lambda: [None])  # state after each turn of the tree
     requests: int = 0  # requests numbered so far
     tokens: int = 0  # tokens of the prompt and of all turns so far, each counted once
     blocked_since: float | None = None  # time at which tools began to keep the round waiting (see `blocked`)
@@ -80,7 +83,15 @@ class QuestionSearch:
 
     @classmethod
     def of(
-        cls, question: Question, repeat: int, prompt: Sequence[int], order: int, seed: int, room: int, number: int = 0
+        cls,
+        question: Question,
+        repeat: int,
+        prompt: Sequence[int],
+        order: int,
+        seed: int,
+        room: int,
+        number: int = 0,
+        states: StateTree | None = None,
     ) -> QuestionSearch:
         """Begin the `number`-th tree of a question, whose id came `repeat` times before.
 
@@ -92,7 +103,8 @@ class QuestionSearch:
         seeds += (number,) if number else ()
         rng = np.random.default_rng(hashed(*seeds, "expansion"))
         reserve = max(1, min(_RESERVE_TOKENS, room // 10))
-        return cls(tree, order, seeds, len(prompt) + room, reserve, rng, number)
+        places = [None if states is None else states.root]
+        return cls(tree, order, seeds, len(prompt) + room, reserve, rng, number, states=states, places=places)
 
     @property
     def key(self) -> str:
@@ -139,6 +151,7 @@ class QuestionSearch:
 
     def _add(self, parent: int, turn: WrittenTurn) -> int:
         self.numbers.append(turn.number)
+        self.places.append(turn.place)
         return self.tree.add_turn(
             parent,
             turn.action_ids,
@@ -146,6 +159,8 @@ class QuestionSearch:
             turn.observation_ids,
             finish_reason=turn.finish_reason,
             tool=turn.tool,
+            step_reward=turn.step_reward,
+            score=turn.score,
         )
 
     def next_number(self) -> int:
@@ -159,7 +174,10 @@ class QuestionSearch:
         ends = accumulate(lengths)
         path = tuple(PathNode(key=(self.key, self.numbers[n]), end=end) for n, end in zip(turns, ends, strict=True))
         self.branches += 1
-        return Branch(self, self.branches - 1, start, path, self.tree.path_ids(start.turn))
+        place = self.places[start.turn]
+        if place is not None:
+            place.waiting += 1
+        return Branch(self, self.branches - 1, start, path, self.tree.path_ids(start.turn), place)
 
 
 @dataclass(slots=True, eq=False)
@@ -172,6 +190,9 @@ class WrittenTurn:
     finish_reason: str
     entropy: float | None = None  # opening entropy, where it is asked for
     tool: str | None = None
+    step_reward: float | None = None
+    score: float | None = None
+    place: Place | None = None  # state of the environment after it
     observation_ids: TokenIds = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
 
@@ -184,10 +205,15 @@ class Branch:
     start: Start
     path: tuple[PathNode, ...]  # turns with their observations, which the next turn continues
     prompt_ids: TokenIds  # (path[-1].end,) tokens of the path
+    place: Place | None = None  # state of the environment that its next action begins in
     turns: list[WrittenTurn] = field(default_factory=list)
     state: BranchState = BranchState.READY
     call: ToolCall | None = None  # tool call while CALLING
-    answer: Future[ToolResult] | None = None  # tool result while ANSWERING
+    answer: Future[ToolResult] | Future[SessionAnswer] | Future[float | None] | None = None  # while ANSWERING
+    acted: bool = False  # whether it has left the state that it began in
+    done: bool = False  # whether the episode of its session has ended
+    lost: bool = False  # whether its session is gone, or has not answered in time
+    scoring: bool = False  # whether `answer` is the score of its trajectory
 
     @property
     def calls(self) -> int:
@@ -197,7 +223,7 @@ class Branch:
     @property
     def active(self) -> bool:
         """Whether its newest turn has an observation, after which it can go on."""
-        return bool(self.turns and len(self.turns[-1].observation_ids))
+        return bool(self.turns and len(self.turns[-1].observation_ids)) and not (self.done or self.lost)
 
     @property
     def seed(self) -> int:
@@ -213,7 +239,7 @@ class Branch:
         """Append the turn `number` that the engine has written."""
         ids = np.asarray(completion.token_ids, dtype=np.int64)
         self.search.tokens += len(ids)
-        turn = WrittenTurn(number, ids, completion.policy_logprobs, completion.finish_reason)
+        turn = WrittenTurn(number, ids, completion.policy_logprobs, completion.finish_reason, place=self.place)
         self.turns.append(turn)
         return turn
 
@@ -230,6 +256,18 @@ class Branch:
         """Report the end of its round; `turn` is its last turn in the tree."""
         entropies = tuple(written.entropy for written in self.turns if written.entropy is not None)
         return BranchEnd(turn, self.active, entropies)
+
+    def leave(self) -> None:
+        """Leave the state that it began in, if it is there: nobody waits for it there any more."""
+        if self.place is not None and not self.acted:
+            self.acted = True
+            self.place.waiting -= 1
+
+    def acted_in(self, answer: SessionAnswer) -> None:
+        """Take note of what its action led to."""
+        turn, outcome = self.turns[-1], answer.outcome
+        self.place = turn.place = answer.place
+        turn.step_reward, self.done, self.lost = outcome.reward, outcome.done, answer.lost
 
     def observe(self, observation: TokenIds) -> None:
         """Attach an observation to the newest turn, which is then to be continued."""

@@ -80,6 +80,8 @@ def _prune(tree: TurnTree, leaves: NDArray[np.int64]) -> TurnTree:
             old.observation_ids,
             finish_reason=old.finish_reason,
             tool=old.tool,
+            step_reward=old.step_reward,
+            score=old.score,
         )
         pruned.turns[new].reward = old.reward
         pruned.turns[new].multiplicity = old.multiplicity

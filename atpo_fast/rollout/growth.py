@@ -13,16 +13,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import Any
 
 from atpo_fast.config import RolloutConfig
 from atpo_fast.engines.base import Completion, Engine, TurnKey
-from atpo_fast.environment import ToolBox, ToolResult
+from atpo_fast.environment import ToolBox, ToolCall, ToolResult
+from atpo_fast.environment.sessions import SessionAnswer, Sessions
 from atpo_fast.rollout.branch import Branch, BranchState, QuestionSearch
 from atpo_fast.rollout.cache_budget import CacheBudget
 from atpo_fast.rollout.counters import REPORT_SECONDS, Progress, RolloutCounters, Timer, timed
@@ -43,6 +45,7 @@ class Station:
     rollout: RolloutConfig
     writer: TurnWriter
     counters: RolloutCounters
+    sessions: Sessions | None = None  # live environments, where the tools are not all
 
 
 @dataclass(slots=True)
@@ -89,6 +92,7 @@ class Growth:
                 branch.answer.cancel()
             for search in self.searching:
                 self.station.engine.release(search.key)
+            self._release_sessions([*self.searching, *self.waiting])
 
     @property
     def _rollout(self) -> RolloutConfig:
@@ -102,6 +106,11 @@ class Growth:
     def _busy(self) -> bool:
         """Whether any branch is at the engine, at the tools or on the way to them."""
         return any(self.states[state] for state in _BUSY)
+
+    def _release_sessions(self, searches: Iterable[QuestionSearch]) -> None:
+        """Close the sessions of searches."""
+        if self.station.sessions is not None:
+            self.station.sessions.release([search.states for search in searches if search.states is not None])
 
     def _move(self, branch: Branch, state: BranchState) -> None:
         """Change the state of a branch, and the numbers by state with it."""
@@ -151,6 +160,7 @@ class Growth:
         self.searching.remove(search)
         self.station.engine.release(search.key)
         self.budget.finished(search)
+        self._release_sessions([search])
         counters, turns = self.station.counters, search.tree.turns
         counters.trees += 1
         counters.failed_trees += not any(turns[n].finish_reason == "eos" for n in search.tree.leaves)
@@ -219,15 +229,33 @@ class Growth:
             self._end(branch)
             return
         branch.observe(observation)
-        if len(branch.turns) == branch.start.turns:
+        if branch.done or branch.lost or len(branch.turns) == branch.start.turns:
             self._end(branch)
         else:
             self._move(branch, BranchState.READY)
 
     def _end(self, branch: Branch) -> None:
         """End a branch's round; it is done for good where its last turn is a leaf."""
+        branch.leave()
+        if self._to_score(branch):
+            self._score(branch)
+            return
         self.progress.leaves += branch.search.kept and not branch.active
         self._move(branch, BranchState.ENDED)
+
+    def _to_score(self, branch: Branch) -> bool:
+        """Tell whether the session of a branch has to score the trajectory that has ended."""
+        sessions = self.station.sessions
+        if sessions is None or not sessions.scores or not branch.search.kept:
+            return False
+        return not (branch.active or branch.scoring or branch.lost)
+
+    def _score(self, branch: Branch) -> None:
+        assert self.station.sessions is not None and branch.place is not None
+        branch.scoring = True
+        branch.answer = self.station.sessions.score(branch.place, self.station.writer.transcript(branch))
+        self._move(branch, BranchState.ANSWERING)
+        branch.answer.add_done_callback(partial(self._answered, branch))
 
     # Tools
 
@@ -238,12 +266,20 @@ class Growth:
         for branch in self._branches(BranchState.CALLING):
             call = branch.call
             assert call is not None
-            branch.answer = self.station.toolbox.submit(call)
+            branch.answer = self._call(branch, call)
             self._move(branch, BranchState.ANSWERING)
             self.station.counters.tool_calls += 1
             branch.answer.add_done_callback(partial(self._answered, branch))
 
-    def _answered(self, branch: Branch, _: Future[ToolResult]) -> None:
+    def _call(self, branch: Branch, call: ToolCall) -> Future[ToolResult] | Future[SessionAnswer]:
+        """Give a call to the branch's session, or to the tools."""
+        sessions, place = self.station.sessions, branch.place
+        if sessions is None or place is None or call.problem or call.tool not in sessions.names:
+            return self.station.toolbox.submit(call)
+        branch.leave()
+        return sessions.act(place, call, keep=place.waiting > 0 or self.strategies[branch.search.key].returns)
+
+    def _answered(self, branch: Branch, _: Future[Any]) -> None:
         """Note that a call is done; runs on a thread of the tools."""
         self.answered.put(branch)
 
@@ -256,6 +292,11 @@ class Growth:
         while not self.answered.empty():
             answered.append(self.answered.get())
         answered = [branch for branch in answered if branch.state is BranchState.ANSWERING]  # others came too late
+        for branch in answered:
+            if branch.scoring:
+                branch.turns[-1].score = _score_of(branch)
+                self._end(branch)
+        answered = [branch for branch in answered if not branch.scoring]
         results = [_result(branch) for branch in answered]
         self.station.counters.failed_tool_calls += sum(not result.ok for result in results)
         observations = self.station.writer.observations([result.text for result in results])
@@ -291,6 +332,7 @@ class Growth:
         self.station.counters.timed_out_turns += len(late)
         for branch in late:
             branch.answer = None  # not cancelled: the future may be another branch's too
+            branch.lost = True
             self._end(branch)
 
 
@@ -299,6 +341,22 @@ def _result(branch: Branch) -> ToolResult:
     future, branch.answer = branch.answer, None
     assert future is not None
     try:
-        return future.result()
+        answer = future.result()
     except Exception as error:
         return ToolResult(f"Tool({branch.turns[-1].tool}) failed: {type(error).__name__}: {error}", ok=False)
+    if isinstance(answer, SessionAnswer):
+        branch.acted_in(answer)
+        return ToolResult(answer.outcome.text, answer.outcome.ok)
+    assert isinstance(answer, ToolResult)
+    return answer
+
+
+def _score_of(branch: Branch) -> float | None:
+    """Take the score of a branch's trajectory; none where its session was closed meanwhile."""
+    future, branch.answer = branch.answer, None
+    assert future is not None
+    with suppress(Exception):
+        score = future.result()
+        assert score is None or isinstance(score, float)
+        return score
+    return None

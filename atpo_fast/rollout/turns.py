@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.engines.base import Completion, Request, SamplingParams
+from atpo_fast.environment.decoding import decode
 from atpo_fast.environment.escaping import Escaper
+from atpo_fast.environment.session import Message
 from atpo_fast.environment.tags import (
     CALL_LIMIT_NOTICE,
     ToolCall,
@@ -20,8 +22,8 @@ from atpo_fast.environment.tags import (
     result_closing,
     result_opening,
 )
-from atpo_fast.rollout.branch import Branch
-from atpo_fast.tree.turn_tree import TokenIds
+from atpo_fast.rollout.branch import Branch, WrittenTurn
+from atpo_fast.tree.turn_tree import TokenIds, Turn
 
 _OPENING_TOKENS = 20  # tokens of a turn of which the opening entropy is (published)
 
@@ -82,6 +84,20 @@ class TurnWriter:
         if call is not None and not call.problem and self.may_call(branch):
             turn.tool = call.tool
         return call
+
+    def transcript(self, branch: Branch) -> list[Message]:
+        """Write what a branch's trajectory consists of, as a session scores it."""
+        tree = branch.search.tree
+        messages: list[Message] = [{"role": "user", "content": str(tree.meta.get("question", ""))}]
+        before = [tree.turns[n] for n in tree.path(branch.start.turn)[1:]]
+        turns: list[Turn | WrittenTurn] = [*before, *branch.turns]
+        for turn in turns:
+            messages.append({"role": "assistant", "content": decode(self.tokenizer, turn.action_ids.tolist())})
+            if len(turn.observation_ids):
+                text = decode(self.tokenizer, turn.observation_ids.tolist())
+                text = text.removeprefix(result_opening()).removesuffix(result_closing())
+                messages.append({"role": "tool", "content": text})
+        return messages
 
     def may_call(self, branch: Branch) -> bool:
         """Tell whether the branch may call a tool once more."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -27,13 +27,22 @@ from atpo_fast.environment import (
 from atpo_fast.environment.arguments import JsonSchema
 from atpo_fast.environment.reward import ScoringRules
 from atpo_fast.environment.rewards import check_questions, load_rewards
+from atpo_fast.environment.sessions import Sessions, open_sessions, task_of, with_opening
 from atpo_fast.task.definition import TaskDefinition, load_definition
 from atpo_fast.task.demonstrations import evidence_demonstrations, read_demonstrations
 from atpo_fast.task.prompt_encoder import PromptEncoder
 from atpo_fast.tree.turn_tree import TurnTree
-from atpo_fast.world import make_demonstrations, make_tokenizer, make_world
+from atpo_fast.world import (
+    make_demonstrations,
+    make_levels,
+    make_rooms_tokenizer,
+    make_tokenizer,
+    make_world,
+    play_levels,
+)
 
 Notes = dict[str, float | str]
+Describe = Callable[[Sequence[Question]], list[JsonSchema]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +52,7 @@ class Task:
     `demonstrations` are chains for the cold start (`cold_start.demonstrations`, the world's own, or none).
     `encode_prompt` gives the token ids of a question's prompt. `rules` score trajectories.
     `tools` are the configured functions and MCP tools, open, which the prompts describe and `make_toolbox` takes over.
+    `sessions` are the live environments of `environment.factory`, whose tools the prompts describe too.
     `notes` are facts a reader of the results needs: counts, what was dropped, guess rates.
     """
 
@@ -53,6 +63,7 @@ class Task:
     encode_prompt: PromptEncoder
     rules: ScoringRules = field(default_factory=ScoringRules)
     tools: list[Tool] = field(default_factory=list)
+    sessions: Sessions | None = None
     demonstrations: list[TurnTree] = field(default_factory=list)
     notes: Notes = field(default_factory=dict)
 
@@ -61,7 +72,7 @@ def load_task(config: Config) -> Task:
     """Load or make the task that `config` describes. The same configuration gives the same task.
 
     Raises:
-        ConfigError: the definition of the task, or one of its rewards, cannot be used.
+        ConfigError: the definition of the task, one of its rewards, or the environment cannot be used.
         FileNotFoundError: a data file, the model folder or its tokenizer is missing.
         DataError: a data file cannot be used; the message names file, record and field.
         ValueError: a prompt longer than `data.max_prompt_tokens`, an impossible world, or a function or an MCP tool
@@ -71,12 +82,21 @@ def load_task(config: Config) -> Task:
     definition = load_definition(config.task)
     rewards, extraction = load_rewards(definition.terms), definition.extraction
     tools = open_further_tools(config.tools)
+    opened: list[Sessions] = []
+
+    def describe(questions: Sequence[Question]) -> list[JsonSchema]:
+        """Return the tools that the prompt describes; those of a session are known when one was opened."""
+        if config.environment.factory is not None and questions:
+            opened.append(open_sessions(config, task_of(questions[0])))
+        return described_schemas(config.tools, tools, opened[0].schemas if opened else ())
+
     try:
-        schemas = described_schemas(config.tools, tools)
-        make = _world_task if config.data.source == "world" else _files_task
-        task = make(config, definition, schemas)
+        task = _MAKE[config.data.source](config, definition, describe)
         task.tools = tools
+        task.sessions = opened[0] if opened else None
         task.rules = ScoringRules(extraction=extraction, rewards=rewards, opening=task.encode_prompt.opening)
+        if task.sessions is not None:
+            task.sessions.scoring = task.rules.reads_score
         check_questions(rewards, task.train + task.eval)
         if config.cold_start.demonstrations is not None:
             given = config.cold_start.demonstrations
@@ -85,7 +105,7 @@ def load_task(config: Config) -> Task:
             task.encode_prompt(question)
         return task
     except BaseException:
-        close_tools(tools)
+        close_tools([*tools, *opened])
         raise
 
 
@@ -95,9 +115,10 @@ def drop_overlap(train: list[Question], held_out: list[Question]) -> list[Questi
     return [question for question in train if normalise_question(question.text) not in texts]
 
 
-def _world_task(config: Config, definition: TaskDefinition, schemas: Sequence[JsonSchema]) -> Task:
-    """Make the task of the embedded world."""
+def _world_task(config: Config, definition: TaskDefinition, describe: Describe) -> Task:
+    """Make the task of the embedded world of questions."""
     world = make_world(config.world)
+    schemas = describe(world.train)
     if config.model.path:
         tokenizer = load_tokenizer(config.model.path)
     else:
@@ -115,7 +136,28 @@ def _world_task(config: Config, definition: TaskDefinition, schemas: Sequence[Js
     )
 
 
-def _files_task(config: Config, definition: TaskDefinition, schemas: Sequence[JsonSchema]) -> Task:
+def _rooms_task(config: Config, definition: TaskDefinition, describe: Describe) -> Task:
+    """Make the task of the embedded world of rooms. Its prompts describe no tool: demonstrations show how to act."""
+    levels, action = make_levels(config.rooms), config.environment.action
+    describe(levels.train)
+    if config.model.path:
+        tokenizer = load_tokenizer(config.model.path)
+    else:
+        tokenizer = make_rooms_tokenizer(config.rooms, action)
+    encode = _prompt_encoder(config, definition, tokenizer, ())
+    return Task(
+        train=levels.train[: config.data.max_train_questions],
+        eval=levels.eval[: config.data.max_eval_questions],
+        passages=[],
+        tokenizer=tokenizer,
+        encode_prompt=encode,
+        demonstrations=play_levels(
+            levels, config.rooms, tokenizer, lambda question, opening: encode(with_opening(question, opening)), action
+        ),
+    )
+
+
+def _files_task(config: Config, definition: TaskDefinition, describe: Describe) -> Task:
     """Read questions and passages from disk; the tokenizer comes from the model folder or is trained on them."""
     data = config.data
     roots = data_roots(data)
@@ -129,6 +171,7 @@ def _files_task(config: Config, definition: TaskDefinition, schemas: Sequence[Js
     passages = distinct_passages(found)
     notes: Notes = {"dropped_train_eval_overlap": float(len(everything) - len(train))}
     train = train[: data.max_train_questions]
+    schemas = describe(train or held_out)
     notes |= {"train_questions": float(len(train)), "eval_questions": float(len(held_out))}
     notes |= {"passages": float(len(passages)), "dropped_duplicate_passages": float(len(found) - len(passages))}
     if config.model.path:
@@ -182,3 +225,10 @@ def _prompt_texts(prompt: Prompt) -> list[str]:
 
 def _in_words(config: Config, schemas: Sequence[JsonSchema]) -> str:
     return describe_in_words(schemas, with_search="search" in config.tools.builtin)
+
+
+_MAKE: dict[str, Callable[[Config, TaskDefinition, Describe], Task]] = {
+    "world": _world_task,
+    "rooms": _rooms_task,
+    "files": _files_task,
+}

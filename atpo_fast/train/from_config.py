@@ -5,14 +5,16 @@ Credit, packing, objective and policy take plain arguments and know nothing of t
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen3Config,
 )
 
 from atpo_fast.config import Config, ModelConfig
@@ -29,9 +31,9 @@ def make_objective(config: Config) -> Objective:
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """Load the model at `config.path`, or make a random Qwen3 of the configured sizes with the tokenizer's vocabulary.
+    """Load the model at `config.path`, or make a random one of the configured sizes with the tokenizer's vocabulary.
 
-    Raises FileNotFoundError when the path is not a model folder.
+    Raises FileNotFoundError and ValueError as `model_sizes` does.
     """
     dtype = getattr(torch, config.dtype)
     if config.path is not None:
@@ -46,22 +48,36 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
 def model_sizes(config: ModelConfig) -> PretrainedConfig:
     """Describe the model at `config.path`, or the random one but for its vocabulary, in Hugging Face's terms.
 
-    Raises FileNotFoundError when the path is not a model folder.
+    Raises:
+        FileNotFoundError: the path is not a model folder.
+        ValueError: `config.architecture` names a model type that transformers does not have, or a field that this type
+            does not have or that is one of the sizes.
     """
     if config.path is not None:
         return AutoConfig.from_pretrained(model_folder(config.path))
-    return Qwen3Config(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_positions,
-        tie_word_embeddings=config.tie_embeddings,
-        initializer_range=config.initializer_range,
-        bos_token_id=None,
-    )
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "bos_token_id": None,
+    }
+    fields = {"model_type": "qwen3"} | config.architecture
+    kind = str(fields.pop("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model.architecture: transformers has no model_type {kind}")
+    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[kind])} - sizes.keys()
+    if wrong := fields.keys() - known:
+        raise ValueError(
+            f"model.architecture: {', '.join(sorted(wrong))}: no field of the configuration of {kind}, or one of the "
+            "sizes that other keys of the section model set"
+        )
+    return AutoConfig.for_model(kind, **sizes, **fields)
 
 
 def max_prefix(config: Config, objective: Objective) -> int:

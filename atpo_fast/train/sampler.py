@@ -22,8 +22,10 @@ from atpo_fast.data.questions import Question
 from atpo_fast.engines import make_engine
 from atpo_fast.engines.base import LeaderFailedError
 from atpo_fast.environment import ToolWatch, check_tools, make_toolbox
+from atpo_fast.environment.decoding import decode
+from atpo_fast.environment.sessions import StateTree, with_opening
 from atpo_fast.policy import Policy
-from atpo_fast.rollout import TreeSearch
+from atpo_fast.rollout import TreeSearch, begin_sessions
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import Draw
@@ -63,11 +65,12 @@ class Sampler:
             config.tools,
             cache_tokens=config.engine.cache_tokens,
             max_positions=min(positions, self.engine.max_positions or positions),
+            sessions=run.task.sessions,
         )
 
     def counts(self) -> dict[str, float]:
         """Return the counters of the engine under `tokens/`, of the tree search under `count/`, of each tool under
-        `tool/NAME/`, all since the start.
+        `tool/NAME/`, of sessions under `session/`, all since the start.
         """
         tokens = {
             f"tokens/{name.removesuffix('_tokens')}": float(n) for name, n in asdict(self.engine.counters).items()
@@ -77,7 +80,10 @@ class Sampler:
             for tool, counts in self.tree_search.toolbox.counts.items()
             for name, n in asdict(counts).items()
         }
-        return tokens | tools | {f"count/{name}": float(n) for name, n in asdict(self.tree_search.counters).items()}
+        sessions = self.tree_search.sessions
+        acting = {} if sessions is None else {f"session/{n}": float(v) for n, v in asdict(sessions.counts).items()}
+        counters = {f"count/{name}": float(n) for name, n in asdict(self.tree_search.counters).items()}
+        return tokens | tools | acting | counters
 
     def sync(self, policy: Policy) -> None:
         """Give the engine the policy's weights; a collective under ZeRO-3."""
@@ -113,8 +119,16 @@ class Sampler:
         timer = timer or run.timer
 
         def roll_out(asked: Sequence[Question]) -> Iterator[tuple[int, TurnTree]]:
-            prompts = [run.task.encode_prompt(question) for question in asked]
-            return self.tree_search.roll_out(asked, prompts, seed=seed, greedy=greedy, on_progress=report, timer=timer)
+            states = self._begin_sessions(asked, seed, timer)
+            try:
+                prompts = self._prompts(asked, states)
+                return self.tree_search.roll_out(
+                    asked, prompts, seed=seed, greedy=greedy, on_progress=report, timer=timer, states=states
+                )
+            except BaseException:
+                if run.task.sessions is not None and states is not None:
+                    run.task.sessions.release(states)
+                raise
 
         self.engine.wake()
         trees = self.engine.for_all(questions, roll_out)
@@ -129,6 +143,33 @@ class Sampler:
             yield finished
         self.engine.sleep()
         self._watch.settle()
+
+    def _begin_sessions(self, asked: Sequence[Question], seed: int, timer: PhaseTimer) -> list[StateTree] | None:
+        """Open the first session of each question, where there is an environment."""
+        sessions = self._run.task.sessions
+        if sessions is None:
+            return None
+        with timer.phase("rollout/open"):
+            return begin_sessions(sessions, asked, seed)
+
+    def _prompts(self, asked: Sequence[Question], states: Sequence[StateTree] | None) -> list[list[int]]:
+        """Encode the prompts of questions, with the openings of their sessions, which are cut as results are."""
+        task, limit = self._run.task, self._run.config.tools.max_result_tokens
+        prompts = []
+        for i, question in enumerate(asked):
+            opening = states[i].opening if states is not None else None
+            if opening:
+                kept = task.tokenizer.encode(opening, add_special_tokens=False)[:limit]
+                question = with_opening(question, decode(task.tokenizer, kept))
+            prompts.append(task.encode_prompt(question))
+        return prompts
+
+    def gauges(self) -> dict[str, float]:
+        """Return the greatest number of sessions that lived at once since this was last asked, and the hung threads."""
+        sessions = self._run.task.sessions
+        if sessions is None:
+            return {}
+        return {"session/live": float(sessions.take_peak()), "session/hung": float(sessions.hung)}
 
     def _check_stop(self, done: int, total: int, decoded_tokens: int) -> None:
         self._run.stop.check()
@@ -212,6 +253,7 @@ class BatchSampler:
             batch.error = error
         batch.seconds = time.monotonic() - begun
         batch.counts = {name: count - before[name] for name, count in self._sampler.counts().items()}
+        batch.counts |= self._sampler.gauges()
         batch.phases = timer.pop() if timer is not None else {}
 
 

@@ -26,6 +26,8 @@ _TURN = {
     "finish_reason": pa.string(),
     "tool": pa.string(),
     "reward": pa.float64(),
+    "step_reward": pa.float64(),
+    "score": pa.float64(),
     "multiplicity": pa.int32(),
     "text": pa.string(),
     "observation": pa.string(),

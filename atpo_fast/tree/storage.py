@@ -169,6 +169,8 @@ def _build(data: dict[str, Any]) -> TurnTree:
             turn["observation_ids"],
             finish_reason=turn["finish_reason"],
             tool=turn["tool"],
+            step_reward=turn.get("step_reward"),  # files of older versions have neither
+            score=turn.get("score"),
         )
     for index, turn in enumerate(data["turns"]):
         if turn["reward"] is not None:
@@ -216,6 +218,8 @@ def _turn_record(tree: TurnTree, index: int, text: str, observation: str) -> dic
         "value": None if tree.values is None else tree.values[index],
         "advantage": _advantage(tree, turn, index),
         "reward": turn.reward,
+        "step_reward": turn.step_reward,
+        "score": turn.score,
         "multiplicity": turn.multiplicity,
     }
 

@@ -40,6 +40,8 @@ class Turn:
     tool: str | None = None  # name of the tool that the action called
     children: list[int] = field(default_factory=list)
     reward: float | None = None  # reward of a leaf
+    step_reward: float | None = None  # reward that the environment gave for the turn's action
+    score: float | None = None  # score that the environment gave the trajectory that ends with the turn
     multiplicity: int = 1  # number of times that a leaf counts
 
     @property
@@ -67,6 +69,8 @@ def stored_fields(turn: Turn) -> dict[str, Any]:
         "finish_reason": turn.finish_reason,
         "tool": turn.tool,
         "reward": turn.reward,
+        "step_reward": turn.step_reward,
+        "score": turn.score,
         "multiplicity": turn.multiplicity,
     }
 
@@ -84,7 +88,7 @@ class TurnTree:
     are set where turns have clip ranges of their own: one float per turn, nan for the objective's. Four more (N,)
     arrays are None unless a method needs them; files do not keep them, since they follow from the tree and the policy:
 
-    * `turn_rewards`: reward of a turn itself, beside the outcome of the leaf (`gtpo`).
+    * `turn_rewards`: reward of a turn itself, beside the outcome of the leaf.
     * `gold_logprob`: mean log-prob of the gold answer's tokens after the turn, nan on leaves (`igpo`, `a2tgpo`).
     * `clip_scale`: factor of the clip range of a turn (`a2tgpo`).
     * `turn_weight`: factor of a turn's weight in each of its trajectories (`shared_turns` of `assign_credit`).
@@ -119,6 +123,8 @@ class TurnTree:
         *,
         finish_reason: str = "stop",
         tool: str | None = None,
+        step_reward: float | None = None,
+        score: float | None = None,
     ) -> int:
         """Append a turn under `parent` and return its index.
 
@@ -136,7 +142,8 @@ class TurnTree:
             )
         index = len(self.turns)
         observation = _ids([] if observation_ids is None else observation_ids)
-        self.turns.append(Turn(parent, action, logp, observation, finish_reason, tool))
+        turn = Turn(parent, action, logp, observation, finish_reason, tool, step_reward=step_reward, score=score)
+        self.turns.append(turn)
         self.turns[parent].children.append(index)
         return index
 

@@ -43,21 +43,21 @@ def make_tokenizer(world: World, texts: Sequence[str] = ()) -> PreTrainedTokeniz
     return word_level_tokenizer([*(f"Page {i}:" for i in range(1, 11)), *words, *names])
 
 
-def split_words(text: str) -> list[str]:
+def split_words(text: str, tags: Sequence[str] = TAGS) -> list[str]:
     """Return the words of a text without tags, each with the space before it."""
-    for tag in TAGS:
+    for tag in tags:
         text = text.replace(tag, "\0")
     splitter = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     return [piece for part in text.split("\0") for piece, _ in splitter.pre_tokenize_str(part)]
 
 
-def word_level_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+def word_level_tokenizer(words: Iterable[str], tags: Sequence[str] = TAGS) -> PreTrainedTokenizerFast:
     """Make a tokenizer that knows exactly `words` (as `split_words` cuts them), the tags and three specials."""
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(["<unk>", *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

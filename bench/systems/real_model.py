@@ -197,8 +197,8 @@ def measure_update(folder: Path, dtype: torch.dtype, repeats: int) -> dict[str, 
     packed, flat = tree_rows(forest, 4096), flat_rows(forest, PADDED_TOKENS)
     plain, policy = copy.deepcopy(model).train(), Policy(model).train()
     calls: Calls = {
-        "ours": partial(_packed_gradients, policy, packed),
-        "loop": partial(_padded_gradients, plain, [(row, pad(row)) for row in flat]),
+        "ours": partial(packed_gradients, policy, packed),
+        "loop": partial(padded_gradients, plain, [(row, pad(row)) for row in flat]),
     }
     losses = {name: float(call()) for name, call in calls.items()}
     samples, failed = interleaved(calls, "cpu", 0.0, least=repeats, most=repeats, warm=0)
@@ -215,12 +215,14 @@ def measure_update(folder: Path, dtype: torch.dtype, repeats: int) -> dict[str, 
     return {"tokens": tokens, "failed": failed} | entries
 
 
-def _packed_gradients(policy: Policy, rows: Any) -> torch.Tensor:
+def packed_gradients(policy: Policy, rows: Any) -> torch.Tensor:
+    """Compute the gradients over packed rows; return the loss ()."""
     policy.zero_grad()
     return accumulate_gradients(policy, rows, OBJECTIVE)
 
 
-def _padded_gradients(model: PreTrainedModel, batches: Any) -> torch.Tensor:
+def padded_gradients(model: PreTrainedModel, batches: Any) -> torch.Tensor:
+    """Compute the gradients over padded batches through Hugging Face's model; return the loss ()."""
     model.zero_grad()
     total = torch.zeros(())
     for row, padded in batches:

@@ -21,7 +21,6 @@ KEEP = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.surplus=k
         (["train.dynamic_sampling.max_refills=-1"], "train.dynamic_sampling.max_refills"),
         ([*KEEP, "train.dynamic_sampling.questions_per_rollout=65"], "at most train.questions_per_step=64"),
         (["reward.overlong.share=1"], "reward.overlong.share"),
-        (["reward.turn_penalty=0.1"], "credit.method=gtpo"),
         (["credit.clip_spread=1"], "credit.clip_spread"),
     ],
 )

@@ -42,7 +42,13 @@ def gain(tree: TurnTree, turn: int) -> float:
 
 
 def gains_and_outcome(trees: Sequence[TurnTree], all_: list[Trajectory]) -> Rewards:
-    return [[*(gain(trees[y.tree], n) for n in acting(trees, y)[:-1]), y.reward] for y in all_]
+    found = []
+    for y in all_:
+        own, rewards = acting(trees, y), trees[y.tree].turn_rewards
+        assert rewards is not None
+        scores = [*(gain(trees[y.tree], n) for n in own[:-1]), y.reward]
+        found.append([score + float(rewards[n]) for n, score in zip(own, scores, strict=True)])
+    return found
 
 
 def pooled(all_: list[Trajectory], values: Rewards) -> Rewards:
@@ -111,6 +117,29 @@ def test_turn_credit(method: str, discount: float | None) -> None:
         for tree, values in zip(trees, expected, strict=True):
             assert tree.advantages == pytest.approx(values, abs=1e-12), (seed, tree.question_id)
             assert tree.leaf_advantages is None and (tree.clip_scale is None) == (method != "a2tgpo")
+
+
+# Fails when a turn's reward is left out of a trajectory that it lies on, is counted for another, or is discounted from
+# the wrong end; or when rewards of turns change credit without any.
+@pytest.mark.parametrize("discount", [None, 1.0, 0.6])
+@pytest.mark.parametrize("method", ["at2po", "grpo", "tree_grpo", "rloo", "reinforce++", "passk", "treepo"])
+def test_other_methods_sum_the_rewards_of_turns(method: str, discount: float | None) -> None:
+    for seed in SEEDS[:3]:
+        trees, summed = forest_with_rewards(seed), forest_with_rewards(seed)
+        for y in written_out(summed):
+            rewards, own = trees[y.tree].turn_rewards, acting(trees, y)
+            assert rewards is not None
+            earned = [float(rewards[n]) for n in own]
+            if own:
+                earned[-1] += y.reward
+                summed[y.tree].turns[y.path[-1]].reward = ahead(earned, 0, discount or 1.0)
+        for tree in summed:
+            tree.turn_rewards = None
+        assign_credit(trees, method, discount=discount)
+        assign_credit(summed, method)
+        for tree, expected in zip(trees, summed, strict=True):
+            assert tree.advantages == pytest.approx(expected.advantages, abs=1e-12), (seed, tree.question_id)
+            assert tree.values == pytest.approx(expected.values, abs=1e-12)
 
 
 # Fails when a narrow range is widened, the outcome moves the range of a last turn, or turns without tokens get range 0.

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.config import RolloutConfig, ToolsConfig
 from atpo_fast.data.questions import Question
@@ -43,13 +44,17 @@ class ScriptedEngine(Engine):
         script: Script,
         polls: Callable[[Request], int] = lambda request: 1,
         tops: Callable[[int], list[float]] | None = None,
+        tokenizer: PreTrainedTokenizerBase = TOKENIZER,
     ) -> None:
-        self.script, self.polls, self.tops = script, polls, tops
+        self.script, self.polls, self.tops, self.tokenizer = script, polls, tops, tokenizer
         self.counters = EngineCounters()
         self.batches: list[list[Request]] = []  # as submitted
         self.in_flight: dict[TurnKey, tuple[Request, int]] = {}  # and how many polls are left
         self.live: dict[TurnKey, int] = {}  # turn -> tokens up to its end, observation not included
         self.released: list[Any] = []
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def submit(self, requests: Sequence[Request]) -> None:
         self.batches.append(list(requests))
@@ -75,11 +80,11 @@ class ScriptedEngine(Engine):
         assert request.turn_key not in self.live and len({key[0] for key in (*keys, request.turn_key)}) == 1
         for key, end in zip(keys[1:], ends[1:], strict=True):
             assert self.live[key] < end  # a continued turn exists, and has an observation
-        ids = encode(self.script(TOKENIZER.decode(request.prompt_ids), request))
+        ids = self.encode(self.script(str(self.tokenizer.decode(request.prompt_ids)), request))
         cut = ids[: request.sampling.max_new_tokens]
         self.live[request.turn_key] = ends[-1] + len(cut)
-        stop = next((tag for tag in request.sampling.stop if cut[-1:] == encode(tag)), None)
-        reason: FinishReason = "eos" if cut[-1] == EOS else "stop" if stop else "length"
+        stop = next((tag for tag in request.sampling.stop if cut[-1:] == self.encode(tag)), None)
+        reason: FinishReason = "eos" if cut[-1] == self.tokenizer.eos_token_id else "stop" if stop else "length"
         logprobs = [-0.1 * (1 + i % 3) for i in cut]
         tops = [self.tops(i) for i in cut] if self.tops else [[logprob] for logprob in logprobs]
         return Completion(

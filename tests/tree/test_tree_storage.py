@@ -77,6 +77,8 @@ def test_readable_record(tmp_path: Path) -> None:
         "value": 1.0,
         "advantage": -1.0,
         "reward": None,
+        "step_reward": None,
+        "score": None,
         "multiplicity": 1,
     }
     assert (good["reward"], good["finish_reason"], bad["multiplicity"]) == (1.0, "eos", 3)

@@ -18,6 +18,7 @@ from atpo_fast.engines.paged.prefill import fill, path_slots
 from atpo_fast.engines.paged.requests import InFlight, RequestTable, Rows, widen
 from atpo_fast.engines.sampling import Draw, candidate_logprobs, sample, uniforms
 from atpo_fast.engines.stops import StopMatcher, StopTable
+from atpo_fast.recurrent.segments import Segments
 
 Ints = NDArray[np.int64]
 
@@ -113,7 +114,8 @@ class ContinuousBatch:
         prompt, spans = entry.prompt, _spans(entry.request)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)
-        if len(prompt) - sum(len(node.slots) for node in known) + spare > self.cache.available:
+        missing = len(prompt) - sum(len(node.slots) for node in known) + spare
+        if missing > self.cache.available or not self.cache.has_states(len(spans) - len(known) + 1):
             self.cache.unpin(known)
             return False
         parent, counted = None, self.cache.counters.prefilled_tokens
@@ -121,6 +123,7 @@ class ContinuousBatch:
             node = self.cache.nodes.get(key)
             if node is None:
                 node = CacheNode(key, parent, start, prompt[:0], np.empty(0, dtype=np.int64), pins=1)
+                node.state = self.cache.allocate_state()
                 self.cache.add(node)
             if len(node.slots) < end - start:
                 self.cache.extend(node, prompt[start:end])
@@ -128,7 +131,7 @@ class ContinuousBatch:
             parent = node
         assert parent is not None
         self.cache.touch(parent)
-        entry.parent = parent
+        entry.parent, entry.carried = parent, self.cache.allocate_state()
         self.cache.counters.cache_hit_tokens += len(prompt) - (self.cache.counters.prefilled_tokens - counted)
         return True
 
@@ -142,6 +145,12 @@ class ContinuousBatch:
             table[row, : lengths[row]] = path_slots(parent)
         hidden = [parent.hidden for parent in parents if parent.hidden is not None]
         device = self.model.device
+        above, carried = (
+            torch.tensor(slots, device=device)
+            for slots in ([parent.state for parent in parents], [entry.carried for entry in admitted])
+        )
+        if self.cache.states is not None:
+            self.cache.states.copy(above, carried)
         return Rows(
             np.array([self.table.add(entry) for entry in admitted]),
             lengths,
@@ -149,6 +158,7 @@ class ContinuousBatch:
             torch.from_numpy(lengths).to(device),
             torch.from_numpy(table).to(device),
             torch.stack(hidden),
+            carried,
         )
 
     # Decoding
@@ -191,7 +201,11 @@ class ContinuousBatch:
             rows.table = widen(rows.table, rows.table.shape[1] * 5 // 4 + 32)
         rows.table.scatter_(1, rows.positions[:, None], placed[:, None])
         paged = PagedBatch(self.cache.pool, placed, self._groups(rows))
-        rows.hidden = self.model.forward(tokens, rows.positions, paged)
+        states = None
+        if self.cache.states is not None:
+            one_each = Segments.with_own_heads(np.ones(len(slots), dtype=np.int64), self.model.device)
+            states = self.cache.states.states(rows.carried, rows.carried, one_each)
+        rows.hidden = self.model.forward(tokens, rows.positions, paged, states)
         rows.lengths = rows.lengths + 1
         rows.positions = rows.positions + 1
         self.cache.counters.forwarded_tokens += len(slots)
@@ -235,6 +249,7 @@ class ContinuousBatch:
         entry = self.table.entry(index)
         slots = self.table.slots[index, : int(self.rows.lengths[row]) - len(entry.prompt)]
         self.cache.pool.release(slots)
+        self.cache.release_state(entry.carried)
         self.cache.counters.evicted_tokens += len(slots)
         self._unpin(entry)
         self.table.remove(index)
@@ -255,8 +270,9 @@ class ContinuousBatch:
             reason = self._reason(int(tokens[-1]), stop)
             if reason == "eos":
                 self.cache.pool.release(slots)
+                self.cache.release_state(entry.carried)
             else:
-                node = CacheNode(key, entry.parent, len(entry.prompt), tokens, slots)
+                node = CacheNode(key, entry.parent, len(entry.prompt), tokens, slots, state=entry.carried)
                 node.filled, node.counted = count - 1, count
                 self.cache.add(node)
             self._unpin(entry)
@@ -289,6 +305,12 @@ class ContinuousBatch:
         return "length" if stop is None else "stop"
 
     def _too_large(self, entry: InFlight, needed: int) -> ValueError:
+        states, spans = self.cache.states, len(_spans(entry.request))
+        if states is not None and spans + 1 > states.limit:
+            return ValueError(
+                f"turn {entry.request.turn_key} needs {spans + 1} states (of the turns on its path and its own), but "
+                f"cache_states={states.limit}: raise it"
+            )
         return ValueError(
             f"turn {entry.request.turn_key} needs at least {needed} cache entries (a prompt of "
             f"{len(entry.prompt)} tokens and what it writes), but cache_tokens={self.cache.pool.limit}: raise it"

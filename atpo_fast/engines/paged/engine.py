@@ -14,6 +14,7 @@ from atpo_fast.engines.base import CheckedEngine, Completion, Request, TurnKey
 from atpo_fast.engines.paged.batching import ContinuousBatch
 from atpo_fast.engines.paged.kv_cache import PrefixCache, SlotPool
 from atpo_fast.engines.paged.model import PagedModel
+from atpo_fast.engines.paged.states import StatePool
 from atpo_fast.engines.weight_stream import adapter_shapes, parameter_shapes
 
 
@@ -31,12 +32,13 @@ class PagedEngine(CheckedEngine):
             they are what `update_weights` takes.
         tokenizer: its tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
         cache_tokens: budget of the cache in tree tokens.
+        cache_states: budget of the states of layers that have one: of turns in the cache and requests that are decoded.
         batch_size: number of requests decoded at once, at most.
         device: where to run; default: where the model is.
         dtype: dtype of the weights and the cache; default: the model's.
 
     Raises:
-        ValueError: an architecture that the engine cannot run, or `cache_tokens` or `batch_size` below 1.
+        ValueError: an architecture that the engine cannot run, or a budget or `batch_size` below 1.
     """
 
     def __init__(
@@ -45,19 +47,22 @@ class PagedEngine(CheckedEngine):
         tokenizer: PreTrainedTokenizerBase,
         *,
         cache_tokens: int,
+        cache_states: int = 4096,
         batch_size: int = 512,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        if cache_tokens < 1 or batch_size < 1:
-            raise ValueError(f"cache_tokens={cache_tokens} and batch_size={batch_size} must be at least 1")
+        if min(cache_tokens, cache_states, batch_size) < 1:
+            sizes = f"cache_tokens={cache_tokens}, cache_states={cache_states} and batch_size={batch_size}"
+            raise ValueError(f"{sizes} must be at least 1")
         self.batch_size = batch_size
         self.model = PagedModel(model, torch.device(device or model.device), dtype)
         self.holds_adapters = has_adapters(model)
         shapes = adapter_shapes(model) if self.holds_adapters else parameter_shapes(model)
         super().__init__(tokenizer, self.model.vocab_size, shapes, model.generation_config)
         self._missing = torch.from_numpy(self.missing_ids).to(self.model.device)
-        self.cache = PrefixCache(SlotPool(cache_tokens), self.counters)
+        states = StatePool(cache_states) if self.model.has_states else None
+        self.cache = PrefixCache(SlotPool(cache_tokens), self.counters, states)
         self._batch: ContinuousBatch | None = None  # batch while requests are in flight
 
     def _begin(self, request: Request, forwarded: int) -> None:

@@ -3,7 +3,8 @@
 See docs/design.md#prefix-sharing.
 
 A cache node holds the slots of one turn's tokens (its action and its observation) and is named by the turn's key, so
-chains, siblings and expansion rounds that pass through a turn share its entries whatever their tokens are.
+chains, siblings and expansion rounds that pass through a turn share its entries whatever their tokens are. Where layers
+have a state it also holds the slot of the one after its tokens, from which those that continue the turn start.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atpo_fast.engines.base import EngineCounters, TurnKey
+from atpo_fast.engines.paged.states import START, StatePool
 
 Slots = NDArray[np.int64]
 
@@ -93,6 +95,7 @@ class CacheNode:
     filled: int = 0
     counted: int = 0  # number of tokens that `prefilled_tokens` has counted
     hidden: Tensor | None = None  # (D,) hidden state of the last token, once that is filled
+    state: int = START  # slot of the state after `tokens[:filled]`
     pins: int = 0  # number of requests in progress that pass through the node
     used: int = 0  # time of the last use
 
@@ -107,14 +110,21 @@ class CacheNode:
 
 
 class PrefixCache:
-    """A cache of nodes by key within a budget of slots, which evicts the least recently used."""
+    """A cache of nodes by key within a budget of slots, which evicts the least recently used.
 
-    def __init__(self, pool: SlotPool, counters: EngineCounters):
-        self.pool = pool
+    Args:
+        pool: slots of tokens.
+        counters: the engine's.
+        states: slots of states; None for models without.
+    """
+
+    def __init__(self, pool: SlotPool, counters: EngineCounters, states: StatePool | None = None):
+        self.pool, self.states = pool, states
         self.counters = counters
         self.nodes: dict[TurnKey, CacheNode] = {}
         self._trees: dict[Hashable, set[TurnKey]] = {}
         self._evictable = 0  # number of slots of nodes that nobody has pinned
+        self._unpinned = 0  # number of these nodes
         self._clock = 0
 
     @property
@@ -128,11 +138,29 @@ class PrefixCache:
             self._evict(max(count - self.pool.available, self.pool.limit // _EVICTION_SHARE))
         return self.pool.allocate(count)
 
+    def has_states(self, count: int) -> bool:
+        """Whether `count` slots of states can be allocated, by eviction where needed."""
+        return self.states is None or count <= self.states.available + self._unpinned
+
+    def allocate_state(self) -> int:
+        """Allocate a slot for a state, and evict unpinned nodes where needed; `START` for models without."""
+        if self.states is None:
+            return START
+        if not self.states.available:
+            self._evict(0, max(1, self.states.limit // _EVICTION_SHARE))
+        return self.states.allocate()
+
+    def release_state(self, slot: int) -> None:
+        """Take back the slot of a state."""
+        if self.states is not None:
+            self.states.release(slot)
+
     def add(self, node: CacheNode) -> None:
         """Add a new node, whose slots then belong to the cache."""
         self.nodes[node.key] = node
         self._trees.setdefault(node.key[0], set()).add(node.key)
         self._evictable += 0 if node.pins else len(node.slots)
+        self._unpinned += not node.pins
         self.touch(node)
 
     def extend(self, node: CacheNode, tokens: NDArray[np.int64]) -> None:
@@ -148,6 +176,7 @@ class PrefixCache:
         for node in nodes:
             if not node.pins:
                 self._evictable -= len(node.slots)
+                self._unpinned -= 1
             node.pins += 1
 
     def unpin(self, nodes: Iterable[CacheNode]) -> None:
@@ -156,6 +185,7 @@ class PrefixCache:
             node.pins -= 1
             if not node.pins:
                 self._evictable += len(node.slots)
+                self._unpinned += 1
 
     def touch(self, node: CacheNode) -> None:
         """Mark a node and its ancestors as used just now."""
@@ -166,24 +196,27 @@ class PrefixCache:
     def release_tree(self, tree: Hashable) -> None:
         """Forget the nodes of one tree; none of them may be pinned."""
         for key in self._trees.pop(tree, set()):
-            node = self.nodes.pop(key)
-            self._evictable -= len(node.slots)
-            self.pool.release(node.slots)
+            self._free(self.nodes.pop(key))
 
     def clear(self) -> None:
         """Forget everything and drop the pool's tensors."""
         self.nodes.clear()
         self._trees.clear()
-        self._evictable = 0
+        self._evictable = self._unpinned = 0
         self.pool.clear()
+        if self.states is not None:
+            self.states.clear()
 
-    def _evict(self, count: int) -> None:
-        """Drop least recently used nodes, children before parents, until `count` slots are freed or none is left."""
+    def _evict(self, count: int, states: int = 0) -> None:
+        """Drop least recently used nodes, children before parents.
+
+        Go on until `count` slots of tokens and `states` of states are freed, or no node is left.
+        """
         victims = [node for node in self.nodes.values() if not node.pins]
         victims.sort(key=lambda node: (node.used, -node.start))  # no parent was used before its children
         freed = 0
-        for node in victims:
-            if freed >= count:
+        for dropped, node in enumerate(victims):
+            if freed >= count and dropped >= states:
                 break
             freed += len(node.slots)
             self._drop(node)
@@ -195,5 +228,11 @@ class PrefixCache:
         keys.discard(node.key)
         if not keys:
             del self._trees[node.key[0]]
+        self._free(node)
+
+    def _free(self, node: CacheNode) -> None:
+        """Take back the slots of a node that nobody has pinned."""
         self._evictable -= len(node.slots)
+        self._unpinned -= 1
         self.pool.release(node.slots)
+        self.release_state(node.state)

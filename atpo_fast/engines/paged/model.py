@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from atpo_fast.common.logits import logits_divisor
 from atpo_fast.engines.paged.attention import ATTENTION, PagedBatch
+from atpo_fast.recurrent.carried import CarriedStates
+from atpo_fast.recurrent.layers import NEEDED, carry_states, known_types
 
 
 class PagedModel:
@@ -27,6 +30,8 @@ class PagedModel:
         if dtype is not None:  # parameters only: the frequencies of the rotary embedding must stay float32
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
+        self.has_states = carry_states(model)
+        self._divisor = logits_divisor(model.config)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
@@ -37,13 +42,18 @@ class PagedModel:
         tokens: Tensor,  # (T,) int64
         positions: Tensor,  # (T,) int64 position of each token on its path
         paged: PagedBatch,
+        states: CarriedStates | None = None,
     ) -> Tensor:
-        """Return (T, D) final hidden states; write the tokens' keys and values into the pool."""
-        out = self.model.base_model(input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged)
+        """Return (T, D) final hidden states; write keys, values and states into the pools."""
+        carried = {} if states is None else {"seq_idx": states}
+        out = self.model.base_model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, paged=paged, **carried
+        )
         return out.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (R, V) logits of `hidden` (R, D): float32 even where the weights are bfloat16, float64 if they are."""
+        hidden = hidden if self._divisor == 1 else hidden / self._divisor
         head = self.model.get_output_embeddings()
         if head.weight.dtype in (torch.float32, torch.float64):
             return head(hidden)
@@ -80,8 +90,11 @@ def _own_config(model: PreTrainedModel) -> None:
 
 def _check_architecture(model: PreTrainedModel) -> None:
     name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
+    if not (getattr(model, "_supports_attention_backend", False) or model.config.model_type in NEEDED):
         raise ValueError(f"{name} does not let its attention be replaced; use a Qwen, Llama or similar model")
-    windows = {kind for kind in getattr(model.config, "layer_types", None) or [] if kind != "full_attention"}
-    if windows:
-        raise ValueError(f"{name} has layers of kind {sorted(windows)}; the paged engine needs full attention")
+    kinds = set(getattr(model.config, "layer_types", None) or [])
+    if unknown := kinds - {"full_attention"} - known_types(model.config):
+        raise ValueError(
+            f"{name} has layers of kind {sorted(unknown)}; the paged engine needs full attention or, in models of type "
+            f"{', '.join(NEEDED)}, layers with a state"
+        )

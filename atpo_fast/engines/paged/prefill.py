@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from atpo_fast.engines.paged.attention import AttentionGroup, PagedBatch, prefill_group
 from atpo_fast.engines.paged.kv_cache import CacheNode, PrefixCache
 from atpo_fast.engines.paged.model import PagedModel
+from atpo_fast.engines.paged.states import START, SlotStates
+from atpo_fast.recurrent.segments import Segments
 
 _TOKENS_PER_FORWARD = 8192
 _SCORES_PER_GROUP = 1 << 22  # largest padded queries x keys of one attention call
@@ -43,12 +45,25 @@ def _fill_some(ready: list[CacheNode], model: PagedModel, cache: PrefixCache) ->
     groups = _groups(chosen, first, lengths, model.device)
     device = model.device
     paged = PagedBatch(cache.pool, torch.from_numpy(slots).to(device), groups)
-    hidden = model.forward(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), paged)
+    states = _states(chosen, lengths, cache, device)
+    hidden = model.forward(torch.from_numpy(tokens).to(device), torch.from_numpy(positions).to(device), paged, states)
     cache.counters.forwarded_tokens += len(tokens)
     last = hidden[torch.from_numpy(lengths.cumsum() - 1).to(device)]
     for row, node in enumerate(chosen):
         node.filled += int(lengths[row])
         node.hidden = last[row] if node.filled == len(node.tokens) else None
+
+
+def _states(
+    nodes: list[CacheNode], lengths: NDArray[np.int64], cache: PrefixCache, device: torch.device
+) -> SlotStates | None:
+    """Make the states of one forward pass: each node's own, or its parent's where none of its tokens is filled."""
+    if cache.states is None:
+        return None
+    above = [START if node.parent is None else node.parent.state for node in nodes]
+    source = [node.state if node.filled else state for node, state in zip(nodes, above, strict=True)]
+    slots, targets = (torch.tensor(x, device=device) for x in (source, [node.state for node in nodes]))
+    return cache.states.states(slots, targets, Segments.with_own_heads(lengths, device))
 
 
 def _groups(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atpo_fast.engines.base import Request
 from atpo_fast.engines.paged.kv_cache import CacheNode
+from atpo_fast.engines.paged.states import START
 from atpo_fast.engines.sampling import SamplingTable
 
 Ints = NDArray[np.int64]
@@ -27,6 +28,7 @@ class InFlight:
     number: int  # place in the order of submission
     state: int  # state of the stop automaton before the first token
     parent: CacheNode | None = None  # last node of its path, pinned while it is decoded
+    carried: int = START  # slot of the layers' state after its tokens, while it is decoded
 
 
 class RequestTable:
@@ -132,6 +134,7 @@ class Rows:
     positions: Tensor  # (R,) `lengths` on the model's device
     table: Tensor  # (R, C) int64 slots of the path; C has room to grow
     hidden: Tensor  # (R, D) state that predicts the next token
+    carried: Tensor  # (R,) int64 slots of the layers' states
 
     def select(self, rows: Ints) -> Rows:
         """Select some of the rows, in the given order."""
@@ -151,6 +154,7 @@ class Rows:
             torch.cat([self.positions, other.positions]),
             torch.cat(tables),
             torch.cat([self.hidden, other.hidden]),
+            torch.cat([self.carried, other.carried]),
         )
         return joined.select(np.argsort(joined.lengths, kind="stable"))
 

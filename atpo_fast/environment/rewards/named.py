@@ -9,6 +9,7 @@ opening or closing answer tags; else 0. No other format is asked for |
 | `em`, `f1` | exact match and F1 of the answer, whatever the format |
 | `math` | 1 when the answer equals an accepted one as mathematics (math-verify), else 0 |
 | `format` | 1 when the format holds, else 0 |
+| `session` | the score that the environment's session gives; 0 where it gives none |
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def well_formed(trajectory: Trajectory, reward: RewardConfig) -> float:
     return float(trajectory.format_ok)
 
 
+def session(trajectory: Trajectory, reward: RewardConfig) -> float:
+    """Return the score of the environment; rewards of turns come beside it (`TurnTree.turn_rewards`)."""
+    return 0.0 if trajectory.score is None else trajectory.score
+
+
 def math(trajectory: Trajectory, reward: RewardConfig) -> float:
     """Return 1 when the answer equals an accepted one as mathematics."""
     answer = trajectory.answer
@@ -80,6 +86,7 @@ NAMED: Mapping[RewardName, Callable[[Trajectory, RewardConfig], float]] = {
     "f1": f1,
     "math": math,
     "format": well_formed,
+    "session": session,
 }
 COMPARING = frozenset({"published", "arpo_f1", "search_r1_em", "em", "f1", "math"})
 """Those that compare with the accepted answers."""

@@ -27,6 +27,8 @@ class Trajectory:
         token_ids: (t,) tokens after the prompt, results included.
         validation: whether it belongs to an evaluation.
         leaf: number of the leaf in its tree.
+        score: score that the environment gave the trajectory; None without one.
+        turn_rewards: sum of what the environment gave for its turns.
     """
 
     question: Question
@@ -42,6 +44,8 @@ class Trajectory:
     token_ids: TokenIds = field(compare=False)
     validation: bool
     leaf: int
+    score: float | None = None
+    turn_rewards: float = 0.0
 
     @property
     def tokens(self) -> int:

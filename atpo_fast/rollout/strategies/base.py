@@ -63,6 +63,11 @@ class Strategy(ABC):
     def next_round(self, ends: Sequence[BranchEnd]) -> Round | None:
         """Say what follows a round, whose branches ended as `ends` says, in their order; None: the tree is done."""
 
+    @property
+    def returns(self) -> bool:
+        """Whether a later round may continue turns that are not the newest of their branches."""
+        return False
+
     def finish(self) -> TurnTree:
         """Return the finished tree with the leaves that are kept."""
         return keep_leaves(self.search.tree, self.rollout.leaves_per_tree, self.search.rng)

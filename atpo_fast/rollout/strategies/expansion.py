@@ -48,6 +48,11 @@ class EntropyExpansion(Chains):
         super().__init__(rollout, search)
         self.rounds_left = rollout.expansion_rounds
 
+    @property
+    def returns(self) -> bool:
+        """Whether a round of expansion is left."""
+        return self.rounds_left > 0
+
     def next_round(self, ends: Sequence[BranchEnd]) -> Round | None:
         """Begin a branch after the parent of each turn to re-sample."""
         while self.rounds_left:

@@ -25,6 +25,11 @@ class RandomChildren(Chains):
         super().__init__(rollout, search)
         self.rounds = 0
 
+    @property
+    def returns(self) -> bool:
+        """Whether a round of expansion is left."""
+        return self.rounds < self.rollout.expansion_rounds
+
     def next_round(self, ends: Sequence[BranchEnd]) -> Round | None:
         """Draw the turns that get a child."""
         count = self.rollout.expansions_per_round
