@@ -93,7 +93,7 @@ def test_tree_equals_flat_in_layers_with_a_state(name: str) -> None:
 
 # Fails if what cannot be merged is found out after the first rollout, not when the run starts.
 def test_stacked_experts_are_refused_at_the_start() -> None:
-    with pytest.raises(ValueError, match=r"mlp\.gate is a peft\.tuners\.lora\.layer\.ParamWrapper: .*in model\.lora\.targets"):
+    with pytest.raises(ValueError, match=r"mlp\.gate is a peft\..*ParamWrapper: .*in model\.lora\.targets"):
         add_adapters(make_hybrid("qwen3_next"), AdapterSettings(rank=3, alpha=7.0), seed=0)
     add_adapters(make_hybrid("qwen3_next"), AdapterSettings(3, 7.0, ("q_proj", "v_proj")), seed=0)
 
