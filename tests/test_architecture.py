@@ -20,7 +20,6 @@ SHORT = {
     "atpo_fast/common/logits.py": "one number of a model's configuration, which policy and engines must read alike",
     "atpo_fast/common/ranks.py": "one collective, which credit, packing and policy must not import from the trainer",
     "atpo_fast/common/threads.py": "one setting, which has to be made before PyTorch is imported",
-    "atpo_fast/config/logging.py": "a section of the configuration, of which each has its file",
     "atpo_fast/config/section.py": "what all sections share, which none of them can hold",
     "bench/attention/bench_attention.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/attention/sdpa.py": "one implementation to compare with, of which each has its file",

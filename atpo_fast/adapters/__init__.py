@@ -12,7 +12,7 @@ from atpo_fast.adapters.lora import (
     plain_model,
     without_adapters,
 )
-from atpo_fast.adapters.weights import Weight, adapter_weights, save_adapters, whole_weights
+from atpo_fast.adapters.weights import Weight, adapter_weights, load_adapters, save_adapters, whole_weights
 
 __all__ = [
     "ADAPTER",
@@ -21,6 +21,7 @@ __all__ = [
     "adapter_weights",
     "add_adapters",
     "has_adapters",
+    "load_adapters",
     "peft_config",
     "plain_model",
     "save_adapters",

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from atpo_fast.adapters.lora import ADAPTER, check_mergeable, lora_layers
 
 _PEFT_PREFIX = "base_model.model."  # what PEFT writes before the model's own names
+_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,28 @@ def save_adapters(config: Any, weights: Mapping[str, Tensor], folder: Path) -> N
         folder: created where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        _PEFT_PREFIX + name.replace(f".{ADAPTER}.weight", ".weight"): tensor.contiguous()
-        for name, tensor in weights.items()
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {_name_in_file(name): tensor.contiguous() for name, tensor in weights.items()}
+    save_file(tensors, folder / _FILE, metadata={"format": "pt"})
     config = copy(config)
     config.inference_mode = True
     config.save_pretrained(str(folder))
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Give a model's adapters the weights that `save_adapters` has written; before they are partitioned.
+
+    Raises ValueError when the folder holds adapters of other layers or of another rank.
+    """
+    stored = load_file(folder / _FILE)
+    own = {_name_in_file(weight.name): weight.parameters[0] for weight in adapter_weights(model)}
+    wrong = [name for name in own.keys() | stored.keys() if name not in own or name not in stored]
+    wrong += [name for name in own.keys() & stored.keys() if own[name].shape != stored[name].shape]
+    if wrong:
+        raise ValueError(f"{folder}: adapters of other layers or another rank (model.lora): {sorted(wrong)[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name])
+
+
+def _name_in_file(name: str) -> str:
+    return _PEFT_PREFIX + name.replace(f".{ADAPTER}.weight", ".weight")

@@ -17,7 +17,7 @@ from atpo_fast.commands.report import REPORT
 from atpo_fast.commands.retriever import RETRIEVER
 from atpo_fast.commands.rollout import ROLLOUT
 from atpo_fast.commands.train import TRAIN
-from atpo_fast.common.errors import exit_code
+from atpo_fast.common.errors import exit_code, in_words
 from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         return code
 
 

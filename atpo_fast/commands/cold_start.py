@@ -17,6 +17,7 @@ def cold_start(run: Run, arguments: argparse.Namespace) -> int:
     from atpo_fast.train.evaluate import evaluate_step
     from atpo_fast.train.sampler import Sampler
 
+    run.keep_config()
     folder = train_on_demonstrations(run)
     evaluate_step(run, Sampler(run, folder, run.device), 0)
     return 0
@@ -29,5 +30,4 @@ COLD_START = LaunchedVerb(
     detail="Writes a Hugging Face folder into the run folder and evaluates it.",
     example="atpo-fast cold-start --config configs/quickstart.yaml cold_start.steps=100",
     work=cold_start,
-    keeps_config=True,
 )

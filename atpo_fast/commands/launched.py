@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +19,16 @@ from typing import TYPE_CHECKING
 from atpo_fast.commands.hostfile import start_nodes
 from atpo_fast.commands.nodes import add_node_arguments, follow_input, nodes_of
 from atpo_fast.commands.verb import Verb, no_arguments
-from atpo_fast.common.errors import StopRequested, exit_code
+from atpo_fast.common.errors import AtpoError, StopRequested, exit_code, in_words, is_lost_rank
 from atpo_fast.common.log import set_up_logging
-from atpo_fast.config import dump_config, load_config, read_deepspeed, save_config
+from atpo_fast.config import dump_config, load_config, read_deepspeed
 from atpo_fast.config.arithmetic import batch_arithmetic
 
 if TYPE_CHECKING:
     from atpo_fast.train.run import Run
+
+
+_LAUNCHER_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +43,6 @@ class LaunchedVerb:
     """Function that each process runs; returns its exit code."""
     add_options: Callable[[argparse.ArgumentParser], None] = no_arguments
     """Function that adds the verb's own options, each with the default None."""
-    keeps_config: bool = False
-    """Whether the configuration is written into the run folder."""
     tells_cost: bool = False
     """Whether a dry run estimates time and memory."""
     old_names: tuple[str, ...] = ()
@@ -119,8 +121,6 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
         config = load_config(arguments.config, arguments.overrides)
         run = start_run(config)
         try:
-            if run.is_main and verb.keeps_config:
-                save_config(config, run.folder / "config.yaml")
             with run.progress:
                 return verb.work(run, arguments)
         finally:
@@ -129,8 +129,12 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
         code = exit_code(error)
         if code is None:
             raise
-        if not isinstance(error, StopRequested):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        lost = is_lost_rank(error)
+        told_by_the_first = lost or (isinstance(error, AtpoError) and error.on_every_rank)
+        if not isinstance(error, StopRequested) and not (told_by_the_first and os.environ.get("RANK", "0") != "0"):
+            print(f"error: {in_words(error)}", file=sys.stderr, flush=True)
+        if lost:
+            time.sleep(_LAUNCHER_SECONDS)  # until the launcher has seen the rank that failed, whose exit code it keeps
         return code
     finally:
         if dist.is_initialized():

@@ -78,8 +78,9 @@ def launch(
     With `nodes`, these processes are those of one node, and the others start theirs by themselves.
 
     The first SIGINT or SIGTERM asks the processes to save and stop, the second makes them stop at once, the third kills
-    them. They are also stopped when this process dies. Returns 0, the exit code of the process that failed, or
-    128 + the signal.
+    them. SIGUSR1 asks them to save and stop too, however often it comes: SLURM sends it before the time limit. They are
+    also stopped when this process dies. Returns 0, the exit code of the process that failed, or 128 + the signal (after
+    SIGUSR1 143, with which the processes end when they have saved).
     """
     environment = _environment(placement)
     if nodes is not None:
@@ -89,9 +90,25 @@ def launch(
     command += ["--module", "atpo_fast.train", "--verb", verb, *options, "--config", config_path, *overrides]
     relay = _SignalRelay(start_ranks(command, environment))
     code = relay.wait()
-    if relay.received and code != 0:
+    if code != 0 and relay.received:
         return 128 + relay.received[0]
-    return code if code >= 0 else 128 - code
+    killed_by = signal_of(code)
+    if killed_by is None:
+        return code
+    print(f"error: {_killed_words(killed_by)}", file=sys.stderr, flush=True)
+    return 128 + killed_by
+
+
+def signal_of(code: int) -> int | None:
+    """Return the signal that ended a rank, from the launcher's exit code: minus the signal, modulo 256 or not."""
+    number = -code if code < 0 else 256 - code
+    return number if 0 < number < signal.NSIG else None
+
+
+def _killed_words(number: int) -> str:
+    name = signal.Signals(number).name
+    hint = " (the kernel sends it when memory runs out: see `dmesg`)" if number == signal.SIGKILL else ""
+    return f"a rank was ended by {name}{hint}; the same command continues from the newest checkpoint"
 
 
 def _meeting(placement: Placement, nodes: Nodes | None) -> list[str]:
@@ -111,7 +128,7 @@ def start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> Child
 
     It gets a session of its own: Ctrl-C in a terminal reaches only this process, which passes it on once.
     """
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=stop_with_parent(os.getpid()))
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=prepare_child(os.getpid()))
 
 
 class Child(Protocol):
@@ -124,15 +141,16 @@ class Child(Protocol):
 
 
 class _SignalRelay:
-    """A relay of SIGINT and SIGTERM to the processes of a run."""
+    """A relay of SIGINT, SIGTERM and SIGUSR1 to the processes of a run."""
 
     def __init__(self, child: Child):
-        self.received: list[int] = []
+        self.received: list[int] = []  # SIGINT and SIGTERM
         self._child = child
 
     def wait(self) -> int:
         """Wait for the launcher; returns its exit code."""
-        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._pass_on) for number in numbers}
         try:
             return self._child.wait()
         finally:
@@ -140,15 +158,18 @@ class _SignalRelay:
                 signal.signal(number, handler)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
+        if number != signal.SIGUSR1:
+            self.received.append(number)
+            # the second is another signal than the first: two of a kind may arrive as one
+            number = signal.SIGTERM if len(self.received) == 1 else signal.SIGINT
         try:
             launcher = psutil.Process(self._child.pid)
             if len(self.received) > 2:
                 for process in [*launcher.children(recursive=True), launcher]:
                     process.kill()
             else:  # to the ranks themselves: the launcher would kill them after 30 seconds
-                for process in launcher.children() or [launcher]:
-                    process.terminate()
+                for process in launcher.children() or ([launcher] if self.received else []):
+                    process.send_signal(number)
         except psutil.NoSuchProcess:
             pass
 
@@ -165,18 +186,23 @@ def _environment(placement: Placement) -> dict[str, str]:
     return env
 
 
-def stop_with_parent(parent: int) -> Callable[[], None] | None:
-    """Return a function for the child: it has the kernel send it SIGTERM when this process dies (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
+def prepare_child(parent: int) -> Callable[[], None]:
+    """Return a function for the child.
 
-    def ask_kernel() -> None:
+    It has the kernel send the child SIGTERM when this process dies (Linux). And SIGUSR1 is ignored, by the child's own
+    children too until they handle it: SLURM sends it to every process of a job.
+    """
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+    def prepare() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        if libc is None:
+            return
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return ask_kernel
+    return prepare
 
 
 def free_port() -> int:

@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def rollout(run: Run, arguments: argparse.Namespace) -> int:
     """Roll out the questions asked for and write their trees; returns the exit code."""
     from atpo_fast.train.forest_file import write_forest
+    from atpo_fast.train.identity import TREES, claim
     from atpo_fast.train.sampler import Sampler
 
     split = arguments.split or "train"
@@ -45,6 +46,8 @@ def rollout(run: Run, arguments: argparse.Namespace) -> int:
         asked = asked[: int(arguments.questions or run.config.train.questions_per_step)]
     path = Path(arguments.out) if arguments.out else run.folder / "rollouts.jsonl"
     model, _ = model_to_use(run.folder, run.config.model.path, arguments.overrides)
+    record = path.with_name(f"{path.name}.run.json")
+    claim(run, record, TREES, continued=path.exists(), model=Path(model))
     sampler = Sampler(run, model, run.device)
     left = write_forest(run, sampler, asked, path)
     if run.is_main and not left:

@@ -17,13 +17,19 @@ if TYPE_CHECKING:
 
 def train(run: Run, arguments: argparse.Namespace) -> int:
     """Train to the last step, then write the summary and the report; returns the exit code."""
-    from atpo_fast.train.checkpoints import checkpoint_to_resume
     from atpo_fast.train.cold_start import check_vocabulary, starting_model
+    from atpo_fast.train.from_config import make_objective
+    from atpo_fast.train.identity import RUN, claim
     from atpo_fast.train.loop import Trainer
 
-    resume_from = checkpoint_to_resume(run)
+    resume_from = _checkpoint_to_resume(run)
+    claim(run, run.folder / "run.json", RUN, continued=resume_from is not None)
+    run.keep_config()
     _check(run)
-    start, seconds = starting_model(run)
+    if resume_from is None or make_objective(run.config).loss_config.needs_reference:
+        start, seconds = starting_model(run)
+    else:
+        start, seconds = resume_from / "hf", 0.0
     check_vocabulary(run, start)
     trainer = Trainer(run, start, resume_from, seconds)
     if not trainer.fit():
@@ -31,6 +37,29 @@ def train(run: Run, arguments: argparse.Namespace) -> int:
     if run.is_main:
         _finish(run, trainer.state.summary(trainer.seconds) | {"seed": run.config.seed, **run.task.notes})
     return 0
+
+
+def _checkpoint_to_resume(run: Run) -> Path | None:
+    """Find the checkpoint to resume from, if there is one and the configuration wants it.
+
+    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train,
+    and CheckpointError when no checkpoint is intact.
+    """
+    from atpo_fast.train.checkpoints import newest_intact, read_state
+
+    train = run.config.train
+    found = newest_intact(run, run.folder) if train.resume != "never" else None
+    if found is None:
+        if train.resume == "must":
+            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no checkpoint")
+        return None
+    done = read_state(found)["step"]
+    if done >= train.steps and (run.folder / "summary.json").is_file():
+        raise ValueError(
+            f"nothing left to train: {found} has finished step {done} of train.steps={train.steps}; "
+            "raise train.steps, choose another run_dir, or set train.resume=never"
+        )
+    return found
 
 
 def _check(run: Run) -> None:
@@ -75,6 +104,5 @@ TRAIN = LaunchedVerb(
     "summary.json, report.html. Started again with the same run_dir it continues from the newest checkpoint.",
     example="atpo-fast train --config configs/quickstart.yaml run_dir=runs/mine train.steps=10",
     work=train,
-    keeps_config=True,
     tells_cost=True,
 )

@@ -127,9 +127,17 @@ class TrainConfig:
     """Number of steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Number of newest checkpoints kept."""
+    keep_best: int = Field(default=1, ge=0)
+    """Number of checkpoints kept beside them: those with the highest EM of the evaluation at their step."""
+    async_save: bool = False
+    """Whether the files of a checkpoint are written while training goes on. Needs memory of the CPU for a copy: of
+    each rank's share of the optimizer's state, and on rank 0 of the model."""
     resume: Literal["auto", "never", "must"] = "auto"
     """What to do with an earlier run of the run folder. auto: continue from its newest checkpoint when there is one.
     must: fail when there is none. never: begin again; the earlier run's folder is renamed."""
+    on_change: Literal["refuse", "continue"] = "refuse"
+    """What to do when what the run folder holds was made with other settings, data, weights or vocabulary than these.
+    refuse: name each difference and stop. continue: name it and go on. Harmless differences are only named."""
     save_trees: int = Field(default=2, ge=0)
     """Number of trees per step written out for the report."""
     dynamic_sampling: DynamicSamplingConfig = Field(default_factory=DynamicSamplingConfig)

@@ -10,12 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from atpo_fast.common.choices import AnswerKind
 from atpo_fast.environment.tags import TAGS, close_tag, open_tag
 
 CALL_TAGS = ("search", "python")
 """Tools whose calls the published format check looks at."""
+
+FormatFault = Literal["no_answer", "no_thought", "open_thought", "answer_tags", "open_call", "no_box"]
+"""Rules of the format by what breaks them: no answer was begun; no thought; as many thoughts do not end as begin; not
+one answer with a beginning and an end; a call without its end or its result; no box in the answer."""
 
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\{|[{}]")
 
@@ -26,22 +31,29 @@ class Extraction:
 
     Attributes:
         read: function from a text to the answer in it, or None.
-        well_formed: function that tells whether a text, from which that answer was read, keeps the format.
+        fault: function that names the rule of the format which a text, from which that answer was read, breaks first;
+            None where it keeps them all.
         write: function from an answer to a text that it is read from, for demonstrations; None where nobody knows.
     """
 
     read: Callable[[str], str | None]
-    well_formed: Callable[[str, str | None], bool]
+    fault: Callable[[str, str | None], FormatFault | None]
     write: Callable[[str], str] | None = None
+
+    def well_formed(self, text: str, answer: str | None) -> bool:
+        """Tell whether a text, from which that answer was read, keeps the format."""
+        return self.fault(text, answer) is None
 
 
 def extraction_by(read: Callable[[str], str | None], write: Callable[[str], str] | None = None) -> Extraction:
     """Return the extraction of a function, whose format is kept where calls are answered and an answer is read."""
 
-    def well_formed(text: str, answer: str | None) -> bool:
-        return answer is not None and calls_answered(text)
+    def fault(text: str, answer: str | None) -> FormatFault | None:
+        if answer is None:
+            return "no_answer"
+        return None if calls_answered(text) else "open_call"
 
-    return Extraction(read=read, well_formed=well_formed, write=write)
+    return Extraction(read=read, fault=fault, write=write)
 
 
 def extract_answer(text: str) -> str | None:
@@ -78,20 +90,31 @@ def after_hashes(text: str) -> str | None:
 
 def format_ok(text: str) -> bool:
     """Apply the published format check to a response whose results are empty (`environment/reward.py`)."""
-    if not answer_tags_ok(text):
-        return False
+    return format_fault(text) is None
+
+
+def format_fault(text: str) -> FormatFault | None:
+    """Name the rule of the published format check that a text breaks first."""
+    fault = answer_tags_fault(text)
+    if fault is not None:
+        return fault
     span = _first_answer(text)
-    return span is not None and "\\boxed{" in span and "}" in span
+    return None if span is not None and "\\boxed{" in span and "}" in span else "no_box"
 
 
-def answer_tags_ok(text: str) -> bool:
-    """Apply the published format check but for the box."""
-    thoughts = text.count(open_tag(TAGS.think))
-    if thoughts == 0 or thoughts != text.count(close_tag(TAGS.think)):
-        return False
-    if text.count(open_tag(TAGS.answer)) != 1 or text.count(close_tag(TAGS.answer)) != 1:
-        return False
-    return calls_answered(text) and _first_answer(text) is not None
+def answer_tags_fault(text: str) -> FormatFault | None:
+    """Name the rule of the published format check, but for the box, that a text breaks first."""
+    thoughts, thought_ends = text.count(open_tag(TAGS.think)), text.count(close_tag(TAGS.think))
+    answers, answer_ends = text.count(open_tag(TAGS.answer)), text.count(close_tag(TAGS.answer))
+    if answers == 0:
+        return "no_answer"
+    if thoughts == 0:
+        return "no_thought"
+    if thoughts != thought_ends:
+        return "open_thought"
+    if not answers == answer_ends == 1 or _first_answer(text) is None:
+        return "answer_tags"
+    return None if calls_answered(text) else "open_call"
 
 
 def turn_format_ok(text: str, called: bool) -> bool:
@@ -145,12 +168,12 @@ def _last_box(text: str) -> str | None:
 EXTRACTIONS: Mapping[AnswerKind, Extraction] = {
     "boxed": Extraction(
         read=extract_answer,
-        well_formed=lambda text, answer: format_ok(text),
+        fault=lambda text, answer: format_fault(text),
         write=lambda answer: f"{open_tag(TAGS.answer)} \\boxed{{{answer}}} {close_tag(TAGS.answer)}",
     ),
     "tag": Extraction(
         read=answer_in_tags,
-        well_formed=lambda text, answer: answer_tags_ok(text),
+        fault=lambda text, answer: answer_tags_fault(text),
         write=lambda answer: f"{open_tag(TAGS.answer)} {answer} {close_tag(TAGS.answer)}",
     ),
     "last_line": extraction_by(last_line, write="\n{}".format),

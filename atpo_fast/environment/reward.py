@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ from atpo_fast.config import OverlongConfig, RewardConfig
 from atpo_fast.data.matching import exact_match, f1_score
 from atpo_fast.data.questions import Question
 from atpo_fast.environment.decoding import decode, decode_actions, decode_observations
-from atpo_fast.environment.extraction import EXTRACTIONS, Extraction, turn_format_ok
+from atpo_fast.environment.extraction import EXTRACTIONS, Extraction, FormatFault, turn_format_ok
 from atpo_fast.environment.own_code import place_of
 from atpo_fast.environment.rewards import PUBLISHED, Earned, Reward, Trajectory, earn
 from atpo_fast.environment.rewards.named import NAMED
@@ -73,6 +74,7 @@ class LeafScore:
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
     was read as such. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
     is the part of `reward` that the length took, 0 or less. `rewards` holds the task's rewards by name, unweighted.
+    `outcome` says why the reward is what it is, one of OUTCOMES.
     """
 
     turn: int
@@ -85,6 +87,22 @@ class LeafScore:
     answer: str | None
     overlong: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict, compare=False)
+    outcome: str = field(default="", compare=False)
+
+
+RIGHT, WRONG, UNREAD = "right", "wrong", "unread"
+TOKEN_LIMIT, CALL_LIMIT = "token_limit", "call_limit"
+OUTCOMES = (RIGHT, WRONG, UNREAD, TOKEN_LIMIT, CALL_LIMIT, *get_args(FormatFault))
+"""Why a trajectory earned what it did: a right or a wrong answer in the asked format; one in the format that cannot be
+read; cut at a limit of tokens; ended after a call that could not be answered (no call left, no room, or a tool too
+late); or the rule of the format that is broken."""
+
+
+def outcome(fault: str | None, answer: str | None, em: float, finish_reason: str) -> str:
+    """Say why a trajectory earned what it did, given how its last turn ended: one of OUTCOMES."""
+    if fault is None:
+        return UNREAD if answer is None else RIGHT if em else WRONG
+    return {"length": TOKEN_LIMIT, "stop": CALL_LIMIT}.get(finish_reason, fault)
 
 
 def score_trees(
@@ -155,6 +173,7 @@ def _trajectories(
         path = tree.path(leaf)[1:]
         text = "".join(written[n] for n in path)
         answer = _answer(text, question, leaf, rules.extraction)
+        fault = rules.extraction.fault(text, answer)
         found.append(
             Trajectory(
                 question=question,
@@ -164,7 +183,8 @@ def _trajectories(
                 answer=answer,
                 em=exact_match(answer, question.answers, reward.normalise) if answer is not None else 0.0,
                 f1=f1_score(answer, question.answers, reward.normalise) if answer is not None else 0.0,
-                format_ok=rules.extraction.well_formed(text, answer),
+                format_ok=fault is None,
+                fault=fault,
                 turns=len(path),
                 tool_calls=sum(tree.turns[n].tool is not None for n in path),
                 token_ids=tree.path_ids(leaf)[len(tree.turns[0].observation_ids) :],
@@ -205,6 +225,9 @@ def _scores(
             answer=trajectory.answer,
             overlong=penalty,
             rewards=mine.by_name,
+            outcome=outcome(
+                trajectory.fault, trajectory.answer, trajectory.em, tree.turns[trajectory.leaf].finish_reason
+            ),
         )
         tree.set_reward(trajectory.leaf, score.reward)
         scores.append(score)

@@ -34,6 +34,13 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
         "reward/mean": "reward", "reward/em": "exact match", "reward/f1": "F1", "reward/format": "format"}),
     ("Evaluation, greedy", "eval", "mean over evaluation questions", "line", {
         "eval/em": "exact match", "eval/f1": "F1", "eval/format": "format"}),
+    ("Why rewards are what they are", "train", "share of trajectories", "stack", {
+        "outcome/right": "right", "outcome/wrong": "wrong", "outcome/unread": "answer cannot be read",
+        "outcome/no_answer": "no answer", "outcome/no_thought": "no thought", "outcome/open_thought": "open thought",
+        "outcome/answer_tags": "answer tags", "outcome/open_call": "call without end or result",
+        "outcome/no_box": "no box", "outcome/token_limit": "limit of tokens", "outcome/call_limit": "limit of calls"}),
+    ("Questions without signal", "train", "share of questions", "line", {
+        "sampling/no_signal": "all trajectories earn the same"}),
     ("Policy entropy", "train", "nats per token", "line", {
         "policy/entropy": "trainer, all tokens", "rollout/entropy": "rollout, mean of turns"}),
     ("Clipped ratios", "train", "share of action tokens", "line", {

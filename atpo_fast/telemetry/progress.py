@@ -25,6 +25,17 @@ _SHOWN: tuple[tuple[str, str, str], ...] = (
     ("cold_start/loss", "loss", "{:.4f}"),
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/em", "EM", "{:.3f}"),
+    ("outcome/wrong", "wrong", "{:.0%}"),
+    ("outcome/unread", "unread", "{:.0%}"),
+    ("outcome/no_answer", "no answer", "{:.0%}"),
+    ("outcome/no_thought", "no thought", "{:.0%}"),
+    ("outcome/open_thought", "open thought", "{:.0%}"),
+    ("outcome/answer_tags", "answer tags", "{:.0%}"),
+    ("outcome/open_call", "open call", "{:.0%}"),
+    ("outcome/no_box", "no box", "{:.0%}"),
+    ("outcome/token_limit", "token limit", "{:.0%}"),
+    ("outcome/call_limit", "call limit", "{:.0%}"),
+    ("sampling/no_signal", "no signal", "{:.0%}"),
     ("eval/em", "EM", "{:.3f}"),
     ("eval/f1", "F1", "{:.3f}"),
     ("eval/format", "format", "{:.3f}"),
@@ -37,6 +48,7 @@ _SHOWN: tuple[tuple[str, str, str], ...] = (
     ("rate/train_tokens_per_s", "train tok/s", "{:,.0f}"),
     ("cold_start/tokens_per_s", "tok/s", "{:,.0f}"),
 )
+_ONLY_IF_ANY = ("outcome/", "sampling/")  # shares that are shown where they are above 0
 
 
 class Progress:
@@ -176,7 +188,11 @@ class _Console(Console):
 
 
 def _metric_texts(metrics: Mapping[str, Any]) -> list[str]:
-    return [f"{label} {form.format(float(metrics[name]))}" for name, label, form in _SHOWN if name in metrics]
+    return [
+        f"{label} {form.format(float(metrics[name]))}"
+        for name, label, form in _SHOWN
+        if name in metrics and (metrics[name] or not name.startswith(_ONLY_IF_ANY))
+    ]
 
 
 def _rate_text(name: str, value: float, seconds: float) -> str:

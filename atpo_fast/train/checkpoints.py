@@ -1,195 +1,294 @@
-"""Checkpoints: complete or absent, newest kept, each with a Hugging Face folder beside it (docs/design.md#checkpoints).
+"""Checkpoints: complete or absent, verified before they are used (docs/long_runs.md, docs/design.md#checkpoints).
 
-    checkpoints/step_000050/deepspeed/...   model, optimizer, as DeepSpeed writes them
-    checkpoints/step_000050/hf/             safetensors, config, tokenizer; adapters are merged
-    checkpoints/step_000050/adapter/        the adapters alone, as PEFT writes them, if there are any
+    checkpoints/step_000050/hf/             weights, config, tokenizer: safetensors and JSON of Hugging Face
+    checkpoints/step_000050/adapter/        LoRA adapters alone, as PEFT writes them, if any; hf/ has them merged
+    checkpoints/step_000050/state/          moments and master weights in pieces, random numbers: safetensors
     checkpoints/step_000050/surplus.jsonl   trees that dynamic sampling has kept for the next step, if any
-    checkpoints/step_000050/state.json      step, cursor, totals; written last, so its presence means complete
+    checkpoints/step_000050/state.json      step, cursor, totals
+    checkpoints/step_000050/manifest.json   SHA-256 of each of these; written last, so its presence means complete
 
-Everything is written into a folder with a leading dot that is renamed when complete.
+Everything is written into a folder with a leading dot that is renamed when complete. What the manifest does not list is
+never opened, and nothing is a pickle.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from atpo_fast.common.errors import CheckpointError
-from atpo_fast.common.files import partial_path, replacing
+from atpo_fast.common.files import partial_path
+from atpo_fast.common.manifest import (
+    MANIFEST,
+    DamagedError,
+    Digest,
+    check_files,
+    files_below,
+    read_manifest,
+    settle,
+    write_manifest,
+)
+from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy
-from atpo_fast.train.dynamic_sampling import write_surplus
+from atpo_fast.train.optimizer_state import FOLDER, OptimizerState, StoredState
 from atpo_fast.train.run import Run
-from atpo_fast.train.scoring import Group
-from atpo_fast.train.weights import export_adapters, export_model
+from atpo_fast.train.weights import gather_adapters, gather_weights, write_adapters, write_model
+
+_LOG = logging.getLogger(__name__)
+_FILE_BYTES = 1 << 30  # of a file of optimizer state
+_OF_FILES = ("ranks", "moments")  # what state.json says about the files beside it
+
+Files = Callable[[Path], None]
+"""Function that writes files into the folder that it is given."""
 
 
-@dataclass(slots=True)
-class TrainState:
-    """The state of training that a checkpoint holds beside weights and optimizer."""
-
-    step: int = 0  # number of steps done
-    optimizer_steps: int = 0
-    seconds: float = 0.0  # time spent so far, cold start included
-    cold_start_em: float | None = None
-    eval_em: float | None = None
-    eval_step: int = -1  # step of the evaluation behind `eval_em`
-    cursor: int = 0  # place of the next question in the order of questions (`atpo_fast.train.schedule.Draw`)
-    kept: list[list[int]] = field(default_factory=list)  # surplus: (place, weights_step, trees) of each group
-    totals: dict[str, float] = field(default_factory=dict)  # token counts since the start of RL
-
-    def summary(self, seconds: float) -> dict[str, Any]:
-        """Return the contents of `summary.json` for a training that took `seconds`."""
-        totals = self.totals
-        return {
-            "cold_start_em": self.cold_start_em,
-            "final_em": self.eval_em,
-            "train_seconds": seconds,
-            "steps": self.step,
-            "optimizer_steps": self.optimizer_steps,
-            "prefilled_tokens": int(totals.get("prefilled", 0)),
-            "decoded_tokens": int(totals.get("decoded", 0)),
-            "cache_hit_tokens": int(totals.get("cache_hit", 0)),
-            "unique_tokens": int(totals.get("unique", 0)),
-            "flat_tokens": int(totals.get("flat", 0)),
-            "trained_tokens": int(totals.get("trained", 0)),
-            "pruned_tokens": int(totals.get("pruned", 0)),
-            "skipped_backward_tokens": int(totals.get("skipped_backward", 0)),
-            "overlap": 1 - totals["unique"] / totals["flat"] if totals.get("flat") else 0.0,
-        }
+def checkpoint_folders(home: Path) -> list[Path]:
+    """List the folders `home/checkpoints/step_N`, damaged ones too, oldest first."""
+    return sorted(path for path in (home / "checkpoints").glob("step_*") if path.is_dir())
 
 
-def complete_checkpoints(home: Path) -> list[Path]:
-    """List the checkpoint folders below `home/checkpoints` that were written to the end, oldest first."""
-    folder = home / "checkpoints"
-    return sorted(p for p in folder.glob("step_*") if (p / "state.json").is_file()) if folder.is_dir() else []
+def newest_intact(run: Run, home: Path) -> Path | None:
+    """Find the newest checkpoint of which every file is as it was written; None where there is no checkpoint at all.
 
+    A damaged one is named in a warning, and the one before is looked at. A collective: every rank reads a share.
 
-def checkpoint_to_resume(run: Run) -> Path | None:
-    """Find the checkpoint to resume from, if there is one and the configuration wants it.
-
-    Raises FileNotFoundError under `train.resume=must` without a checkpoint, ValueError when nothing is left to train.
+    Raises CheckpointError when there are checkpoints, and all are damaged.
     """
-    mode = run.config.train.resume
-    found = complete_checkpoints(run.folder) if mode != "never" else []
-    if not found:
-        if mode == "must":
-            raise FileNotFoundError(f"train.resume=must, but {run.folder}/checkpoints has no complete checkpoint")
-        return None
-    done = _read_state(found[-1])["step"]
-    if done >= run.config.train.steps and (run.folder / "summary.json").is_file():
-        raise ValueError(
-            f"nothing left to train: {found[-1]} has finished step {done} of train.steps={run.config.train.steps}; "
-            "raise train.steps, choose another run_dir, or set train.resume=never"
-        )
-    return found[-1]
-
-
-def save_checkpoint(
-    run: Run, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: TrainState, surplus: Sequence[Group] = ()
-) -> Path:
-    """Write `checkpoints/step_N` of `state.step` and delete the oldest beyond `train.keep_checkpoints`.
-
-    `surplus` are the groups that dynamic sampling has kept for the next step.
-
-    Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were.
-    """
-    state.kept = [[group.place, group.weights_step, len(group.trees)] for group in surplus]
-
-    def write(folder: Path) -> None:
-        save_zero(zero, folder)
-        export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
-        export_adapters(policy, folder / "adapter", is_main=run.is_main)
+    damaged: list[str] = []
+    for folder in reversed(checkpoint_folders(home)):
+        reason = _damage(run, folder)
+        if reason is None:
+            return folder
+        damaged.append(f"{folder.name}: {reason}")
         if run.is_main:
-            write_surplus(folder, surplus)
-
-    return write_checkpoint(run, run.folder, state.step, asdict(state), write)
-
-
-def write_checkpoint(run: Run, home: Path, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
-    """Write `home/checkpoints/step_N`, complete or not at all, and delete the oldest beyond `train.keep_checkpoints`.
-
-    `write` puts the contents into the folder that it is given, and every rank calls it; `state` goes beside them.
-
-    Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were.
-    """
-    final = home / "checkpoints" / f"step_{step:06d}"
-    try:
-        with replacing(final) if run.is_main else nullcontext(partial_path(final)) as partial:
-            if run.is_main:
-                partial.mkdir()
-            run.barrier()
-            write(partial)
-            run.barrier()
-            if run.is_main:
-                (partial / "state.json").write_text(json.dumps(state | {"ranks": run.world}, indent=1))
-        if run.is_main:
-            _delete_old(home, run.config.train.keep_checkpoints)
-    except (OSError, RuntimeError) as error:
-        kept = complete_checkpoints(home)
-        newest = f"{kept[-1]} is intact" if kept else "there is no earlier one"
+            _LOG.warning("CHECKPOINT DAMAGED: %s: %s; falling back to the one before", folder, reason)
+    if damaged:
         raise CheckpointError(
-            f"could not write {final}: {error}; {newest}. Free space or choose another run_dir; "
-            "the same command then continues from the newest checkpoint"
-        ) from error
-    run.barrier()
-    return final
-
-
-def save_zero(zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> None:
-    """Write weights, optimizer and random numbers into a checkpoint; every rank calls, and has its part of them.
-
-    Weights that are not trained, below adapters, are those of the model that the run starts from, and are left out.
-    """
-    client = {"torch_rng": torch.get_rng_state()}
-    where = str(checkpoint / "deepspeed")
-    zero.save_checkpoint(where, tag="state", client_state=client, save_latest=False, exclude_frozen_parameters=True)
-
-
-def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> TrainState:
-    """Restore weights, optimizer and random numbers; returns the loop's state.
-
-    Raises CheckpointError when it was written by another number of ranks, over which the optimizer is sharded.
-    """
-    state = load_zero(run, zero, checkpoint)
-    state.setdefault("cursor", state["step"] * run.config.train.questions_per_step)  # written before there was one
-    return TrainState(**state)
-
-
-def load_zero(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    """Restore weights, optimizer and random numbers; returns what else the checkpoint holds in its `state.json`.
-
-    Raises CheckpointError when it was written by another number of ranks, over which the optimizer is sharded.
-    """
-    state = _read_state(checkpoint)
-    if state.pop("ranks") != run.world:
-        raise CheckpointError(
-            f"{checkpoint} was written by another number of ranks than {run.world}; set ranks as before, or start a "
-            f"new run_dir from its weights with model.path={checkpoint / 'hf'}"
+            f"no checkpoint in {home / 'checkpoints'} can be used ({'; '.join(damaged)}). Put intact files back, begin "
+            "again with train.resume=never (the folder is kept under another name), or start another run_dir from "
+            f"weights that are left, as model.path={checkpoint_folders(home)[-1] / 'hf'}"
         )
-    everything = all(parameter.requires_grad for parameter in zero.module.parameters())
-    path, client = zero.load_checkpoint(str(checkpoint / "deepspeed"), tag="state", load_module_strict=everything)
-    if path is None:
-        raise CheckpointError(
-            f"{checkpoint}: DeepSpeed could not load it; delete the folder to fall back to the one before"
-        )
-    torch.set_rng_state(client["torch_rng"])
-    return state
+    return None
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the loop's own state in a checkpoint, with the number of ranks that wrote it."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the loop's own state in an intact checkpoint, with what it says about the files beside it."""
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     return state
 
 
-def _delete_old(home: Path, keep: int) -> None:
-    for old in complete_checkpoints(home)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def load_checkpoint(run: Run, zero: deepspeed.DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    """Restore optimizer and random numbers of an engine over the weights in `checkpoint/hf`; returns the loop's state.
+
+    The number of ranks and the ZeRO stage may be others than those that wrote it.
+
+    Raises CheckpointError when the optimizer's state is of another model.
+    """
+    state = read_state(checkpoint)
+    listed = [name for name in read_manifest(checkpoint) if name.startswith(f"{FOLDER}/")]
+    pieces = [checkpoint / name for name in listed if "/rank_" in name]
+    OptimizerState(zero).restore(StoredState(pieces), state["moments"])
+    if f"{FOLDER}/{_random_file(run.rank)}" in listed:  # a rank more than there were goes on with its own
+        _set_random_numbers(load_file(checkpoint / FOLDER / _random_file(run.rank)))
+    if state["ranks"] != run.world and run.is_main:
+        run.progress.message(f"{checkpoint} was written by {state['ranks']} ranks; {run.world} continue it")
+    return {key: value for key, value in state.items() if key not in _OF_FILES}
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A checkpoint whose files are being written."""
+
+    final: Path
+    state: dict[str, Any]
+    files: Future[dict[str, Digest]]
+
+
+class Checkpoints:
+    """The writer of the checkpoints of a run folder, or of its cold start.
+
+    With `train.async_save` the files are written by a thread while training goes on; the checkpoint then appears at
+    the first `settle` after the last rank has finished. Everything but the writing of files happens in the caller's
+    thread, on all ranks together.
+    """
+
+    def __init__(self, run: Run, home: Path):
+        self._run, self._home = run, home
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: _Pending | None = None
+
+    def save(
+        self, zero: deepspeed.DeepSpeedEngine, policy: Policy, state: dict[str, Any], more: Files | None = None
+    ) -> None:
+        """Write `checkpoints/step_N` of `state["step"]`, and delete old ones; a collective.
+
+        `more` writes further files, on the main rank.
+
+        Raises CheckpointError when the disk is full or not writable; earlier checkpoints stay as they were, and nothing
+        of this one is left.
+        """
+        self.settle(wait=True)
+        run, final = self._run, self._home / "checkpoints" / f"step_{state['step']:06d}"
+        optimizer = OptimizerState(zero)
+        described = state | {"ranks": run.world, "moments": optimizer.steps}
+        partial, later = partial_path(final), run.config.train.async_save
+        self._together(final, lambda: _begin(partial) if run.is_main else None)
+        jobs = [_state_files(optimizer, run.rank, copied=later)]
+        weights = gather_weights(policy, is_main=run.is_main)
+        adapters = gather_adapters(policy, is_main=run.is_main)
+        if run.is_main:
+            jobs.append(lambda folder: write_model(policy, run.task.tokenizer, weights, folder / "hf"))
+            jobs += [lambda folder: write_adapters(policy, adapters, folder / "adapter")] if adapters else []
+            jobs += [more] if more is not None else []
+        self._pending = _Pending(final, described, self._submit(partial, jobs, later))
+        if not later:
+            self.settle(wait=True)
+
+    def settle(self, *, wait: bool) -> None:
+        """Let a checkpoint appear whose files are written, on all ranks; `wait` for them or come back later.
+
+        Raises CheckpointError as `save`.
+        """
+        pending, run = self._pending, self._run
+        if pending is None or not (wait or run.all_of(pending.files.done())):
+            return
+        self._pending = None
+        digests = run.gather([self._together(pending.final, pending.files.result)], run.world)
+        written = {name: found for part in digests for name, found in part.items()}
+        self._together(pending.final, lambda: self._publish(pending, written) if run.is_main else None)
+
+    def _submit(self, partial: Path, jobs: list[Files], later: bool) -> Future[dict[str, Digest]]:
+        if later:
+            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            return self._pool.submit(_write, partial, jobs, self._run.rank)
+        done: Future[dict[str, Digest]] = Future()
+        try:
+            done.set_result(_write(partial, jobs, self._run.rank))
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def _publish(self, pending: _Pending, digests: dict[str, Digest]) -> None:
+        """Complete the folder, give it its name, and delete what is not kept any longer."""
+        partial = partial_path(pending.final)
+        (partial / "state.json").write_text(json.dumps(pending.state, indent=1))
+        write_manifest(partial, digests | {"state.json": settle(partial / "state.json")})
+        shutil.rmtree(pending.final, ignore_errors=True)  # a damaged one
+        partial.rename(pending.final)
+        train = self._run.config.train
+        for old in set(checkpoint_folders(self._home)) - kept(self._home, train.keep_checkpoints, train.keep_best):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _together(self, final: Path, action: Callable[[], Any]) -> Any:
+        """Do a part of writing `final` on every rank; if it fails on one, remove all of it and raise on all of them."""
+        run, error, result = self._run, None, None
+        try:
+            result = action()
+        except Exception as failure:
+            error = failure
+        problems = run.gather([None if error is None else f"{type(error).__name__}: {error}"], run.world)
+        problem = next((f"rank {i}: {text}" if i else text for i, text in enumerate(problems) if text), None)
+        if problem is None:
+            return result
+        if run.is_main:
+            shutil.rmtree(partial_path(final), ignore_errors=True)
+        if error is not None and not isinstance(error, OSError | SafetensorError):
+            raise error
+        left = [folder for folder in checkpoint_folders(self._home) if (folder / MANIFEST).is_file()]
+        newest = f"{left[-1]} is intact" if left else "there is no earlier one"
+        raise CheckpointError(
+            f"could not write {final} ({problem}); {newest}. Free space or choose another run_dir; the same command "
+            "then continues from the newest checkpoint"
+        ) from error
+
+
+def kept(home: Path, newest: int, best: int) -> set[Path]:
+    """Choose the checkpoints to keep: the newest, and those with the highest EM of the evaluation at their step."""
+    folders = checkpoint_folders(home)
+    scores = {folder: score for folder in folders if (score := _evaluated_em(folder)) is not None}
+    ranked = sorted(scores, key=lambda folder: (scores[folder], folder.name), reverse=True)
+    return {*folders[-newest:], *ranked[:best]}
+
+
+def _evaluated_em(checkpoint: Path) -> float | None:
+    try:
+        state = read_state(checkpoint)
+        return float(state["eval_em"]) if state["eval_step"] == state["step"] else None
+    except (OSError, ValueError, KeyError, TypeError):  # damaged, of a cold start, or without evaluation
+        return None
+
+
+def _begin(partial: Path) -> None:
+    for remains in partial.parent.glob(partial_path(partial.parent / "step_*").name):  # of killed runs
+        shutil.rmtree(remains, ignore_errors=True)
+    for name in ("hf", FOLDER):
+        (partial / name).mkdir(parents=True)
+
+
+def _state_files(optimizer: OptimizerState, rank: int, *, copied: bool) -> Files:
+    """Return what writes this rank's optimizer state and random numbers; `copied`: as they are now."""
+    random_numbers = _random_numbers()
+    tensors: Iterator[tuple[str, Tensor]] = optimizer.tensors()
+    if copied:
+        tensors = iter([(name, values.to("cpu", copy=True)) for name, values in tensors])
+
+    def write(folder: Path) -> None:
+        save_file(random_numbers, folder / FOLDER / _random_file(rank))
+        for number, bucket in enumerate(in_buckets(tensors, lambda named: named[1].nbytes, _FILE_BYTES)):
+            own = {name: values.cpu().contiguous().clone() for name, values in bucket}
+            save_file(own, folder / FOLDER / f"rank_{rank:05d}_{number:03d}.safetensors")
+
+    return write
+
+
+def _write(partial: Path, jobs: list[Files], rank: int) -> dict[str, Digest]:
+    """Write files, and compute the digests of this rank's own: those of its state, on the main rank all the others."""
+    for job in jobs:
+        job(partial)
+    mine = (f"{FOLDER}/rank_{rank:05d}_", f"{FOLDER}/random_{rank:05d}.")
+    names = [str(path.relative_to(partial)) for path in files_below(partial)]
+    own = [name for name in names if name.startswith(mine) or (rank == 0 and not name.startswith(f"{FOLDER}/"))]
+    return {name: settle(partial / name) for name in own}
+
+
+def _random_file(rank: int) -> str:
+    return f"random_{rank:05d}.safetensors"
+
+
+def _random_numbers() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_numbers(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _damage(run: Run, folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint; every rank reads a share of its files, and all hear the same."""
+    mine: str | None = None
+    try:
+        listed = read_manifest(folder)
+        check_files(folder, listed, sorted(listed)[run.rank :: run.world])
+        if "state.json" not in listed:
+            raise DamagedError(f"{MANIFEST} does not list state.json")
+    except DamagedError as error:
+        mine = str(error)
+    found = next((reason for reason in run.gather([mine], run.world) if reason is not None), None)
+    if found is not None and (folder / "deepspeed").is_dir():
+        found += "; it is of an earlier version, whose optimizer state is a pickle and is no longer read"
+    return found

@@ -7,9 +7,11 @@ differs: minus the mean log-prob of the action tokens.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,20 +21,23 @@ from transformers import AutoTokenizer
 from atpo_fast.adapters import has_adapters
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import replacing
+from atpo_fast.common.manifest import MANIFEST, damage, settle, write_manifest
 from atpo_fast.config import ColdStartConfig, OptimConfig
 from atpo_fast.objective import Objective
 from atpo_fast.packing import PackedTrees, pack_trees, spread_rows
 from atpo_fast.policy import Policy, score_rows
 from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
-from atpo_fast.train.checkpoints import complete_checkpoints, load_zero, save_zero, write_checkpoint
+from atpo_fast.train.checkpoints import Checkpoints, load_checkpoint, newest_intact
 from atpo_fast.train.from_config import build_model, max_prefix
+from atpo_fast.train.identity import COLD_START, claim
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model, trained_line, with_adapters
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import TurnTree
 
+_LOG = logging.getLogger(__name__)
 LIKELIHOOD = Objective(aggregation="token-mean")
 
 
@@ -62,10 +67,15 @@ def cold_start(run: Run) -> Path:
 
     Raises:
         ValueError: there are no demonstrations, or none are left beside those for validation.
+        ChangedRunError: the folder holds a cold start of something else.
         StopRequested: the run was asked to stop; a checkpoint was saved.
     """
     folder = run.folder / "cold_start"
-    if (folder / "state.json").is_file():
+    finished = _finished(run, folder)
+    resume_from = None if finished or run.config.train.resume == "never" else newest_intact(run, folder)
+    record = run.folder / "cold_start.run.json"
+    claim(run, record, COLD_START, continued=finished or resume_from is not None)
+    if finished:
         run.progress.message(f"cold start: using {folder}")
         return folder
     if not run.task.demonstrations:
@@ -73,27 +83,48 @@ def cold_start(run: Run) -> Path:
             "cold start: the task has no demonstrations; set cold_start.demonstrations, cold_start.from_evidence or "
             "data.source=world"
         )
-    model, lora = build_model(run.config.model, run.task.tokenizer, run.config.seed), run.config.model.lora
-    if lora.cold_start or (lora.cold_start is None and run.config.model.path is not None):
-        model = with_adapters(model, lora, run.config.seed)
-    policy = Policy(
-        model,
-        gradient_checkpointing=run.config.model.gradient_checkpointing,
-        liger=run.config.model.liger,
-    )
+    policy = _policy(run, resume_from)
     if has_adapters(policy.model):
         run.progress.message(trained_line(policy))
-    imitation = Imitation(run, policy, folder)
+    imitation = Imitation(run, policy, folder, resume_from)
     imitation.fit()
     export_model(policy, run.task.tokenizer, folder, is_main=run.is_main)
     if run.is_main:
         with replacing(folder / "state.json") as partial:
             partial.write_text(json.dumps({"seconds": imitation.seconds, "steps": imitation.step}))
+        write_manifest(folder, {path.name: settle(path) for path in folder.iterdir() if path.is_file()})
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run.barrier()
     imitation.zero.destroy()
     run.timer.pop()  # its phases are not the first RL step's
     return folder
+
+
+def _policy(run: Run, checkpoint: Path | None) -> Policy:
+    """Make the policy that a cold start begins with, or that of its checkpoint; with adapters where it has them."""
+    config, seed = run.config.model, run.config.seed
+    adapted = config.lora.rank > 0 and (
+        config.path is not None if config.lora.cold_start is None else config.lora.cold_start
+    )
+    start = config if adapted or checkpoint is None else replace(config, path=str(checkpoint / "hf"))
+    model = build_model(start, run.task.tokenizer, seed)
+    if adapted:
+        model = with_adapters(model, config.lora, seed, checkpoint)
+    return Policy(model, gradient_checkpointing=config.gradient_checkpointing, liger=config.liger)
+
+
+def _finished(run: Run, folder: Path) -> bool:
+    """Tell whether a cold start is there, whole; warn of a damaged one, which begins again."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    reasons = run.gather([damage(folder) if run.is_main else None], run.world)
+    if reasons[0] is None:
+        return True
+    if run.is_main:
+        _LOG.warning("COLD START DAMAGED: %s: %s; it is made again", folder, reasons[0])
+        (folder / MANIFEST).unlink()
+    run.barrier()
+    return False
 
 
 def check_vocabulary(run: Run, folder: Path | str) -> None:
@@ -111,9 +142,11 @@ def check_vocabulary(run: Run, folder: Path | str) -> None:
 def _random_model(run: Run) -> Path:
     """Write a random model of the configured sizes to the run folder, unless it is there; returns its folder."""
     folder = run.folder / "initial_model"
-    if run.is_main and not (folder / "tokenizer.json").is_file():  # written last
-        build_model(run.config.model, run.task.tokenizer, run.config.seed).save_pretrained(folder)
-        run.task.tokenizer.save_pretrained(folder)
+    if run.is_main and damage(folder) is not None:
+        with replacing(folder) as partial:
+            build_model(run.config.model, run.task.tokenizer, run.config.seed).save_pretrained(partial)
+            run.task.tokenizer.save_pretrained(partial)
+            write_manifest(partial)
     run.barrier()
     return folder
 
@@ -121,11 +154,14 @@ def _random_model(run: Run) -> Path:
 class Imitation:
     """Supervised training of a policy on a run's demonstrations, with checkpoints in `folder`.
 
+    Where `resume_from` is given, the policy has the weights of that checkpoint.
+
     Raises ValueError when no demonstration is left to train on.
     """
 
-    def __init__(self, run: Run, policy: Policy, folder: Path):
-        self._run, self._settings, self._folder = run, run.config.cold_start, folder
+    def __init__(self, run: Run, policy: Policy, folder: Path, resume_from: Path | None = None):
+        self._run, self._settings, self._policy = run, run.config.cold_start, policy
+        self._checkpoints = Checkpoints(run, folder)
         optim = OptimConfig(lr=self._settings.lr, weight_decay=run.config.optim.weight_decay, betas=(0.9, 0.95))
         self.zero, self._watch = initialize(policy, run.config, optim)
         demonstrations, share = run.task.demonstrations, self._settings.validation_share
@@ -135,7 +171,7 @@ class Imitation:
         self._prefix_tokens = max_prefix(run.config, LIKELIHOOD)
         self.step = 0
         self._begun = time.monotonic()
-        self._resume()
+        self._resume(resume_from)
 
     @property
     def seconds(self) -> float:
@@ -168,6 +204,8 @@ class Imitation:
                 run.logger.log("cold_start", self.step, metrics)
             if settings.save_every and self.step % settings.save_every == 0 and not last:
                 self._save()
+            self._checkpoints.settle(wait=False)
+        self._checkpoints.settle(wait=True)
 
     def validation_loss(self) -> float:
         """Compute the mean loss a token of the demonstrations that are not trained on."""
@@ -176,24 +214,23 @@ class Imitation:
         loss = -sum(float((row.weight_pos * logprob).sum()) for row, (logprob, _) in zip(spread, scores, strict=True))
         return self._run.sum_over_ranks({"loss": loss})["loss"]
 
-    def _resume(self) -> None:
+    def _resume(self, checkpoint: Path | None) -> None:
         run = self._run
-        found = complete_checkpoints(self._folder) if run.config.train.resume != "never" else []
-        if found:
-            state = load_zero(run, self.zero, found[-1])
+        if checkpoint is not None:
+            state = load_checkpoint(run, self.zero, checkpoint)
             self.step, self._begun = int(state["step"]), self._begun - float(state["seconds"])
-            run.progress.message(f"cold start: resumed from {found[-1]}")
+            run.progress.message(f"cold start: resumed from {checkpoint}")
         run.logger.truncate_after(self.step or -1, ("cold_start",))
 
     def _save(self) -> None:
-        state = {"step": self.step, "seconds": self.seconds}
-        write_checkpoint(self._run, self._folder, self.step, state, lambda folder: save_zero(self.zero, folder))
+        self._checkpoints.save(self.zero, self._policy, {"step": self.step, "seconds": self.seconds})
 
     def _stop_or_go_on(self) -> None:
         try:
             self._run.stop_together()
         except StopRequested:
             self._save()
+            self._checkpoints.settle(wait=True)
             self._run.progress.message(f"stopped in the cold start after step {self.step}; the same command continues")
             raise
 

@@ -25,6 +25,7 @@ from atpo_fast.evaluation.answers import (
     write_header,
 )
 from atpo_fast.evaluation.sets import Sets
+from atpo_fast.train.identity import model_digest
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Sampler
 from atpo_fast.train.scoring import ScoredTree, score
@@ -34,8 +35,6 @@ Key = tuple[str, str]  # set and id of a question
 KEYS = ("em", "f1", "format", "turns", "tool_calls")
 NOTHING_EVALUATED = "there are no evaluation questions (data.eval_files): nothing will be evaluated"
 
-_PROBES = 16  # stretches of a weight file that its digest reads
-_PROBE_BYTES = 1 << 16
 _NOT_PART_OF_ANSWERS = (
     "run_dir", "device", "ranks", "deepspeed", "method", "optim", "cold_start", "train", "credit", "objective",
     "logging", "engine",
@@ -115,7 +114,7 @@ def answer_header(config: Config, model: Path) -> dict[str, Any]:
     text = json.dumps(settings, sort_keys=True, default=str)
     return {
         "model": str(model),
-        "model_digest": _model_digest(model),
+        "model_digest": model_digest(model),
         "config_digest": hashlib.sha256(text.encode()).hexdigest()[:16],
         "samples": config.eval.samples,
         "temperature": config.eval.temperature,
@@ -242,16 +241,3 @@ def _sample(run: Run, scored: ScoredTree, number: int) -> Sample:
         response_tokens=written + sum(len(turn.observation_ids) for turn in turns),
         response="".join(action + observation for action, observation in texts),
     )
-
-
-def _model_digest(folder: Path) -> str:
-    """Return a digest of a model folder: its configuration, and names, sizes and samples of its weight files."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            for i in range(_PROBES):
-                file.seek(i * max(0, size - _PROBE_BYTES) // (_PROBES - 1))
-                digest.update(file.read(_PROBE_BYTES))
-    return digest.hexdigest()[:16]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
 
@@ -18,15 +18,16 @@ import deepspeed
 from torch import Tensor
 
 from atpo_fast.adapters import has_adapters, without_adapters
-from atpo_fast.common.errors import DynamicSamplingError, StopRequested
+from atpo_fast.common.errors import AlarmError, DynamicSamplingError, StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.config import LoRAConfig
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage
 from atpo_fast.policy import score_rows
-from atpo_fast.train.checkpoints import TrainState, load_checkpoint, save_checkpoint
-from atpo_fast.train.dynamic_sampling import Filled, describe, fill, read_surplus, sampling_metrics
+from atpo_fast.telemetry.alarms import look, outcome_words
+from atpo_fast.train.checkpoints import Checkpoints, load_checkpoint
+from atpo_fast.train.dynamic_sampling import Filled, describe, fill, read_surplus, sampling_metrics, write_surplus
 from atpo_fast.train.evaluate import NOTHING_EVALUATED, evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.information_gain import measure_gold
@@ -36,7 +37,8 @@ from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import Draw, draw_questions, sampling_seed
 from atpo_fast.train.scoring import Group, score_batch
 from atpo_fast.train.step import optimizer_step, with_logprob
-from atpo_fast.train.step_metrics import add_up, rollout_metrics
+from atpo_fast.train.step_metrics import add_up, no_signal, rollout_metrics
+from atpo_fast.train.train_state import TrainState
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
 from atpo_fast.train.weights import load_policy, trained_line
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
@@ -47,13 +49,20 @@ TOTALS = ("unique", "flat", "trained", "prefilled", "decoded", "cache_hit", "pru
 
 
 class Trainer:
-    """The RL loop of a run, with its policy, optimizer, sampler and progress."""
+    """The RL loop of a run, with its policy, optimizer, sampler and progress.
+
+    Args:
+        run: the run.
+        start: folder of the model that RL starts from; the reference, where there is one.
+        resume_from: checkpoint to continue from.
+        seconds: time spent so far.
+    """
 
     def __init__(self, run: Run, start: Path | str, resume_from: Path | None, seconds: float):
         self.run, self.config = run, run.config
         self.objective = make_objective(run.config)
         self._begun = time.monotonic() - seconds
-        self.policy = load_policy(run.config, start)
+        self.policy = load_policy(run.config, start, resume_from)
         if has_adapters(self.policy.model):
             run.progress.message(trained_line(self.policy))
         self.max_prefix = max_prefix(run.config, self.objective)
@@ -63,13 +72,16 @@ class Trainer:
         self.batches = BatchSampler(self.sampler, self._questions, lambda draw: sampling_seed(run.config.seed, draw))
         self.state = TrainState()
         self.surplus: list[Group] = []  # groups that dynamic sampling has kept for the next step
+        self.checkpoints = Checkpoints(run, run.folder)
+        self.alarms: dict[str, str] = {}  # alarms that began with the last step
         if resume_from is None:
             run.logger.truncate_after(-1)
         else:
             self._resume(resume_from)
 
     def _resume(self, checkpoint: Path) -> None:
-        self.state = load_checkpoint(self.run, self.zero, checkpoint)
+        self.state = TrainState(**load_checkpoint(self.run, self.zero, checkpoint))
+        self.watch.skipped_steps = self.state.skipped_steps
         self.surplus = read_surplus(self.run, checkpoint, self.state.kept)
         self._begun = time.monotonic() - self.state.seconds
         self.sampler.sync(self.policy)
@@ -98,13 +110,16 @@ class Trainer:
         """Run to the last step; False when stopped early (a checkpoint was saved)."""
         try:
             self._run()
-        except DynamicSamplingError:  # raised on every rank too
+        except (DynamicSamplingError, AlarmError):  # raised on every rank too
             self.save()
+            self.checkpoints.settle(wait=True)
             raise
         except StopRequested:  # raised on every rank, and only while the weights are those of the last finished step
             self.save()
+            self.checkpoints.settle(wait=True)
             self.run.progress.message(f"stopped after step {self.state.step}; the same command continues from here")
             return False
+        self.checkpoints.settle(wait=True)
         return True
 
     def _run(self) -> None:
@@ -115,10 +130,17 @@ class Trainer:
             self.state.cold_start_em = self.state.eval_em
         while not self._finished():
             self._step()
+            self.checkpoints.settle(wait=False)
             if self._due(self.config.train.eval_every):
                 self._evaluate()
-            if self._due(self.config.train.save_every):
+            action = self.config.logging.alarms.action if self.alarms else "tell"
+            if self._due(self.config.train.save_every) or action == "save":
                 self.save()
+            if action == "stop":
+                raise AlarmError(
+                    f"stopped after step {self.state.step} by the alarms {', '.join(self.alarms)} "
+                    "(logging.alarms.action=stop); a checkpoint is saved, and the same command continues"
+                )
         if self.state.eval_step != self.state.step:  # stopped in the last evaluation, now resumed
             self._evaluate()
 
@@ -132,9 +154,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step."""
-        self.state.seconds = time.monotonic() - self._begun
+        state, surplus = self.state, self.surplus
+        state.seconds = time.monotonic() - self._begun
+        state.skipped_steps = self.watch.skipped_steps
+        state.kept = [[group.place, group.weights_step, len(group.trees)] for group in surplus]
         with self.run.timer.phase("checkpoint"):
-            save_checkpoint(self.run, self.zero, self.policy, self.state, self.surplus)
+            self.checkpoints.save(self.zero, self.policy, asdict(state), lambda folder: write_surplus(folder, surplus))
 
     def _evaluate(self) -> None:
         means = evaluate_step(self.run, self.sampler, self.state.step)
@@ -216,7 +241,7 @@ class Trainer:
         with run.timer.phase("logprob"):
             prepared = [self._prepare(b.rows, on_policy=i == staleness == 0) for i, b in enumerate(batches)]
         limit = inf if staleness else train.max_mismatch_kl  # older weights may differ
-        metrics, mismatch = MetricMean(), Mismatch(limit)
+        metrics, mismatch, before = MetricMean(), Mismatch(limit), self.state.optimizer_steps
         run.progress.start_phase("update", len(batches))
         with run.timer.phase("update"):
             for i, (rows, batch) in enumerate(zip(prepared, batches, strict=True)):
@@ -227,6 +252,7 @@ class Trainer:
                     self.state.optimizer_steps += 1
                 run.progress.advance(i + 1)
         policy = {f"policy/{name}": value for name, value in metrics.result().items()}
+        policy["policy/updates"] = float(self.state.optimizer_steps - before)
         if mismatch.kl is not None:
             policy |= {"rollout/mismatch_kl": mismatch.kl, "rollout/logprob_gap": mismatch.gap}
         return policy, sum(batch.pruned for batch in batches)
@@ -282,7 +308,10 @@ class Trainer:
             )
             | {f"time/{name}": seconds for name, seconds in add_up(batch.phases for batch in batches).items()}
             | metrics
-            | {"policy/skipped_steps": float(self.watch.skipped_steps)}
+            | {
+                "policy/skipped_steps": float(self.watch.skipped_steps),
+                "sampling/no_signal": no_signal(filled.rolled_out),
+            }
             | {f"time/{name}": seconds for name, seconds in run.timer.pop().items()}
         )
         if train.dynamic_sampling.enabled:
@@ -291,10 +320,22 @@ class Trainer:
             run.progress.message(f"step {self.state.step}: {what}")
         for name in TOTALS:
             self.state.totals[name] = self.state.totals.get(name, 0.0) + metrics[f"tokens/{name}"]
-        run.logger.log("train", self.state.step, metrics)
+        self.alarms, holding = look(metrics, self.config.logging.alarms, self.state.alarms)
+        run.logger.log("train", self.state.step, metrics | holding)
         run.progress.step_done(self.state.step, train.steps, metrics)
+        self._tell(metrics)
         if run.is_main and train.save_trees:
             append_trees(run.folder / "trees.jsonl", trained[: train.save_trees], self.state.step, run.task.tokenizer)
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        """Say why a step had no update, and which alarms have begun."""
+        if not metrics["policy/updates"]:
+            self.run.progress.message(
+                f"step {self.state.step}: no update, because no trajectory earned more or less than its question's "
+                f"others; outcomes: {outcome_words(metrics)}"
+            )
+        for name, text in self.alarms.items():
+            self.run.progress.message(f"ALARM {name}, step {self.state.step}: {text}")
 
     @property
     def seconds(self) -> float:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import free_name
 from atpo_fast.common.ranks import reduce_over_ranks
-from atpo_fast.config import Config
+from atpo_fast.config import Config, save_config
 from atpo_fast.policy.model import fast_dtype, local_model
 from atpo_fast.task import Task, load_task
 from atpo_fast.telemetry import PhaseTimer, Progress, RunLogger
@@ -28,18 +28,23 @@ T = TypeVar("T")
 
 
 class StopSignal:
-    """SIGINT and SIGTERM as a flag that the loop reads between phases; a second signal ends the process at once."""
+    """SIGINT, SIGTERM and SIGUSR1 as a flag that the loop reads between phases.
+
+    A second SIGINT or SIGTERM ends the process at once. SIGUSR1 is what SLURM sends before the time limit
+    (`--signal`), to every process that it knows of, so it may come twice.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number != signal.SIGUSR1:
             sys.exit(128 + number)
+        if not self.requested:
+            print("stopping: saving what is done first (signal again to stop at once)", file=sys.stderr, flush=True)
         self.requested = True
-        print("stopping: saving what is done first (signal again to stop at once)", file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raise StopRequested when a signal has come."""
@@ -49,9 +54,13 @@ class StopSignal:
 
 @dataclass(slots=True)
 class Run:
-    """The state of a run in one of its processes."""
+    """The state of a run in one of its processes.
+
+    `config` says everything; `given` is the same before `auto` was decided and the model's folder found.
+    """
 
     config: Config
+    given: Config
     task: Task
     folder: Path
     rank: int
@@ -89,6 +98,15 @@ class Run:
         total = reduce_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64))
         return dict(zip(values, total.tolist(), strict=True))
 
+    def keep_config(self) -> None:
+        """Write the given configuration into the run folder."""
+        if self.is_main:
+            save_config(self.given, self.folder / "config.yaml")
+
+    def all_of(self, here: bool) -> bool:
+        """Tell whether something holds on every rank; a collective."""
+        return int(reduce_over_ranks(torch.tensor([int(not here)])).item()) == 0
+
     def stop_together(self) -> None:
         """Raise StopRequested on every rank when any was asked to stop; a collective."""
         if bool(reduce_over_ranks(torch.tensor([int(self.stop.requested)])).item()):
@@ -110,7 +128,7 @@ def start_run(config: Config) -> Run:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.manual_seed(config.seed)
-    folder = Path(config.run_dir)
+    folder, given = Path(config.run_dir), config
     is_main = rank == 0
     if is_main:
         if config.train.resume == "never":
@@ -121,6 +139,7 @@ def start_run(config: Config) -> Run:
     check_shared_files(config, task, folder)
     return Run(
         config=config,
+        given=given,
         task=task,
         folder=folder,
         rank=rank,

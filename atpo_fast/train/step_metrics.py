@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from atpo_fast.environment.reward import LeafScore
-from atpo_fast.train.scoring import ScoredTree
+from atpo_fast.environment.reward import OUTCOMES, LeafScore
+from atpo_fast.train.dynamic_sampling import varies
+from atpo_fast.train.scoring import Group, ScoredTree
 
 
 def rollout_metrics(
@@ -43,6 +44,7 @@ def rollout_metrics(
         "reward/format": mean([float(s.format_ok) for s in scores]),
         "reward/overlong": mean([s.overlong for s in scores]),
         **_rewards_by_name(scores),
+        **outcome_shares(scores),
         "rollout/turns": mean([s.turns for s in scores]),
         "rollout/tool_calls": mean([s.tool_calls for s in scores]),
         "rollout/entropy": mean([turn.nll for scored in forest for turn in scored.tree.turns[1:]]),
@@ -55,6 +57,17 @@ def rollout_metrics(
         **counts,
         **_failure_rates(counts),
     }
+
+
+def outcome_shares(scores: Sequence[LeafScore]) -> dict[str, float]:
+    """Compute the share of the leaves with each outcome."""
+    found = Counter(score.outcome for score in scores)
+    return {f"outcome/{name}": found[name] / len(scores) if scores else 0.0 for name in OUTCOMES}
+
+
+def no_signal(groups: Sequence[Group]) -> float:
+    """Compute the share of the questions whose trajectories all earned the same."""
+    return sum(not varies(group, "reward") for group in groups) / len(groups) if groups else 0.0
 
 
 def _rewards_by_name(scores: Sequence[LeafScore]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from atpo_fast.adapters import (
     Weight,
     adapter_weights,
     add_adapters,
-    has_adapters,
+    load_adapters,
     save_adapters,
     whole_weights,
 )
@@ -26,20 +26,35 @@ from atpo_fast.policy import Policy, load_model
 _BUCKET_BYTES = 256 << 20
 
 
-def load_policy(config: Config, folder: Path | str) -> Policy:
-    """Load the policy from a Hugging Face folder, and put new adapters on it where `model.lora` asks for them."""
+def load_policy(config: Config, start: Path | str, checkpoint: Path | None = None) -> Policy:
+    """Load the policy as it is at the start of a run, or as a checkpoint of it has it.
+
+    With adapters (`model.lora`) it is always the model in `start`, with new adapters or with those of the checkpoint.
+    """
+    lora = config.model.lora
+    folder = start if lora.rank or checkpoint is None else checkpoint / "hf"
     model = load_model(folder, getattr(torch, config.model.dtype))
     return Policy(
-        with_adapters(model, config.model.lora, config.seed),
+        with_adapters(model, lora, config.seed, checkpoint),
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
         liger=config.model.liger,
     )
 
 
-def with_adapters(model: PreTrainedModel, lora: LoRAConfig, seed: int) -> PreTrainedModel:
-    """Return the model with the adapters that are configured, if any. Raises what `add_adapters` raises."""
-    return model if lora.adapters is None else add_adapters(model, lora.adapters, seed)
+def with_adapters(
+    model: PreTrainedModel, lora: LoRAConfig, seed: int, checkpoint: Path | None = None
+) -> PreTrainedModel:
+    """Return the model with the adapters that are configured, if any: new ones, or those of a checkpoint.
+
+    Raises what `add_adapters` raises.
+    """
+    if lora.adapters is None:
+        return model
+    adapted = add_adapters(model, lora.adapters, seed)
+    if checkpoint is not None:
+        load_adapters(adapted, checkpoint / "adapter")
+    return adapted
 
 
 def trained_line(policy: Policy) -> str:
@@ -75,24 +90,38 @@ def _gathered(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[tuple[st
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_main: bool) -> None:
     """Write Hugging Face safetensors, config and tokenizer; every rank calls, the main one writes."""
-    state = _on_main(whole_parameters(policy), is_main)
+    weights = gather_weights(policy, is_main=is_main)
     if is_main:
-        policy.model.save_pretrained(folder, state_dict=_with_tied(policy, state))
-        tokenizer.save_pretrained(folder)
+        write_model(policy, tokenizer, weights, folder)
 
 
-def export_adapters(policy: Policy, folder: Path, *, is_main: bool) -> None:
-    """Write PEFT's folder of a policy's adapters, if it has any; called as `export_model` is."""
-    if not has_adapters(policy.model):
-        return
-    weights = _on_main(adapter_parameters(policy), is_main)
-    if is_main:
-        save_adapters(policy.model.peft_config[ADAPTER], weights, folder)
+def gather_weights(policy: Policy, *, is_main: bool) -> dict[str, Tensor]:
+    """Copy the weights as they are now to the memory of the main rank; every rank calls, the others get nothing."""
+    return _on_main(whole_parameters(policy), is_main)
+
+
+def gather_adapters(policy: Policy, *, is_main: bool) -> dict[str, Tensor]:
+    """Copy the weights of the adapters alone, as `gather_weights` does; nothing where there are none."""
+    return _on_main(adapter_parameters(policy), is_main)
 
 
 def _on_main(named: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Tensor]:
-    """Copy all tensors to the CPU of the main rank; the others take part and keep nothing."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in named if is_main}
+    weights: dict[str, Tensor] = {}
+    for name, tensor in named:  # the other ranks take part too
+        if is_main:
+            weights[name] = tensor.to("cpu", copy=True)
+    return weights
+
+
+def write_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write gathered weights as Hugging Face safetensors, with the policy's config and the tokenizer."""
+    policy.model.save_pretrained(folder, state_dict=_with_tied(policy, weights))
+    tokenizer.save_pretrained(folder)
+
+
+def write_adapters(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write gathered adapters as PEFT does."""
+    save_adapters(policy.model.peft_config[ADAPTER], weights, folder)
 
 
 def _with_tied(policy: Policy, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def deepspeed_config(path: str, model: ModelConfig, optim: OptimConfig) -> dict[
     Rows are micro-batches of one. How many make a step changes from step to step, so accumulation is steered by the
     loop and DeepSpeed is told 1.
 
-    Raises FileNotFoundError for a missing file and ValueError for a key that the run decides.
+    Raises FileNotFoundError for a missing file and ValueError for a key that the run decides, or offload to nvme.
     """
     file = Path(path)
     if not file.is_file():
@@ -68,6 +68,9 @@ def deepspeed_config(path: str, model: ModelConfig, optim: OptimConfig) -> dict[
     clash = [key for key in OWNED_KEYS if key in config]
     if clash:
         raise ValueError(f"{path}: {', '.join(clash)} are set from the run's configuration; remove them from this file")
+    zero = config.get("zero_optimization", {})
+    if "nvme" in [zero.get(f"offload_{part}", {}).get("device") for part in ("optimizer", "param")]:
+        raise ValueError(f"{path}: offload to nvme cannot be written into checkpoints here; set the device to cpu")
     config.update(
         train_micro_batch_size_per_gpu=1,
         gradient_accumulation_steps=1,

@@ -20,6 +20,7 @@ from atpo_fast.commands import launcher
 from atpo_fast.commands.cli import LAUNCHED
 from atpo_fast.commands.doctor import Environment, Requirement, find_problems, inspect_environment, render
 from atpo_fast.commands.model_folder import find_model, model_to_use, newest_model
+from atpo_fast.common.manifest import write_manifest
 from atpo_fast.config import Config, ConfigError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,11 @@ def test_one_definition_of_the_newest_model(run_folder: Path, tmp_path: Path) ->
     newest = run_folder / "checkpoints/step_000010/hf"
     assert [find_model(folder) for folder in (run_folder, newest.parent, newest)] == [newest] * 3
     assert newest_model(run_folder) == newest
+    write_manifest(newest.parent)
+    assert find_model(run_folder) == newest
+    (newest / "model.safetensors").write_bytes(b"other")  # a damaged one: another model would answer
+    assert newest_model(run_folder) == run_folder / "checkpoints/step_000009/hf"
+    (newest.parent / "manifest.json").unlink()
     (newest / "model.safetensors").unlink()  # no model any more
     assert newest_model(run_folder) == run_folder / "checkpoints/step_000009/hf"
     assert find_model(tmp_path) is None

@@ -104,3 +104,16 @@ def test_too_few_states_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"turn \('t', 2\) needs 3 states .* cache_states=2: raise it"):
         engine.generate([request(tree, "t", 1, 2, params)])
     assert engine.generate([request(tree, "t", 0, 1, params)])
+
+
+def test_requests_that_only_continue_what_is_there(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if slots are handed out beyond the tensors, which grow when they are written: here nothing is prefilled."""
+    monkeypatch.setattr(states, "_SMALLEST_POOL", 2)
+    engine, (tree,) = make_engine(tokenizer, "qwen3_5"), roots(1)
+    params = SamplingParams(max_new_tokens=4)
+    engine.generate([request(tree, "t", 0, 1, params, 1)])
+    asks = [request(tree, "t", 0, turn, params, turn) for turn in range(2, 9)]
+    alone = [make_engine(tokenizer, "qwen3_5").generate([ask])[0] for ask in asks]
+    assert [answer.token_ids for answer in engine.generate(asks)] == [answer.token_ids for answer in alone]

@@ -43,12 +43,17 @@ class ForkedProcess:
         """Exit code; minus the signal that ended it; None while it runs."""
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        """Id of the process of the command."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def poll(self) -> int | None:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
 
     def communicate(self, timeout: float) -> tuple[str, None]:
         """Wait for the end; returns the output. Raises TimeoutError."""
@@ -94,7 +99,7 @@ class _ForkedLauncher:
     """What `launcher.start_ranks` returns: the parent of the ranks."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
-        from atpo_fast.commands.launcher import stop_with_parent
+        from atpo_fast.commands.launcher import prepare_child
 
         words = command[command.index("atpo_fast.train") + 1 :]
         (port,) = (word.split("=")[1] for word in command if word.startswith("--master_port="))
@@ -102,7 +107,7 @@ class _ForkedLauncher:
         ranks = len(json.loads(base64.urlsafe_b64decode(world))["localhost"])
         self._process = FORK.Process(
             target=_launcher,
-            args=(_rank, ranks, (words, dict(environment)), int(port), stop_with_parent(os.getpid())),
+            args=(_rank, ranks, (words, dict(environment)), int(port), prepare_child(os.getpid())),
         )
         self._process.start()
         assert self._process.pid is not None
@@ -150,7 +155,7 @@ def _launcher(
                 failed = process.exitcode
                 stop(signal.SIGTERM, None)
     if failed:
-        sys.exit(failed if failed > 0 else 128 - failed)
+        sys.exit(failed)
 
 
 def _in_group(function: Callable[..., object], arguments: Sequence[Any], rank: int, ranks: int, port: int) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -59,7 +60,8 @@ def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path, whole: 
     for name, value in expected.items():
         assert (after[name] - value).abs().max() < 1e-6, name
     assert "nothing left to train" in run(config, code=2)
-    assert "another number of ranks" in run(config, "train.steps=4", "ranks=2", code=2)
+    other = run(config, EXACT, "train.steps=4", "ranks=2", "deepspeed=configs/deepspeed/zero2.json")
+    assert "was written by 1 ranks; 2 continue it" in other
 
 
 # Fails when the batch rolled out ahead has other questions or seeds, counts as fresh, or a resumed run loses a step. At
@@ -129,7 +131,7 @@ def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> No
 
 # Fails when a stopped run saves nothing (only a killed one has saved before), or a killed one leaves something that the
 # next cannot start from.
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
 def test_a_stopped_run_continues(config: Path, tmp_path: Path, number: signal.Signals) -> None:
     folder = tmp_path / "run"
     killed = number == signal.SIGKILL
@@ -143,7 +145,8 @@ def test_a_stopped_run_continues(config: Path, tmp_path: Path, number: signal.Si
         time.sleep(0.2)
     process.send_signal(number)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
+    codes = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143, signal.SIGKILL: -9}
+    assert process.returncode == codes[number]
     if not killed:
         assert "the same command continues" in output
     done = max(json.loads(p.read_text())["step"] for p in folder.glob("checkpoints/step_*/state.json"))
@@ -157,9 +160,33 @@ def steps_done(folder: Path) -> int:
     return log.read_text().count('"phase": "train"') if log.exists() else 0
 
 
-# Fails when a checkpoint that could not be written hides the reason or damages the one before.
-def test_full_disk(config: Path, tmp_path: Path) -> None:
-    run(config, "train.steps=1")
-    output = run(config, "train.steps=2", code=2, limit_bytes=50_000)
-    assert "could not write" in output and "is intact" in output
-    assert "resumed from" in run(config, "train.steps=2")
+# Fails when a checkpoint that could not be written hides the reason, damages the one before or leaves a part of itself
+# or says it once for each rank, or when a file that cannot be written elsewhere ends in a traceback: here the
+# configuration, then the model of the cold start.
+def test_full_disk(config: Path, tmp_path: Path, whole: Path) -> None:
+    start, folder = f"model.path={whole / 'cold_start'}", tmp_path / "run"
+    run(config, start, "train.steps=1")
+    output = run(config, start, "train.steps=2", "ranks=2", code=2, limit_bytes=50_000)
+    assert output.count("could not write") == 1 and "is intact" in output and "Traceback" not in output
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000001"]
+    assert "resumed from" in run(config, start, "train.steps=2")
+    for bytes_left in (1_000, 50_000):
+        output = run(config, f"run_dir={tmp_path}/new", code=2, limit_bytes=bytes_left)
+        (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+        assert "cannot be written" in line and "Free space" in line and "Traceback" not in output
+
+
+# Fails when the survivor of a killed rank says that the disk is full (it did), or hangs, or the exit code is not that
+# of the rank that was killed.
+def test_a_killed_rank_is_told(config: Path, tmp_path: Path, whole: Path) -> None:
+    process = start(config, "train.steps=200", "ranks=2", f"model.path={whole / 'cold_start'}")
+    deadline = time.monotonic() + 900
+    while steps_done(tmp_path / "run") < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    (launcher,) = psutil.Process(process.pid).children()
+    max(launcher.children(), key=lambda rank: rank.create_time()).kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 137
+    assert "a rank was ended by SIGKILL" in output and "another rank has ended" in output
+    assert "Free space" not in output and "Traceback" not in output

@@ -54,9 +54,9 @@ class StatePool:
 
     def copy(self, source: Tensor, target: Tensor) -> None:  # (n,), (n,)
         """Copy the states of all layers from some slots to others."""
-        for store in (self._recurrent, self._inputs):
-            for tensor in store.values():
-                tensor.index_copy_(0, target, tensor.index_select(0, source))
+        for stores, inputs in ((self._recurrent, False), (self._inputs, True)):
+            for layer, store in list(stores.items()):
+                self.write(layer, target, store.index_select(0, source), inputs=inputs)
 
     def states(self, slots: Tensor, targets: Tensor, segments: Segments) -> SlotStates:  # (N,), (N,)
         """Make the states of a row whose segment i starts from slot `slots[i]` and ends in slot `targets[i]`."""

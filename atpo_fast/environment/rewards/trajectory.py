@@ -27,6 +27,7 @@ class Trajectory:
         token_ids: (t,) tokens after the prompt, results included.
         validation: whether it belongs to an evaluation.
         leaf: number of the leaf in its tree.
+        fault: rule of the format that is broken, if one is.
         score: score that the environment gave the trajectory; None without one.
         turn_rewards: sum of what the environment gave for its turns.
     """
@@ -44,6 +45,7 @@ class Trajectory:
     token_ids: TokenIds = field(compare=False)
     validation: bool
     leaf: int
+    fault: str | None = None
     score: float | None = None
     turn_rewards: float = 0.0
 

@@ -1,0 +1,126 @@
+"""Checkpoints: verified, kept, written while training goes on; a whole run falls back to the one before."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from atpo_fast.common.manifest import MANIFEST, damage, write_manifest
+from atpo_fast.train.checkpoints import kept
+from tests.helpers.runs import records, run, write_config
+
+EXACT = "rollout.schedule=synchronous"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three steps, with the checkpoints of the last two."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(write_config(folder), EXACT, "train.async_save=true")
+    return folder / "run"
+
+
+class Planted:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return (Path.touch, (self.path,))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0xFF for byte in content[middle : middle + 64])
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "flipped": ("state/rank_00000_000.safetensors", flip),
+    "truncated": ("hf/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "missing": ("state/rank_00000_000.safetensors", Path.unlink),
+    "empty": ("state.json", lambda path: path.write_bytes(b"")),
+    "no_json": (MANIFEST, lambda path: path.write_text(path.read_text()[:-20])),
+    "other_json": (MANIFEST, lambda path: path.write_text('{"files": [1]}')),
+    "unmarked": (MANIFEST, Path.unlink),
+}
+
+
+# Fails when a file is used although it is not the one that was written, or the reason names another file.
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_every_damage_is_named(whole: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "step_000003"
+    shutil.copytree(whole / "checkpoints/step_000003", folder)
+    assert damage(folder) is None
+    name, harm = DAMAGES[kind]
+    harm(folder / name)
+    assert name in str(damage(folder))
+
+
+# Fails when a manifest may lead out of its folder: a run would then open whatever another one has planted.
+def test_a_manifest_stays_in_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "outside").touch()
+    (tmp_path / "inside").mkdir()
+    write_manifest(tmp_path / "inside")
+    listed = json.loads((tmp_path / "inside" / MANIFEST).read_text())
+    listed["files"]["../outside"] = {"bytes": 0, "sha256": ""}
+    (tmp_path / "inside" / MANIFEST).write_text(json.dumps(listed))
+    assert "outside of the folder" in str(damage(tmp_path / "inside"))
+
+
+# A flipped checkpoint was trained on in silence (EM fell from 1 to 0), and a planted pickle was executed. Fails when
+# either happens, when the run does not go back to the checkpoint before, or does not repeat its steps to the digit.
+def test_a_run_falls_back_to_the_checkpoint_before(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    newest = tmp_path / "run/checkpoints/step_000003"
+    flip(newest / "state/rank_00000_000.safetensors")
+    before = tmp_path / "run/checkpoints/step_000002"
+    for name in ("deepspeed/state/mp_rank_00_model_states.pt", "state/more.pt"):
+        (before / name).parent.mkdir(parents=True, exist_ok=True)
+        (before / name).write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
+    (tmp_path / "run/summary.json").unlink()
+    output = run(write_config(tmp_path), EXACT)
+    assert "CHECKPOINT DAMAGED" in output and "rank_00000_000.safetensors has changed" in output
+    assert "resumed from" in output and "step_000002" in output
+    assert not (tmp_path / "executed").exists()
+    assert damage(newest) is None
+    for name, value in records(whole, "train")[3].items():
+        if not name.startswith(("time", "rate/")):
+            assert records(tmp_path / "run", "train")[3][name] == value, name
+
+
+# Fails when a run begins again, and overwrites what is left of itself, because every checkpoint is damaged.
+def test_without_an_intact_checkpoint_nothing_is_overwritten(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        (folder / "state.json").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    output = run(write_config(tmp_path), EXACT, "train.steps=4", code=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("error:")]
+    assert "no checkpoint in" in line and "state.json is missing" in line and "train.resume=never" in line
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+# Fails when the best checkpoint is deleted with the old ones, or one without an evaluation counts as the best.
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    scores = {1: 0.1, 2: 0.9, 3: 0.5, 4: 0.9, 5: 0.2, 6: 0.3}
+    for step, em in scores.items():
+        folder = tmp_path / f"checkpoints/step_{step:06d}"
+        folder.mkdir(parents=True)
+        # that of step 3 is older, and would be the best
+        state = {"step": step, "eval_em": 1.0 if step == 3 else em, "eval_step": 2 if step == 3 else step}
+        (folder / "state.json").write_text(json.dumps(state))
+
+    def steps(newest: int, best: int) -> list[int]:
+        return sorted(int(folder.name[5:]) for folder in kept(tmp_path, newest, best))
+
+    assert steps(2, 0) == [5, 6]
+    assert steps(2, 1) == [4, 5, 6]  # of equal ones the newer
+    assert steps(1, 3) == [2, 4, 6]

@@ -1,0 +1,76 @@
+"""A run folder knows what it is a run of: what differs is named, and refused unless it is harmless."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atpo_fast.config import load_config
+from atpo_fast.train.identity import COLD_START, HARMLESS, RUN, TREES, Scope, _flat, differences
+from tests.helpers.forked_runs import start_command
+from tests.helpers.runs import run, write_config
+
+EXACT = "rollout.schedule=synchronous"
+
+
+def record(**settings: object) -> dict[str, dict[str, object]]:
+    return {"settings": {name.replace("__", "."): value for name, value in settings.items()}, "contents": {}}
+
+
+# Fails when something that a thing does not depend on is in its way, or something that it depends on is not.
+@pytest.mark.parametrize(
+    ("scope", "names"), [(RUN, ["optim.lr", "seed"]), (COLD_START, ["cold_start.lr", "seed"]), (TREES, ["seed"])]
+)
+def test_each_thing_depends_on_its_own_settings(scope: Scope, names: list[str]) -> None:
+    before = record(seed=0, optim__lr=1.0, cold_start__lr=1.0)
+    now = record(seed=1, optim__lr=2.0, cold_start__lr=2.0)
+    assert sorted(name for name, _ in differences(before, now, scope)) == sorted(names)
+
+
+# A renamed or removed key would leave its old name here, and then stop every run in which it differs.
+def test_every_harmless_name_exists() -> None:
+    from atpo_fast.config.names import KEYS
+
+    for name in HARMLESS:
+        known = name in KEYS or any(key.startswith(name[:-1]) for key in KEYS if name.endswith("*"))
+        assert known or name == "evaluation questions", name
+    assert "train.steps" in dict(_flat({"train": {"steps": 3}, "seed": 0}))
+    assert load_config(None).train.on_change == "refuse"
+
+
+# 9 of 9 such changes went on without a word, and the new size was written over the old one. Fails when one of them does
+# again, when a harmless one stops a run, or when a refused run has changed the folder.
+def test_a_changed_run_is_refused_in_words(tmp_path: Path) -> None:
+    config, folder = write_config(tmp_path), tmp_path / "run"
+    run(config, EXACT, "train.steps=1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changes = {
+        "seed=3": "seed: 0 before, 3 now",
+        "model.hidden_size=64": "model.hidden_size: 32 before, 64 now",
+        "objective.preset=grpo": "objective.preset: 'at2po' before, 'grpo' now",
+        "world.seed=5": "world.seed: 0 before, 5 now",
+        "optim.lr=1e-4": "optim.lr: 0.001 before, 0.0001 now",
+        "train.questions_per_step=6": "train.questions_per_step: 4 before, 6 now",
+        "rollout.temperature=0.5": "rollout.temperature: 1.0 before, 0.5 now",
+        "world.train_questions=30": "training questions: others (40",
+    }
+    output = run(config, EXACT, "train.steps=2", *changes, code=2)
+    assert "is of something else" in output and "train.on_change=continue" in output
+    for words in changes.values():
+        assert words in output
+    assert "(harmless) train.steps: 1 before, 2 now" in output
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    output = run(config, EXACT, "train.steps=2", "optim.lr=1e-4", "train.on_change=continue")
+    assert "THE RUN GOES ON AS SOMETHING ELSE (train.on_change): optim.lr" in output
+    assert "harmless: train.steps: 1 before, 2 now" in output
+    (changed,) = json.loads((folder / "run.json").read_text())["changes"]
+    assert changed[0].startswith("optim.lr")
+    for verb, other in (("cold-start", "cold_start.lr=1e-4"), ("rollout", "rollout.top_k=3")):
+        command = [verb, "--config", str(config), EXACT, *(["--questions=1"] if verb == "rollout" else [])]
+        process = start_command(*command)
+        assert process.communicate(timeout=900) and process.returncode == 0
+        process = start_command(*command, other)
+        output, _ = process.communicate(timeout=900)
+        assert process.returncode == 2 and other.partition("=")[0] in output and "something else" in output
