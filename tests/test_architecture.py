@@ -24,6 +24,8 @@ SHORT = {
     "bench/attention/bench_attention.py": "what pytest-benchmark runs of this subject, of which each has its file",
     "bench/attention/sdpa.py": "one implementation to compare with, of which each has its file",
     "bench/update/bench_update.py": "what pytest-benchmark runs of this subject, of which each has its file",
+    "kernels/atpo_kernels/hosts/__main__.py": "starts the check of the hosts",
+    "kernels/atpo_kernels/hosts/verl/plugin.py": "registers when it is imported, which nothing else must",
 }
 """Files of fewer lines than `SHORTEST`, and why they are; those named __init__.py are not asked."""
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from atpo_fast.commands.launcher import usable_cores
 from atpo_fast.commands.verb import Verb
+from atpo_kernels.hosts.check import REGISTERED, Host, check_hosts
 
 PROJECT = "atpo-fast"
 # Beside what the project declares: packages that it uses when they are there, or that are known to break others.
@@ -65,6 +66,7 @@ class Environment:
     compiler: str | None = None
     kernels_shadow: str | None = None  # a package called `kernels` that is not Hugging Face's
     ds_accelerator: str | None = None
+    hosts: list[Host] = field(default_factory=list)  # other trainers that find our losses in a registry
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def inspect_environment() -> Environment:
         compiler=shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
         kernels_shadow=_kernels_shadow("kernels" in versions),
         ds_accelerator=os.environ.get("DS_ACCELERATOR"),
+        hosts=check_hosts(REGISTERED),
     )
     for module in ("torch", "triton", *TORCH_COMPANIONS, "transformers"):
         if module in versions and (fault := _import_fault(module)) is not None:
@@ -183,6 +186,12 @@ def find_problems(environment: Environment) -> Iterator[Problem]:
     yield from _companion_problems(environment)
     yield from _import_problems(environment)
     yield from _device_problems(environment)
+    for host in environment.hosts:
+        if host.fault is not None:
+            yield Problem(
+                f"{host.name} {host.version} does not have the adapter of atpo_kernels ({host.fault})",
+                f"pip install ./kernels beside {host.name}; the adapter was tested with {host.name} {host.tested}",
+            )
     if environment.ninja is None:
         yield Problem("ninja is not on PATH: DeepSpeed cannot compile its extensions", "pip install ninja")
     if environment.compiler is None:
@@ -258,6 +267,7 @@ def render(environment: Environment, problems: list[Problem]) -> str:
     lines += [f"{name:<22}{found:<18}{ranges.get(name, '')}".rstrip() for name, found in environment.versions.items()]
     lines.append(f"{'cpu':<22}{environment.cores} cores, {environment.memory_gib:.0f} GiB memory")
     lines += [f"{f'gpu {index}':<22}{gpu}" for index, gpu in enumerate(environment.gpus)] or [f"{'gpu':<22}none"]
+    lines += [f"{host.name:<22}{host.version:<18}adapter {host.fault or 'registered'}" for host in environment.hosts]
     lines.append(f"{'ninja':<22}{environment.ninja or 'not found'}")
     lines.append(f"{'c++ compiler':<22}{environment.compiler or 'not found'}")
     lines.append("")

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import get_args
 
 from atpo_fast.commands.verb import Verb
 from atpo_fast.common.errors import BAD_INPUT, INTERRUPTED, ConfigError
-from atpo_fast.config.retrieval import MAX_HITS, BM25Settings, DenseSettings, Faiss, VectorDtype
+from atpo_fast.config.retrieval import MAX_HITS, BM25Settings, DenseSettings, Faiss, ServerLimits, VectorDtype
+
+_LOG = logging.getLogger(__name__)
+
+
+_LIMITS = {
+    "body_bytes": "bytes of a request",
+    "held_bytes": "bytes of all requests that wait",
+    "queries": "queries of a request",
+    "query_chars": "characters of a query",
+    "hits": "hits of a request, its queries times topk",
+    "connections": "open connections",
+    "read_seconds": "seconds in which a request must have come",
+    "answer_seconds": "seconds in which an answer must have been read",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-wait-ms", type=float, default=2.0, help="how long a query waits for company (default: 2)"
     )
     serving.add_argument("--max-batch", type=_positive, default=256, help="queries of one search (default: 256)")
-    serving.add_argument("--cache", type=int, default=10_000, help="answers remembered (default: 10000; 0: none)")
+    serving.add_argument("--cache-mb", type=_not_negative, default=256, help="answers cached (default: 256; 0: none)")
+    serving.add_argument(
+        "--token-variable",
+        metavar="NAME",
+        help="environment variable with a token, which requests then have to name (tools.search_token_variable)",
+    )
+    _add_limits(parser.add_argument_group("limits of the server"))
     bm25 = parser.add_argument_group("bm25")
     bm25.add_argument("--k1", type=float, default=settings.k1, help=f"BM25's k1 (default: {settings.k1})")
     bm25.add_argument("--b", type=float, default=settings.b, help=f"BM25's b (default: {settings.b})")
@@ -61,6 +84,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     dense.add_argument("--encoder-batch", type=_positive, default=vectors.batch_texts, help="texts of one forward")
 
 
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    """Add an option for each of the server's limits."""
+    limits = ServerLimits()
+    for name, text in _LIMITS.items():
+        default = getattr(limits, name)
+        group.add_argument(
+            f"--max-{name.replace('_', '-')}",
+            dest=name,
+            metavar="N",
+            type=_positive if isinstance(default, int) else _positive_seconds,
+            default=default,
+            help=f"{text} (default: {default:g})" if isinstance(default, float) else f"{text} (default: {default})",
+        )
+
+
 def retriever(options: argparse.Namespace) -> int:
     """Build or open the index, serve it; returns the exit code.
 
@@ -70,13 +108,14 @@ def retriever(options: argparse.Namespace) -> int:
         FileNotFoundError, FileExistsError: a missing file; an index folder that holds something else.
     """
     _check(options)
+    token = _token(options)
     folder = Path(options.index_dir or _default_folder(options))
     try:
         if options.build_only:
             _build(options, folder)
             print(f"index in {folder}")
             return 0
-        return _serve(options, folder)
+        return _serve(options, folder, token)
     except ImportError as error:  # before anything is built
         print(f"error: {error}: pip install 'atpo-fast[retrieval]'", file=sys.stderr)
         return BAD_INPUT
@@ -85,7 +124,7 @@ def retriever(options: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
-def _serve(options: argparse.Namespace, folder: Path) -> int:
+def _serve(options: argparse.Namespace, folder: Path, token: str | None) -> int:
     """Serve until a signal comes. The address is bound before the build, so that an occupied port fails at once."""
     from atpo_fast.retrieval import open_index
     from atpo_fast.retrieval.server import listen, make_app, serve
@@ -98,6 +137,7 @@ def _serve(options: argparse.Namespace, folder: Path) -> int:
         if options.corpus:
             _build(options, folder)
         index = open_index(folder)
+        limits = ServerLimits(**{name: getattr(options, name) for name in _LIMITS})
         host, port = bound.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
@@ -110,10 +150,12 @@ def _serve(options: argparse.Namespace, folder: Path) -> int:
             topk=options.topk,
             wait_seconds=options.batch_wait_ms / 1000,
             max_batch=options.max_batch,
-            cache_size=options.cache,
+            cache_bytes=options.cache_mb << 20,
+            limits=limits,
+            token=token,
         )
         try:
-            serve(app, bound, tell)
+            serve(app, bound, tell, limits)
         except OSError as error:  # somebody began to listen during the build
             return _occupied(options, error)
     return 0
@@ -160,6 +202,28 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--topk {options.topk}: at most {MAX_HITS}")
 
 
+def _token(options: argparse.Namespace) -> str | None:
+    """Return the server's token. Warn where anybody who reaches it may search."""
+    if options.token_variable is not None:
+        token = os.environ.get(options.token_variable)
+        if not token:
+            raise ConfigError(f"--token-variable {options.token_variable}: the environment variable is empty; set it")
+        return token
+    if not options.build_only and not _is_loopback(options.host):
+        _LOG.warning(
+            "--host %s without --token-variable: everybody who reaches this machine can search, and read the corpus",
+            options.host,
+        )
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _default_folder(options: argparse.Namespace) -> str:
     return f"runs/indexes/{Path(options.corpus[0]).name.split('.')[0]}-{options.index}"
 
@@ -176,6 +240,19 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError(text)
     return number
+
+
+def _not_negative(text: str) -> int:
+    """Parse a command-line argument that is a whole number of 0 or more."""
+    return _positive(text) if int(text) else 0
+
+
+def _positive_seconds(text: str) -> float:
+    """Parse a command-line argument that is a time above 0."""
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
 
 
 RETRIEVER = Verb(

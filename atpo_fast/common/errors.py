@@ -10,6 +10,8 @@ import errno
 from collections.abc import Iterator
 from typing import ClassVar
 
+from atpo_fast.common.secrets import redacted
+
 FAILURE = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT
@@ -112,7 +114,11 @@ def exit_code(error: BaseException) -> int | None:
 
 
 def in_words(error: BaseException) -> str:
-    """Say in one line what an expected error is about, and what to do where its own text does not."""
+    """Say in one line what an expected error is about, and what to do where its own text does not; without secrets."""
+    return redacted(_in_words(error))
+
+
+def _in_words(error: BaseException) -> str:
     if isinstance(error, AtpoError):
         return str(error)
     if is_disk_error(error):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from atpo_fast.common.secrets import redacted
+
 
 def set_up_logging() -> None:
     """Show the package's warnings as `warning: ...`; further calls change nothing."""
@@ -17,5 +19,5 @@ class _StandardError(logging.Handler):
     """A handler that writes to the current `sys.stderr`, which a display that redraws replaces by its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record to stderr as one line, its level first."""
-        print(f"{record.levelname.lower()}: {self.format(record)}", file=sys.stderr, flush=True)
+        """Write a record to stderr as one line, its level first, without secrets."""
+        print(redacted(f"{record.levelname.lower()}: {self.format(record)}"), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from atpo_fast.common.errors import ConfigError
 from atpo_fast.common.files import replacing
+from atpo_fast.common.secrets import redacted, shown
 from atpo_fast.config.methods import METHODS, belongs_to_method
 from atpo_fast.config.names import KEYS, KIND_KEY, KINDS, SECTIONS, join, unknown_key
 from atpo_fast.config.renamed import OLD_SECTIONS, new_name, new_value
@@ -32,6 +33,7 @@ class _Setting:
 
 
 _Settings = dict[str, _Setting]
+_LONGEST_VALUE = 300  # characters of a value in an error
 BASE = "base"
 """Key of a file, not of the configuration: another file that this one departs from."""
 
@@ -89,7 +91,7 @@ def read_deepspeed(config: Config) -> dict[str, Any]:
         raise ConfigError(
             f"deepspeed={config.deepspeed}: {error.strerror}; the path is relative to {Path.cwd()}"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"deepspeed={config.deepspeed}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed={config.deepspeed}: must hold a JSON object, not {type(content).__name__}")
@@ -115,7 +117,7 @@ def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Settings]:
 def _with_method(settings: _Settings, layer: _Settings) -> _Settings:
     """Return the settings under those of the method that `layer` chooses, without what an earlier one is about."""
     chosen = layer.get("method")
-    if chosen is None or chosen.value not in METHODS:
+    if chosen is None or not isinstance(chosen.value, str) or chosen.value not in METHODS:
         return settings
     kept = {name: setting for name, setting in settings.items() if not (setting.of_method or belongs_to_method(name))}
     origin = f"method {chosen.value}"
@@ -141,8 +143,8 @@ def _read_override(override: str) -> _Settings:
     """Parse an override `a.b=value` into its settings."""
     name, equals, value = override.partition("=")
     if not equals or not name:
-        raise ConfigError(f"override {override!r}: must look like key=value, for example train.steps=10")
-    origin = f"override {override}"
+        raise ConfigError(f"override {_brief(override)}: must look like key=value, for example train.steps=10")
+    origin = f"override {_cut(redacted(override))}"
     prefix = name.strip()
     return _parse(value, origin, prefix=prefix) or {prefix: _Setting(None, origin)}
 
@@ -158,7 +160,9 @@ def _parse(text: str, origin: str, prefix: str = "", lines: bool = False) -> _Se
         where = f"{origin}:{mark.line + 1}" if lines and mark else origin
         raise ConfigError(f"{where}: malformed YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: malformed YAML: {error}") from None
+        raise ConfigError(f"{origin}: malformed YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: malformed YAML: nested too deeply") from None
 
 
 def _leaves(loader: Loader, node: yaml.Node, name: str, origin: str, lines: bool) -> Iterator[tuple[str, _Setting]]:
@@ -166,7 +170,7 @@ def _leaves(loader: Loader, node: yaml.Node, name: str, origin: str, lines: bool
     where = f"{origin}:{node.start_mark.line + 1}" if lines else origin
     old = name in OLD_SECTIONS and not (isinstance(node, yaml.MappingNode) and node.value)
     if old or (name and name not in SECTIONS and name not in OLD_SECTIONS):
-        yield name, _Setting(loader.construct_object(node, deep=True), where)
+        yield name, _Setting(_value(loader, node, where, name), where)
     elif isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key_node, value_node in node.value:
@@ -176,9 +180,19 @@ def _leaves(loader: Loader, node: yaml.Node, name: str, origin: str, lines: bool
                 raise ConfigError(f"{origin}: key {join(name, key)} is given twice{line}")
             seen.add(key)
             yield from _leaves(loader, value_node, join(name, key), origin, lines)
-    elif loader.construct_object(node, deep=True) is not None:  # an empty section keeps its defaults
+    elif _value(loader, node, where, name) is not None:  # an empty section keeps its defaults
         what = f"{name} is a section: give" if name else "the configuration must be a mapping of"
         raise ConfigError(f"{where}: {what} {join(name, 'key')}: value, not {node.value!r}")
+
+
+def _value(loader: Loader, node: yaml.Node, where: str, name: str) -> Any:
+    """Return the value of a node. Raises ConfigError where its tag does not fit (`!!int abc`), or it is too large."""
+    try:
+        loader.check_size(node)
+        return loader.construct_object(node, deep=True)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        text = " ".join(str(error).split())[:_LONGEST_VALUE]
+        raise ConfigError(f"{where}: {name or 'the configuration'}: not a value of its YAML type: {text}") from None
 
 
 def _nested(settings: _Settings) -> dict[str, Any]:
@@ -250,4 +264,13 @@ def _illegal(error: ValidationError, settings: _Settings, path: str | Path | Non
         other = new_value(name, setting.value)
         hint = f"; {setting.value} is now {other}" if other else ""
         hint = "; write null for none" if setting.value in ("none", "None") else hint
-        yield f"{setting.origin}: {name}={setting.value!r}: {message}{hint}"
+        yield f"{setting.origin}: {name}={_brief(setting.value)}: {message}{hint}"
+
+
+def _brief(value: Any) -> str:
+    """Return a value as it is printed: on one line, cut, without secrets."""
+    return _cut(repr(shown(value)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

@@ -1,4 +1,4 @@
-"""Settings of the retriever's indices, BM25 and dense."""
+"""Settings of the retriever's indices, BM25 and dense, and the limits of its server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ Faiss = Literal["flat", "ivf", "hnsw"]
 VectorDtype = Literal["float16", "float32"]
 
 MAX_HITS = 1000  # number of hits that one query may ask for
+MAX_QUERY_CHARS = 10_000  # number of characters at which our search tools cut a query; also the server's default limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLimits:
+    """What one request, and all of them together, may take of a retrieval server.
+
+    A request beyond a limit is refused with the limit in words. The defaults admit what published trainers send in one
+    request (2,560 queries).
+    """
+
+    body_bytes: int = 4 << 20  # bytes of a request's body
+    held_bytes: int = 256 << 20  # bytes of the bodies of all requests that are read or wait for an answer
+    queries: int = 4096  # queries of a request
+    query_chars: int = MAX_QUERY_CHARS  # characters of a query
+    hits: int = 40_960  # hits of a request: its queries times topk
+    connections: int = 1024  # open connections; requests beyond are refused
+    read_seconds: float = 20.0  # time to send a request; a connection without a request is closed then
+    answer_seconds: float = 600.0  # time from a request to the end of its answer, which a client may read slowly
 
 
 @dataclass(frozen=True, slots=True)

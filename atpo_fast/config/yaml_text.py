@@ -6,9 +6,24 @@ import re
 
 import yaml
 
+_MOST_NODES = 10_000
+
 
 class Loader(yaml.SafeLoader):
     """SafeLoader with the scalars of YAML 1.2."""
+
+    def check_size(self, node: yaml.Node) -> None:
+        """Raise YAMLError for a value that aliases blow up (`[*a, *a]` of `[*b, *b]` of ...), or that holds itself."""
+        open_nodes, count = [node], 0
+        while open_nodes:
+            inner = open_nodes.pop()
+            count += 1
+            if count > _MOST_NODES:
+                raise yaml.MarkedYAMLError(None, None, f"more than {_MOST_NODES:,} parts", node.start_mark)
+            if isinstance(inner, yaml.SequenceNode):
+                open_nodes += inner.value
+            elif isinstance(inner, yaml.MappingNode):
+                open_nodes += [part for pair in inner.value for part in pair]
 
 
 class Dumper(yaml.SafeDumper):

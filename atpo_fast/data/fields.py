@@ -34,7 +34,7 @@ PARAGRAPH_FIELDS = ("context", "paragraphs", "ctxs")
 Messages = tuple[dict[str, Any], ...]
 
 _ALIAS_SEPARATOR = "<|answer_split|>"
-_AFTER_HASHES = re.compile(r"^####[ \t]*(\S.*?)\s*$", re.MULTILINE)
+_AFTER_HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _GROUPED_DIGITS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _NUMBER = re.compile(r"[-+$]*[\d,]+(?:\.\d+)?%?")
 
@@ -172,7 +172,7 @@ def _messages(prompt: Any) -> Messages | None:
     prompt = in_json(prompt)
     if not isinstance(prompt, Sequence) or isinstance(prompt, str) or not prompt:
         return None
-    if not all(isinstance(message, dict) and "role" in message for message in prompt):
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in prompt):
         return None
     chat = [{key: part for key, part in m.items() if part is not None or key == "content"} for m in prompt]
     last = max((i for i, message in enumerate(chat) if message["role"] != "assistant"), default=-1)
@@ -232,7 +232,7 @@ def _result(text: str) -> str:
     """Return the result of a worked solution; any other text as it is."""
     after_hashes = _AFTER_HASHES.findall(text)
     if after_hashes:
-        result = str(after_hashes[-1])
+        result = str(after_hashes[-1]).rstrip()
         return _GROUPED_DIGITS.sub("", result) if _NUMBER.fullmatch(result) else result
     boxed = _last_box(text) if "\\boxed{" in text else None
     return text if boxed is None else boxed.strip()

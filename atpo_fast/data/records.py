@@ -63,7 +63,10 @@ def parse_line(where: str, number: int, line: bytes) -> Record:
 
 
 def _read_bytes(path: Path) -> bytes:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if path.suffix != ".gz":
         return content
     try:
@@ -90,7 +93,7 @@ def _holds_lines(content: bytes) -> bool:
         return False
     try:
         return isinstance(json.loads(first.decode("utf-8-sig")), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -129,7 +132,9 @@ def _parse(content: bytes, where: str) -> Any:
         return json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text: {error}") from error
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise DataError(f"{where}: malformed JSON: nested too deeply") from error
+    except ValueError as error:  # also a number of more digits than Python reads
         raise DataError(f"{where}: malformed JSON: {error}") from error
 
 

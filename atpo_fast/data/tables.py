@@ -21,6 +21,8 @@ from atpo_fast.common.errors import DataError
 Row = dict[str, Any]
 
 _LONGEST_CELL = 1 << 30
+# What pyarrow, json and dictionaries raise for a broken file: text, times and numbers out of range, missing keys.
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
 _WHOLE_FLOAT = re.compile(r"-?\d+\.0+")
 _PRINTED_ARRAY = re.compile(r"""^\[\s*(['"]).*\1\s+(['"]).*\2\s*\]$""", re.DOTALL)
 
@@ -60,10 +62,10 @@ def parquet_rows(path: Path, content: bytes) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        rows: list[Row] = pyarrow.parquet.read_table(BytesIO(content)).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from error
-    return rows
+        return _plain_rows(pyarrow.parquet.read_table(BytesIO(content)))
+    except (*_UNREADABLE, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: not a readable parquet file: {type(error).__name__}: {reason}") from error
 
 
 def saved_dataset_rows(folder: Path) -> list[Row]:
@@ -86,9 +88,16 @@ def saved_dataset_rows(folder: Path) -> list[Row]:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for entry in state["_data_files"]:
             with pyarrow.memory_map(str(folder / entry["filename"])) as source:
-                rows += pyarrow.ipc.open_stream(source).read_all().to_pylist()
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+                rows += _plain_rows(pyarrow.ipc.open_stream(source).read_all())
+    except (*_UNREADABLE, pyarrow.ArrowException) as error:
         raise DataError(f"{folder}: not a readable data set: {type(error).__name__}: {error}") from error
+    return rows
+
+
+def _plain_rows(table: Any) -> list[Row]:
+    """Return the rows of an Arrow table, checked first: offsets of a damaged one lead outside of its memory."""
+    table.validate(full=True)
+    rows: list[Row] = table.to_pylist()
     return rows
 
 
@@ -120,7 +129,7 @@ def _cell(text: str, whole: bool, where: str) -> Any:
     found = _texts_of(bare)
     if found is None:
         return text
-    if _PRINTED_ARRAY.match(bare) and len(found) == 1:
+    if len(found) == 1 and _PRINTED_ARRAY.match(bare):
         raise DataError(f"{where}: {bare[:60]} looks like an array that NumPy printed; write the list as JSON")
     return found
 

@@ -13,21 +13,27 @@ import sys
 from collections.abc import Sequence
 from functools import lru_cache
 
+from atpo_fast.environment.sandbox import files
+
 _PROBE_SECONDS = 20.0
 
 
 def confine(command: Sequence[str], *, workdir: str, file_mb: int) -> list[str]:
     """Return a command that runs `command` in namespaces of bubblewrap's making.
 
-    Everything is read-only, except a file system in memory at `workdir` and at /dev/shm; there is no network, and no
-    process but the command's own, which is the first of its namespace: with it ends all that it started.
+    Of the files only those that `sandbox/files.py` names are there, read-only, and a file system in memory at `workdir`
+    and at /dev/shm; there is no network, and no process but the command's own, which is the first of its namespace:
+    with it ends all that it started.
     """
     memory = ["--size", str(file_mb << 20), "--perms", "0700", "--tmpfs"]
+    shown = [*files.visible(), os.path.dirname(os.path.abspath(files.__file__))]
+    mounts = ["--perms", "0755", "--tmpfs", "/"]
+    for path in shown:
+        mounts += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     # The system's own devices, which only root may change. Bubblewrap's (`--dev`) need a second user namespace.
-    devices = ["--dev-bind", "/dev", "/dev"]
-    if os.path.isdir("/dev/mqueue"):
-        devices += ["--ro-bind", "/dev/mqueue", "/dev/mqueue"]
-    mounts = ["--ro-bind", "/", "/", *devices, "--proc", "/proc", *memory, "/dev/shm", *memory, workdir]
+    for name in files.DEVICES:
+        mounts += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    mounts += ["--proc", "/proc", "--dir", "/tmp", *memory, "/dev/shm", *memory, workdir, "--remount-ro", "/"]
     namespaces = ["--unshare-user", "--unshare-all", "--as-pid-1", "--die-with-parent", "--cap-drop", "ALL"]
     return ["bwrap", *namespaces, *mounts, "--chdir", workdir, "--", *command]
 
@@ -40,7 +46,7 @@ def is_needed_and_works() -> bool:
     """
     if shutil.which("bwrap") is None or os.geteuid() == 0:
         return False
-    attempt = "import python_sandbox, sys; sys.exit(not python_sandbox.can_make_namespaces())"
+    attempt = "from sandbox.main import can_make_namespaces; sys.exit(not can_make_namespaces())"
     folder = os.path.dirname(os.path.abspath(__file__))
     own = [sys.executable, "-I", "-B", "-c", f"import sys; sys.path.insert(0, {folder!r}); {attempt}"]
     return not _succeeds(own) and _succeeds(confine(["true"], workdir="/tmp", file_mb=1))

@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any
 
 from atpo_fast.common.event_loop import EventLoopThread
+from atpo_fast.common.secrets import filled_in
 from atpo_fast.config import MCPServerConfig
 from atpo_fast.environment.arguments import ArgumentError, SchemaArguments
 from atpo_fast.environment.function_tool import ToolError
@@ -27,8 +28,8 @@ class MCPServer:
     `restart_seconds`; until then its calls are answered as failed.
 
     Raises:
-        ValueError: the package `mcp` is not installed, a tool that the configuration names is not offered, or two
-            tools get the same tag.
+        ValueError: the package `mcp` is not installed, a tool that the configuration names is not offered, two tools
+            get the same tag, or an environment variable that `${NAME}` stands for is not set.
         ConnectionError: the server cannot be started or reached.
     """
 
@@ -42,6 +43,8 @@ class MCPServer:
         self._mcp = mcp
         self._config = config
         self.where = f"MCP server {config.url or ' '.join(config.command)}"
+        self._env = _filled_in(config.env, f"{self.where}: env")
+        self._headers = _filled_in(config.headers, f"{self.where}: headers")
         self._timeout_seconds = timeout_seconds
         self._restart_seconds = restart_seconds
         self._restarted = float("-inf")
@@ -91,10 +94,10 @@ class MCPServer:
         config = self._config
         if config.command:
             parameters = self._mcp.StdioServerParameters(
-                command=config.command[0], args=config.command[1:], env=config.env, cwd=config.cwd
+                command=config.command[0], args=config.command[1:], env=self._env, cwd=config.cwd
             )
             return self._mcp.stdio_client(parameters)
-        return _http_transport(str(config.url), config.headers)
+        return _http_transport(str(config.url), self._headers)
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> str:
         import mcp_types
@@ -239,3 +242,11 @@ def _reason(error: BaseException) -> str:
     while isinstance(getattr(error, "exceptions", None), tuple | list) and error.exceptions:  # type: ignore[attr-defined]
         error = error.exceptions[0]  # type: ignore[attr-defined]
     return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _filled_in(values: dict[str, str], where: str) -> dict[str, str]:
+    """Fill environment variables into the values. Raise ValueError where one is not set."""
+    try:
+        return {name: filled_in(value) for name, value in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; set it") from None

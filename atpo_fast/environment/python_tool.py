@@ -1,4 +1,4 @@
-"""The python tool: run code in a fresh, confined interpreter process (see `python_sandbox.py`)."""
+"""The python tool: run code in a fresh, confined interpreter process (see `sandbox/`)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 from typing import IO, ClassVar
 
-from atpo_fast.environment import bubblewrap, python_sandbox
+from atpo_fast.environment import bubblewrap
 from atpo_fast.environment.function_tool import ToolError
+from atpo_fast.environment.sandbox import main as sandbox
 
 _LOG = logging.getLogger(__name__)
-_FOLDER = Path(python_sandbox.__file__).parent
-_START = (
-    f"import sys; sys.path.insert(0, {str(_FOLDER)!r}); import python_sandbox; del sys.path[0]; python_sandbox.main()"
-)
+_FOLDER = Path(sandbox.__file__).parents[1]
+# Importing it above has left compiled code for the starts.
+_START = f"import sys; sys.path.insert(0, {str(_FOLDER)!r}); from sandbox.main import main; del sys.path[0]; main()"
 _FENCE = re.compile(r"\s*(?:```+|~~~+)[ \t]*(?:python3?|py3?)?[ \t]*\n", re.IGNORECASE)
 _FENCE_END = re.compile(r"\n[ \t]*(?:```+|~~~+)\s*\Z")
 _CHUNK = 65536
@@ -70,22 +72,53 @@ class _Run:
         self.stdout, self.stderr, self.report = (_Output(self.limit) for _ in range(3))
 
 
+HOW_TO_CONFINE = (
+    "Allow unprivileged user namespaces, start the container with the capability SYS_ADMIN, or install a bubblewrap "
+    "that may make them"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Confinement:
+    """How calls of the python tool are confined on this system.
+
+    Attributes:
+        how: by facility (processes, files, memory, user, network), what was obtained.
+        weak: facilities of them that are less than they should be.
+    """
+
+    how: dict[str, str]
+    weak: tuple[str, ...]
+
+    @classmethod
+    def read(cls, report: bytes) -> Confinement:
+        """Read the sandbox's report."""
+        found: dict[str, tuple[str, bool]] = json.loads(report)
+        return cls({name: how for name, (how, _) in found.items()}, tuple(n for n, (_, ok) in found.items() if not ok))
+
+    def described(self, names: Iterable[str] | None = None) -> str:
+        """Return facilities in words; none: all of them."""
+        return "; ".join(f"{name}: {self.how[name]}" for name in (self.how if names is None else names))
+
+
 class PythonTool:
     """The tool that runs its argument as Python code and answers with what the code prints.
 
     A Markdown fence around the code is removed. As in a notebook, a bare expression on the last line is printed (None
     is not). The answer is stdout when the code succeeds, else the end of stderr. Each call has its own process, working
-    directory and clean environment; no network; and a read-only view of the files, as far as the system allows: what it
-    allows is logged once, as a warning where it is less than that. When the call is answered, no process and no file of
-    it is left.
+    directory and clean environment; no network and no sockets; and of the files it sees Python and the system's
+    programs only, as far as the system allows: what does not hold is logged once as a warning. When the call is
+    answered, no process and no file of it is left.
 
     Args:
         timeout_seconds: longest time of a call; then all its processes are killed.
         max_chars: number of characters to which an answer is cut.
-        memory_mb: address space of each process.
+        memory_mb: address space of each process, and memory of all of them together.
         processes: processes and threads that one call may have.
         file_mb: size of its largest file, and of its working directory where that is in memory.
     """
+
+    # The memory of a working directory, and of /dev/shm, comes on top of `memory_mb`.
 
     name = "python"
     description = "Runs Python code in a fresh interpreter without network. Answers with what the code prints."
@@ -106,6 +139,7 @@ class PythonTool:
         self.processes = processes
         self.file_mb = file_mb
         self._logged = b""
+        self._lock = threading.Lock()
 
     def __call__(self, argument: str) -> str:
         """Run code.
@@ -209,21 +243,35 @@ class PythonTool:
             raise ToolError(f"Tool(python) was not called: {len(code):,} characters of code are too many.")
         return text
 
+    def confinement(self) -> Confinement:
+        """Find out how calls are confined here, by a call.
+
+        Raises:
+            OSError: no process could be started.
+        """
+        workdir = tempfile.mkdtemp(prefix="atpo_python_")
+        try:
+            run = self._run(self._job("", workdir), workdir)
+        finally:
+            shutil.rmtree(workdir, ignore_errors=True)
+        self._log_facilities(run.report.head)
+        if not run.report.head:
+            raise OSError(f"the python tool cannot start: {run.why or run.stderr.text().strip()[-300:]}")
+        return Confinement.read(run.report.head)
+
     def _log_facilities(self, report: bytes) -> None:
         """Log how calls are confined, at the first call and when it changes."""
-        if not report or report == self._logged:
-            return
-        self._logged = report
-        facilities: dict[str, tuple[str, bool]] = json.loads(report)
-        weak = {name: how for name, (how, strong) in facilities.items() if not strong}
-        text = "; ".join(f"{name}: {how}" for name, (how, _) in facilities.items())
-        _LOG.info("python tool: %s", text)
-        if weak:
+        with self._lock:
+            if not report or report == self._logged:
+                return
+            self._logged = report
+        found = Confinement.read(report)
+        _LOG.info("python tool: %s", found.described())
+        if found.weak:
             _LOG.warning(
-                "python tool: less confined than it could be (%s). Allow unprivileged user namespaces, start the "
-                "container with the capability SYS_ADMIN, or install a bubblewrap that may make them, to confine it "
-                "fully",
-                "; ".join(f"{name}: {how}" for name, how in weak.items()),
+                "PYTHON TOOL NOT FULLY CONFINED (%s). %s, or set tools.python_confinement=require to refuse to run",
+                found.described(found.weak),
+                HOW_TO_CONFINE,
             )
 
 

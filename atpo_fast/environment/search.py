@@ -10,12 +10,15 @@ from typing import Any
 
 import httpx
 
-from atpo_fast.common.errors import DataError, ToolFailureError
+from atpo_fast.common.errors import ConfigError, DataError, ToolFailureError
+from atpo_fast.common.secrets import redacted
+from atpo_fast.config.retrieval import MAX_QUERY_CHARS
 from atpo_fast.data.questions import Passage
 from atpo_fast.retrieval import BM25Index, Index, document_contents, open_index
 
 NO_RESULTS = "No search results found."
 _MAX_HITS = 10
+_MAX_DETAIL = 200  # characters of what a server says about a refusal
 _PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 _DESCRIPTION = "Finds passages about a query."
 _PARAMETERS = {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]}
@@ -112,12 +115,24 @@ class HTTPSearch:
         top_k: number of hits per query.
         passage_chars: number of characters to which a hit is cut.
         timeout_seconds: longest time to connect, and then to wait for the next bytes of the answer.
+        token_variable: environment variable that holds the token which the server asks for; none: no token is sent.
+
+    Raises:
+        ConfigError: that variable is empty.
     """
 
     name = "search"
     description, parameters = _DESCRIPTION, _PARAMETERS
 
-    def __init__(self, url: str, *, top_k: int = 3, passage_chars: int = 1000, timeout_seconds: float = 120.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        top_k: int = 3,
+        passage_chars: int = 1000,
+        timeout_seconds: float = 120.0,
+        token_variable: str | None = None,
+    ) -> None:
         self.url = url
         self.top_k = top_k
         self.passage_chars = passage_chars
@@ -125,6 +140,7 @@ class HTTPSearch:
             timeout=timeout_seconds,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),  # the tool box has limits
             trust_env=False,
+            headers={} if token_variable is None else {"Authorization": f"Bearer {_token(token_variable)}"},
         )
 
     def __call__(self, argument: str) -> str:
@@ -140,23 +156,28 @@ class HTTPSearch:
             ValueError: the answer is not of the protocol.
         """
         body = {"queries": [clean_query(query) for query in queries], "topk": self.top_k, "return_scores": True}
+        where = f"retrieval server {redacted(self.url)}"
         try:
             response = self._client.post(self.url, json=body).raise_for_status()
         except httpx.TimeoutException as error:
-            raise TimeoutError(f"retrieval server {self.url}: no answer in time ({type(error).__name__})") from error
+            raise TimeoutError(f"{where}: no answer in time ({type(error).__name__})") from error
+        except httpx.HTTPStatusError as error:
+            detail = " ".join(error.response.text[:_MAX_DETAIL].split())
+            raise ConnectionError(f"{where}: status {error.response.status_code}: {detail}") from error
         except httpx.HTTPError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise ConnectionError(f"retrieval server {self.url}: {reason}") from error
-        answer = json.loads(response.content.decode(errors="replace"))  # passages are not always UTF-8
+            raise ConnectionError(f"{where}: {redacted(reason)}") from error
+        try:
+            answer = json.loads(response.content.decode(errors="replace"))  # passages are not always UTF-8
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: its answer is no JSON: {error}") from None
         found = answer.get("result") if isinstance(answer, dict) else None
         if not isinstance(found, list) or len(found) != len(queries):
-            raise ValueError(
-                f'retrieval server {self.url}: expected {{"result": [...]}} with {len(queries)} lists of hits'
-            )
+            raise ValueError(f'{where}: expected {{"result": [...]}} with {len(queries)} lists of hits')
         try:
             return [format_hits(_texts(hits), self.passage_chars) for hits in found]
         except ValueError as error:
-            raise ValueError(f"retrieval server {self.url}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
 
     def probe(self) -> None:
         """Ask the server for the hits of one query, to see whether it is there and speaks the protocol.
@@ -186,8 +207,15 @@ class HTTPSearch:
 
 
 def clean_query(query: str) -> str:
-    """Strip a query and remove its double quotes."""
-    return query.replace('"', "").strip()
+    """Strip a query, remove its double quotes, and cut it at `MAX_QUERY_CHARS`: a search takes time for every word."""
+    return query.replace('"', "").strip()[:MAX_QUERY_CHARS]
+
+
+def _token(variable: str) -> str:
+    token = os.environ.get(variable)
+    if not token:
+        raise ConfigError(f"tools.search_token_variable={variable}: the environment variable is empty; set it")
+    return token
 
 
 def format_hits(contents: Sequence[str], passage_chars: int) -> str:

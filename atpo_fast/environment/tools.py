@@ -8,13 +8,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from atpo_fast.common.errors import ToolFailureError
+from atpo_fast.common.errors import ConfigError, ToolFailureError
 from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment.arguments import JsonSchema
 from atpo_fast.environment.descriptions import tool_schema
 from atpo_fast.environment.function_tool import load_tool
-from atpo_fast.environment.python_tool import PythonTool
+from atpo_fast.environment.python_tool import HOW_TO_CONFINE, PythonTool
 from atpo_fast.environment.result_cache import CachedTool, ResultCache, read_published_cache
 from atpo_fast.environment.search import BM25Search, HTTPSearch, IndexSearch
 from atpo_fast.environment.toolbox import Tool, ToolBox, ToolResult
@@ -96,22 +96,44 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Seque
 
 
 def check_tools(tools: ToolsConfig) -> None:
-    """Find out, before anything expensive begins, whether the search server is there.
+    """Find out, before anything expensive begins, whether the search server is there and how code is confined.
 
-    Behind a cache of results a run may do without it: then its absence is a warning.
+    Behind a cache of results a run may do without the server: then its absence is a warning.
 
     Raises:
-        ToolFailureError: it does not answer, or not by the protocol.
+        ToolFailureError: the server does not answer, or not by the protocol; or the python tool cannot start.
+        ConfigError: code cannot be confined fully where `tools.python_confinement` asks for it.
     """
+    if "python" in tools.builtin:
+        _check_confinement(tools)
     if "search" not in tools.builtin or tools.search_backend != "http":
         return
-    with HTTPSearch(tools.search_url, top_k=tools.top_k, timeout_seconds=_search_seconds(tools)) as search:
+    with HTTPSearch(
+        tools.search_url,
+        top_k=tools.top_k,
+        timeout_seconds=_search_seconds(tools),
+        token_variable=tools.search_token_variable,
+    ) as search:
         try:
             search.probe()
         except ToolFailureError as error:
             if not (tools.cache or tools.published_cache):
                 raise
             _LOG.warning("%s. Only what the cache of results holds will be answered", error)
+
+
+def _check_confinement(tools: ToolsConfig) -> None:
+    """Start the python tool once, which warns of what does not hold. Raises as `check_tools`."""
+    tool = _python(tools)
+    try:
+        found = tool.confinement()
+    except OSError as error:
+        raise ToolFailureError(f"{error}; mend it, or take python out of tools.builtin") from error
+    if found.weak and tools.python_confinement == "require":
+        raise ConfigError(
+            "tools.python_confinement=require, but code cannot be confined fully here "
+            f"({found.described(found.weak)}). {HOW_TO_CONFINE}, or take python out of tools.builtin"
+        )
 
 
 def close_tools(tools: Iterable[Any]) -> None:
@@ -139,6 +161,7 @@ def _search(tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
             top_k=tools.top_k,
             passage_chars=tools.passage_chars,
             timeout_seconds=_search_seconds(tools),
+            token_variable=tools.search_token_variable,
         )
         settings["url"] = tools.search_url
     elif tools.index_dir is not None:

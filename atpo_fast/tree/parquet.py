@@ -87,8 +87,9 @@ def _rows(folder: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
                 there = file.schema_arrow.names  # in older files without clip ranges
                 read = [name for name in columns if name in there or name not in CLIP_RANGES]
                 for batch in file.iter_batches(batch_size=_BATCH, columns=read):
+                    batch.validate(full=True)  # offsets of a damaged one lead outside of its memory
                     yield from batch.select(read).to_pylist()
-        except (pa.ArrowException, KeyError) as error:
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a Parquet file of search trees ({error}); delete it to continue") from error
 
 

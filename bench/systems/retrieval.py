@@ -103,7 +103,7 @@ def http(index: Path, queries: Sequence[str]) -> dict[str, Any]:
     from the cache. `new_connections`: our client, which opens a connection for every query, as the published one does.
     """
     result: dict[str, Any] = {"concurrency": CONCURRENCY, "topk": 3}
-    with running(index, "--cache", "0") as url:
+    with running(index, "--cache-mb", "0") as url:
         load(url, queries[:500])  # first use of everything
         result["searched"] = load(url, queries)
         result["new_connections"] = load_by_threads(url, queries)

@@ -101,21 +101,12 @@ class FusedLinearTurnPolicyLoss(nn.Module):
     of Liger's loss_types, vllm_is_ratio None or (B, 1)).
 
     **ZeRO-3** keeps a parameter whole only in the forward and backward of the module that owns it. Let the LM head call
-    this module, and call the head in the forward of the policy or after it; tied weights stay tied:
+    this module (`atpo_kernels.hosts.plain.LossHead`), and call the head in the forward of the policy or after it; tied
+    weights stay tied. A partitioned weight raises ValueError. `deepspeed.zero.GatheredParameters` around the call is
+    not enough to train: the weight is partitioned again when its gradient arrives.
 
-        class LossHead(nn.Module):
-            def __init__(self, linear: nn.Linear, loss: FusedLinearTurnPolicyLoss):
-                super().__init__()
-                self.weight, self.bias, self.loss = linear.weight, linear.bias, loss
-
-            def forward(self, hidden, *batch, **more):
-                return self.loss(hidden, self.weight, *batch, bias=self.bias, **more)
-
-    A partitioned weight raises ValueError. `deepspeed.zero.GatheredParameters` around the call is not enough to train:
-    the weight is partitioned again when its gradient arrives.
-
-    Raises ValueError for what this loss does not have ("luspo", "vespo", use_bias_correction_kl) and combinations
-    without meaning, TypeError for unknown arguments.
+    Raises ValueError for what this loss does not have ("luspo", "vespo", use_bias_correction_kl with a KL term) and
+    combinations without meaning, TypeError for unknown arguments.
     """
 
     def __init__(
@@ -144,8 +135,6 @@ class FusedLinearTurnPolicyLoss(nn.Module):
             raise TypeError(f"FusedLinearTurnPolicyLoss: unknown arguments {', '.join(sorted(unknown))}")
         if loss_type not in _REDUCTION:
             raise _error(f"loss_type={loss_type!r}: must be one of {', '.join(_REDUCTION)}")
-        if use_bias_correction_kl:
-            raise _error("use_bias_correction_kl=True is not supported: the KL term is not weighted by the ratio")
         if loss_type == "dr_grpo" and max_completion_length is None:
             raise _error("loss_type='dr_grpo' needs max_completion_length")
         named = {
@@ -160,6 +149,8 @@ class FusedLinearTurnPolicyLoss(nn.Module):
             "entropy_coef": entropy_coef,
         }
         self.config = _loss_config({n: v for n, v in named.items() if v is not None}, loss_type, config)
+        if self.config.needs_reference and use_bias_correction_kl:
+            raise _error("use_bias_correction_kl=True with beta != 0 is not supported: the KL term has no ratio")
         if self.config.needs_reference and not use_ref_model:
             raise _error("a KL term needs reference log-probs, but use_ref_model=False")
         self.loss_type = loss_type
@@ -180,7 +171,7 @@ class FusedLinearTurnPolicyLoss(nn.Module):
         ref_input: Tensor | None = None,  # (B, T, D')
         ref_weight: Tensor | None = None,  # (V, D')
         ref_bias: Tensor | None = None,  # (V,)
-        vllm_is_ratio: Tensor | None = None,  # (B, T) or (B, 1)
+        vllm_is_ratio: Tensor | None = None,  # (B, T), (B, 1) or (B,)
         num_items_in_batch: float | Tensor | None = None,
         *,
         turn_ids: Tensor | None = None,  # (B, T) int
@@ -195,12 +186,16 @@ class FusedLinearTurnPolicyLoss(nn.Module):
         `ref_input` and `ref_weight`, from which they are computed without gradient. `vllm_is_ratio` multiplies the
         policy term, detached.
 
-        Computed in the dtypes of the tensors, whatever autocast says: cast `_input` and `lin_weight` to one dtype
-        before. A mask or turn_ids on a GPU cost one wait for the device (how many action tokens and turns there are),
-        beside that of `linear_turn_policy_loss`.
+        Computed in the dtypes of the tensors, whatever autocast says; under autocast `_input` is cast to the dtype of
+        `lin_weight`. A mask or turn_ids on a GPU cost one wait for the device (how many action tokens and turns there
+        are), beside that of `linear_turn_policy_loss`.
 
         Raises ValueError for tensors that do not fit together, a weight without elements included (ZeRO-3).
         """
+        if torch.is_autocast_enabled(_input.device.type):
+            _input = _input.to(lin_weight.dtype)
+        if vllm_is_ratio is not None and vllm_is_ratio.dim() == 1:
+            vllm_is_ratio = vllm_is_ratio[:, None]
         shape = _input.shape[:2]
         by_token = {
             "selected_token_ids": selected_token_ids,
@@ -372,7 +367,7 @@ def _check_shapes(
         wanted = f"(B,) or (B, T) = {tuple(shape)}, or with turn_ids (B, K)"
         raise _error(f"advantages must be {wanted}, got {tuple(advantages.shape)}")
     if is_ratio is not None and is_ratio.shape not in (shape, (shape[0], 1)):
-        raise _error(f"vllm_is_ratio must be (B, T) = {tuple(shape)} or (B, 1), got {tuple(is_ratio.shape)}")
+        raise _error(f"vllm_is_ratio must be (B, T) = {tuple(shape)}, (B, 1) or (B,), got {tuple(is_ratio.shape)}")
 
 
 def _error(message: str) -> ValueError:

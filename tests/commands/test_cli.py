@@ -22,6 +22,7 @@ from atpo_fast.commands.doctor import Environment, Requirement, find_problems, i
 from atpo_fast.commands.model_folder import find_model, model_to_use, newest_model
 from atpo_fast.common.manifest import write_manifest
 from atpo_fast.config import Config, ConfigError, load_config
+from atpo_kernels.hosts.check import Host
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "configs/quickstart.yaml"
@@ -354,6 +355,11 @@ def test_a_fitting_environment_has_no_problem() -> None:
         ({"ninja": None}, "ninja is not on PATH", "pip install ninja"),
         ({"compiler": None}, "no C++ compiler", "g++"),
         ({"requirements": []}, "not installed, so versions cannot be checked", "pip install -e ."),
+        (
+            {"hosts": [Host("verl", "0.9.1", "0.9.1", "ValueError: Unsupported loss mode: at2po")]},
+            "verl 0.9.1 does not have the adapter of atpo_kernels (ValueError: Unsupported loss mode: at2po)",
+            "pip install ./kernels",
+        ),
     ],
 )
 def test_each_bad_combination_is_named_with_its_remedy(changes: dict[str, Any], what: str, remedy: str) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from atpo_fast.environment import PythonTool, ToolError, bubblewrap, parse_call
+from atpo_fast.config import ToolsConfig
+from atpo_fast.environment import PythonTool, ToolError, bubblewrap, check_tools, parse_call
 from atpo_fast.environment.python_tool import _MAX_OUTPUT_BYTES, bare_code
 
 HERE = Path(__file__).resolve().parents[1] / "helpers"
@@ -43,17 +44,19 @@ class Confined:
             _, errors = self._process.communicate()
             pytest.skip(f"cannot be confined with {options}: {errors.strip().splitlines()[-1:]}")
 
-    def __call__(self, code: str, *, timeout_seconds: float = 300.0, times: int = 1) -> dict[str, Any]:
+    def __call__(
+        self, code: str, *, timeout_seconds: float = 300.0, times: int = 1, memory_mb: int = 2048
+    ) -> dict[str, Any]:
         """Answers to `times` calls, log messages, and the process' handles, threads and memory."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        job = {"code": code, "timeout_seconds": timeout_seconds, "times": times}
+        job = {"code": code, "timeout_seconds": timeout_seconds, "times": times, "memory_mb": memory_mb}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         state: dict[str, Any] = json.loads(self._process.stdout.readline())
         return state
 
-    def answer(self, code: str, *, timeout_seconds: float = 300.0) -> str:
-        return str(self(code, timeout_seconds=timeout_seconds)["answers"][0])
+    def answer(self, code: str, **options: Any) -> str:
+        return str(self(code, **options)["answers"][0])
 
     @property
     def process_id(self) -> int:
@@ -63,12 +66,14 @@ class Confined:
         self._process.communicate()
 
 
-WAYS = [(), ("--user",), ("--user", "--no-namespaces"), ("--user", "--no-namespaces", "--bubblewrap")]
+WEAK = ("--user", "--no-namespaces")
+WAYS = [(), ("--user",), WEAK, (*WEAK, "--no-landlock"), (*WEAK, "--bubblewrap")]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids="".join)
 def tool(request: pytest.FixtureRequest) -> Iterator[Confined]:
-    """As the tests run; as a plain user; as one where the kernel refuses namespaces; there, but with bubblewrap."""
+    """As the tests run; as a plain user; as one where the kernel refuses namespaces; there also without Landlock; and
+    there, but with bubblewrap."""
     if "--user" in request.param and os.geteuid() != 0:
         pytest.skip("only root can become another user")
     confined = Confined(*request.param)
@@ -79,6 +84,11 @@ def tool(request: pytest.FixtureRequest) -> Iterator[Confined]:
 def isolated(tool: Confined) -> bool:
     """Whether this kernel gives the tool namespaces of its own."""
     return "own namespaces" in tool("1")["log"][0]
+
+
+def sees_little(tool: Confined) -> bool:
+    """Whether this kernel hides files from the code, by namespaces or by Landlock."""
+    return "only Python and the system's programs" in tool("1")["log"][0]
 
 
 def processes_with(text: str) -> list[str]:
@@ -114,12 +124,19 @@ def assert_gone(text: str) -> None:
         ("class A: pass\nimport pickle\ntype(pickle.loads(pickle.dumps(A()))).__module__", "__main__"),
         ("import os\nopen('f', 'w').write('x')\nos.listdir(), os.environ['HOME'] == os.getcwd()", "(['f'], True)"),
         ("import sys\nsys.stdin.read() == ''", "True"),
-        ("from multiprocessing import Pool\nwith Pool(2) as pool: print(pool.map(abs, [-1, -2]))", "[1, 2]"),
     ],
 )
 def test_answers(tool: Confined, code: str, answer: str) -> None:
     """Fails if code runs in another way than in an interpreter of its own with an empty folder."""
     assert tool.answer(code) == answer
+
+
+def test_processes_of_code(tool: Confined) -> None:
+    """Fails if code cannot compute in several processes, which need semaphores in /dev/shm; with Landlock alone, where
+    that is the trainer's, it cannot."""
+    answer = tool.answer("from multiprocessing import Pool\nwith Pool(2) as pool: print(pool.map(abs, [-1, -2]))")
+    assert answer.endswith("Permission denied" if sees_little(tool) and not isolated(tool) else "[1, 2]")
+    assert tool.answer("import os\nr, w = os.pipe()\nif not os.fork(): os.write(w, b'x'), os._exit(0)\nos.read(r, 1)")
 
 
 FENCE = "`" * 3
@@ -219,20 +236,77 @@ def test_sockets(tool: Confined) -> None:
             server.accept()
 
 
+def test_sockets_in_the_file_system(tool: Confined) -> None:
+    """Fails if code can speak to a server of this machine that listens at a path, such as a database's."""
+    import socket
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, socket.socket(socket.AF_UNIX) as server:
+        Path(folder).chmod(0o777)
+        server.bind(f"{folder}/s")
+        Path(f"{folder}/s").chmod(0o777)
+        server.listen()
+        server.setblocking(False)
+        code = f"import socket\nsocket.socket(socket.AF_UNIX).connect('{folder}/s')\nprint('reached')"
+        assert tool.answer(code).endswith("PermissionError: [Errno 13] Permission denied")
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert tool.answer("import socket\na, b = socket.socketpair()\na.send(b'x')\nb.recv(1)") == "b'x'"
+
+
+def test_files_of_the_run(tool: Confined, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fails if code can read the accepted answers in the run folder, the data, or the home of the trainer."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        Path(folder, "answers.jsonl").write_text("gold")
+        Path(folder, "answers.jsonl").chmod(0o666)
+        for path in (f"{folder}/answers.jsonl", __file__, "/etc/hostname", f"/proc/{tool.process_id}/environ"):
+            answer = tool.answer(f"open({path!r}).read()")
+            assert not sees_little(tool) or "Error: [Errno" in answer, path
+        if sees_little(tool):
+            assert "Error: [Errno" in tool.answer(f"open('{folder}/new', 'w')")
+            assert "Error: [Errno" in tool.answer(f"import os\nos.unlink('{folder}/answers.jsonl')")
+            assert os.listdir(folder) == ["answers.jsonl"]
+
+
 def test_writing_files(tool: Confined) -> None:
     """Fails if a file can be changed outside of the working directory, or one inside may be of any size."""
     if isolated(tool):
         with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # where everybody may write
             Path(folder).chmod(0o777)
-            assert "Read-only file system" in tool.answer(f"open('{folder}/file', 'w')")
+            assert "No such file or directory" in tool.answer(f"open('{folder}/file', 'w')")
             assert not os.listdir(folder)
         assert "Read-only file system" in tool.answer("open('/dev/shm/../../tmp/file', 'w')")
+        assert "Read-only file system" in tool.answer("open('/usr/file', 'w')")
     else:
         messages = tool("1")["log"]
-        assert any(m.startswith("WARNING") and "other files, and the trainer's, are open" in m for m in messages)
         assert len(messages) == 2  # said once
+        assert messages[1].startswith("WARNING PYTHON TOOL NOT FULLY CONFINED (processes: followed one by one")
+        assert ("other files, and the trainer's, are open" in messages[1]) == (not sees_little(tool))
     big = "f = open('big', 'wb')\nfor _ in range(1000): f.write(bytes(1 << 20))"
     assert "OSError" in tool.answer(big)
+
+
+def test_memory_in_sum(tool: Confined) -> None:
+    """Fails if processes that each keep to the limit take many times as much together, or if what they share since a
+    fork is counted more than once."""
+    hold = (
+        "import mmap, os, time\nshared = b'x' * ({shared} << 20)\nfor _ in range(6):\n    if os.fork() == 0:\n"
+        "        own = {own}\n        time.sleep({seconds})\n        os._exit(0)\ntime.sleep({seconds})\nprint('held')"
+    )
+    stopped = "MemoryError: the processes of the code held more than 256 MB."
+    for own in ("b'x' * (80 << 20)", "mmap.mmap(-1, 80 << 20)\n        own.write(b'x' * (80 << 20))\n        "):
+        assert tool.answer(hold.format(shared=0, own=own, seconds=60), memory_mb=256) == stopped
+    assert tool.answer(hold.format(shared=100, own=0, seconds=0.5), memory_mb=256) == "held"
+
+
+@pytest.mark.parametrize(
+    "call",
+    ["memfd_create(b'x', 0)", "unshare(0x10000000)", "mount(b'a', b'/tmp', b'tmpfs', 0, 0)", "shmget(0, 9, 512)"],
+)
+def test_calls_that_hold_memory_or_give_rights(tool: Confined, call: str) -> None:
+    """Fails if code can hold memory that no process is charged for, or become root of a namespace of its own."""
+    answer = tool.answer(f"import ctypes\nctypes.CDLL(None, use_errno=True).{call}, ctypes.get_errno()")
+    assert answer in ("(-1, 1)", "(-1, 38)")
 
 
 def test_ten_gigabytes(tool: Confined) -> None:
@@ -317,6 +391,23 @@ def test_bubblewrap_is_asked_only_where_it_is_installed(monkeypatch: pytest.Monk
     """Fails if the tool needs bubblewrap, or starts a program that is not there with every call."""
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not bubblewrap.is_needed_and_works.__wrapped__()
+
+
+def test_full_confinement_can_be_required() -> None:
+    """Fails if a run starts that asked for full confinement and does not get it, or does not start where it does."""
+    if os.geteuid() != 0:
+        pytest.skip("bubblewrap may confine code fully for others than root")
+    if not PythonTool().confinement().weak:
+        check_tools(ToolsConfig(builtin=["python"], python_confinement="require"))
+    program = (
+        "from atpo_fast.environment.sandbox import kernel\n"
+        "kernel.no_new_privileges()\nassert kernel.deny_system_calls({'unshare': 1})\n"
+        "from atpo_fast.config import ToolsConfig\nfrom atpo_fast.environment import check_tools\n"
+        "check_tools(ToolsConfig(builtin=['python'], python_confinement='require'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    (line,) = done.stderr.strip().splitlines()[-1:]
+    assert "ConfigError: tools.python_confinement=require, but code cannot be confined fully here (processes:" in line
 
 
 def test_root_without_namespaces() -> None:

@@ -1,9 +1,10 @@
 """Answers calls of the python tool in a process that may do less than the tests: one JSON line each way.
 
-    python tests/helpers/confined_python.py [--user] [--no-namespaces] [--bubblewrap]
+    python tests/helpers/confined_python.py [--user] [--no-namespaces] [--no-landlock] [--bubblewrap]
 
 `--user` (needs root): as a user without an account. `--no-namespaces`: the kernel refuses namespaces, as in a container
-without privileges. `--bubblewrap`: bubblewrap may be used where it is installed; without this option it never is.
+without privileges. `--no-landlock`: nor has it Landlock. `--bubblewrap`: bubblewrap may be used where it is installed;
+without this option it never is.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import logging
 import os
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from atpo_fast.environment import bubblewrap
-from atpo_fast.environment import python_sandbox as sandbox
 from atpo_fast.environment.function_tool import ToolError
 from atpo_fast.environment.python_tool import PythonTool
+from atpo_fast.environment.sandbox import kernel
 
 USER = 54321
 
@@ -36,20 +38,38 @@ class Log(logging.Handler):
 
 def become_user() -> None:
     """Another user, who can read Python's packages wherever they lie."""
-    if sandbox._unshare(0x00020000) or sandbox._mount(None, "/", None, 0x44000):
+    if kernel.unshare(0x00020000) or kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE):
         raise SystemExit("cannot make a mount namespace")
-    sandbox._show_to_others([sys.prefix, sys.base_prefix, os.getcwd(), *filter(None, sys.path)])
+    show_to_others([sys.prefix, sys.base_prefix, os.getcwd(), *filter(None, sys.path)])
     os.setgroups([])
     os.setgid(USER)
     os.setuid(USER)
 
 
+def show_to_others(folders: list[str]) -> None:
+    """A way for others to folders below one that is closed to them, such as /root; the rest of it is hidden."""
+    closed: dict[str, list[tuple[str, int]]] = {}
+    for folder in filter(os.path.isdir, dict.fromkeys(folders)):
+        for above in reversed(Path(folder).parents):
+            if not os.stat(above).st_mode & 1:
+                closed.setdefault(str(above), []).append((folder, os.open(folder, os.O_PATH)))
+                break
+    for top, inside in closed.items():
+        kernel.mount("none", top, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
+        for path, handle in inside:
+            os.makedirs(path, exist_ok=True)
+            kernel.mount(f"/proc/self/fd/{handle}", path, None, kernel.MS_BIND | kernel.MS_REC)
+            os.close(handle)
+
+
 def main() -> None:
     if "--user" in sys.argv:
         become_user()
-    if "--no-namespaces" in sys.argv:
-        sandbox._prctl(38, 1)  # no_new_privs
-        if not sandbox.deny_system_calls({"unshare": 1}):
+    denied = {"unshare": 1} if "--no-namespaces" in sys.argv else {}
+    denied |= {"landlock_create_ruleset": 38} if "--no-landlock" in sys.argv else {}
+    if denied:
+        kernel.no_new_privileges()
+        if not kernel.deny_system_calls(denied):
             raise SystemExit("cannot filter system calls")
     if "--bubblewrap" not in sys.argv:
         bubblewrap.is_needed_and_works = lambda: False  # type: ignore[assignment]  # a stand-in without its cache
@@ -62,7 +82,7 @@ def main() -> None:
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         job: dict[str, Any] = json.loads(line)
-        tool.timeout_seconds = job["timeout_seconds"]
+        tool.timeout_seconds, tool.memory_mb = job["timeout_seconds"], job["memory_mb"]
         answer = []
         for _ in range(job["times"]):
             try:

@@ -11,19 +11,9 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
 from atpo_kernels import FusedLinearTurnPolicyLoss
+from atpo_kernels.hosts.plain import LossHead
 
 ROWS, LENGTH, WIDTH, VOCAB = 4, 7, 32, 64
-
-
-class LossHead(nn.Module):
-    """The LM head with the loss in it, as docs/integrations.md shows."""
-
-    def __init__(self, linear: nn.Linear, loss: FusedLinearTurnPolicyLoss):
-        super().__init__()
-        self.weight, self.bias, self.loss = linear.weight, linear.bias, loss
-
-    def forward(self, hidden: Tensor, *batch: Tensor, **more: Tensor) -> Any:
-        return self.loss(hidden, self.weight, *batch, bias=self.bias, **more)
 
 
 class OtherPolicy(nn.Module):

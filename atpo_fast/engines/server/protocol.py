@@ -18,6 +18,8 @@ from atpo_fast.engines.request import Completion, FinishReason, Request
 from atpo_fast.engines.stops import StopTable
 
 _TOKEN_ID = "token_id:"  # what vLLM puts before an id in the place of a token's text
+# What reading raises where a field is missing or of another type.
+_NOT_OF_THE_PROTOCOL = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 _HOW_TO_START = (
     "vLLM >=0.10.2 sends them when asked with return_token_ids, older versions when started with "
     "--return-tokens-as-token-ids; a proxy in between must let both options through"
@@ -96,6 +98,14 @@ def read_answer(
         TransientError: the JSON is no answer of the protocol, the server aborted the request, a log-prob is missing or
             no number, or a token is one of those `missing` in the tokenizer.
     """
+    try:
+        return _read_answer(answer, request, stops, eos_ids, missing)
+    except _NOT_OF_THE_PROTOCOL as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise TransientError(f"an answer that is not of the protocol ({reason}): {str(answer)[:200]}") from error
+
+
+def _read_answer(answer: Any, request: Request, stops: StopTable, eos_ids: Sequence[int], missing: Set[int]) -> Answer:
     choice = _choice(answer)
     token_ids, logprobs = _tokens(choice)
     _check_prompt(choice.get("prompt_token_ids"), request)
@@ -121,7 +131,7 @@ def top_logprob(answer: Any) -> float:
     try:
         (entry,) = _choice(answer)["logprobs"]["top_logprobs"]
         return max(entry.values())
-    except (KeyError, TypeError, ValueError) as error:
+    except _NOT_OF_THE_PROTOCOL as error:
         raise TransientError(f"an answer without top_logprobs: {str(answer)[:200]}") from error
 
 

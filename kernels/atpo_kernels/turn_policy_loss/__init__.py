@@ -24,7 +24,7 @@ __all__ = ["turn_policy_loss"]
 def turn_policy_loss(
     logprob: Tensor,  # (A,) or (B, T)
     old_logprob: Tensor | None,  # same shape
-    advantages: Tensor | None = None,  # packed: (N,) or (A,); padded: (B,) or (B, T)
+    advantages: Tensor | None = None,  # packed: (N,) or (A,); padded: (B,), (B, 1) or (B, T)
     *,
     turn_offsets: Tensor | None = None,  # (N+1,) int32, on the device or on the CPU
     mask: Tensor | None = None,  # same shape as logprob
@@ -93,6 +93,8 @@ def turn_policy_loss(
     if reduction is None:
         reduction = "sum" if weights is not None or turn_offsets is not None else "seq-mean-token-mean"
     check_choice("turn_policy_loss: reduction", reduction, Reduction)
+    if advantages is not None and turn_offsets is None and advantages.shape == (*logprob.shape[:1], 1):
+        advantages = advantages[:, 0]
     tensors = LossInputs(logprob, old_logprob, ref_logprob, rollout_logprob, entropy)
     if turn_offsets is not None:
         turn_offsets = turn_offsets.to(logprob.device, non_blocking=True)
