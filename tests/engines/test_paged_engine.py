@@ -27,7 +27,7 @@ from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.sampling import uniforms
 from atpo_fast.tree.turn_tree import TurnTree
 from tests.helpers.engine_requests import VOCABULARY, check_logprobs, grow, request, roots
-from tests.helpers.small_tokenizers import numbered_words
+from tests.helpers.small_tokenizers import numbered
 
 EOS, STOP = 0, 1
 SIZES = dict(
@@ -55,7 +55,7 @@ def make_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return numbered_words(VOCABULARY)
+    return numbered(VOCABULARY)
 
 
 def make_engine(
