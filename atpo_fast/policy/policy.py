@@ -32,8 +32,8 @@ class Policy(nn.Module):
 
     Args:
         model: a causal LM of attention layers, full or over windows, and layers with a state, with a backbone at
-            `.model` and a linear `.lm_head` (docs/supported_models.md), or PEFT's `PeftModel` around one, whose adapters
-            are in the backbone. Its attention and head are replaced; parameter names stay those of the causal LM.
+            `.model` and a linear `.lm_head` (docs/supported_models.md), or PEFT's `PeftModel` around one, whose
+            adapters are in the backbone. Its attention and head are replaced; parameter names stay those of the causal LM.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
@@ -41,8 +41,8 @@ class Policy(nn.Module):
             where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers unchanged.
 
     Raises:
-        ValueError: models with layers that trees do not run through, with active dropout, or with virtual tokens of PEFT, and
-            those that the choice of gradient_checkpointing does not suit.
+        ValueError: models with layers that trees do not run through, with active dropout, or with virtual tokens of
+            PEFT, and those that the choice of gradient_checkpointing does not suit.
         TypeError: a head that is not a plain linear layer, such as one with an adapter.
     """
 

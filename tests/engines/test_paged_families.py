@@ -8,7 +8,7 @@ from atpo_fast.engines.paged import batching, prefill
 from atpo_fast.engines.paged.engine import PagedEngine
 from tests.helpers.engine_requests import VOCABULARY, check_logprobs, grow, roots
 from tests.helpers.families import FAMILIES, VOCAB, full_float64, make
-from tests.helpers.small_tokenizers import numbered_words
+from tests.helpers.small_tokenizers import numbered
 
 WITHOUT_STATE = [name for name, family in FAMILIES.items() if "mlp" in family.checkpointing]
 
@@ -23,7 +23,7 @@ def test_logprobs_are_those_of_transformers(name: str, pieces: str, monkeypatch:
         monkeypatch.setattr(prefill, "_SCORES_PER_GROUP", 64)
         monkeypatch.setitem(batching._KEYS_PER_GROUP, "cpu", 50)
     with full_float64():
-        engine = PagedEngine(make(name).eval(), numbered_words(VOCABULARY), cache_tokens=10_000)
+        engine = PagedEngine(make(name).eval(), numbered(VOCABULARY), cache_tokens=10_000)
         trees = roots(3)
         grow(engine, trees)
         check_logprobs(make(name).eval(), trees, 1e-10)

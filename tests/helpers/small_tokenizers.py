@@ -35,14 +35,6 @@ def metaspace() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
-def numbered_words(count: int) -> PreTrainedTokenizerFast:
-    """Words <eos>, </search>, w0, w1, ...: as many as `count`."""
-    words = ["<eos>", "</search>", *(f"w{i}" for i in range(count - 2))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-
-
 def word_level() -> PreTrainedTokenizerFast:
     words = ["<eos>", "</search>", "e1", "the", "</sea", "rch>", "?"]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="?"))
