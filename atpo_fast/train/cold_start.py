@@ -159,6 +159,7 @@ class Imitation:
         self._train, self._validation = _split(demonstrations, share, run.config.seed)
         self._prefix_tokens = max_prefix(run.config, LIKELIHOOD)
         self.step = 0
+        self._losses: list[float] = []  # of the steps since the last record
         self._begun = time.monotonic()
         self._resume(resume_from)
 
@@ -171,7 +172,7 @@ class Imitation:
         """Take all steps. Raise StopRequested, with a checkpoint saved, when the run was asked to stop."""
         run, settings = self._run, self._settings
         run.progress.start_phase("cold start", settings.steps)
-        losses: list[float] = []
+        losses = self._losses
         while self.step < settings.steps:
             self._stop_or_go_on()
             set_learning_rate(self.zero, settings.lr * _schedule(self.step, settings))
@@ -208,11 +209,13 @@ class Imitation:
         if checkpoint is not None:
             state = load_checkpoint(run, self.zero, checkpoint)
             self.step, self._begun = int(state["step"]), self._begun - float(state["seconds"])
+            self._losses = list(state["losses"])
             run.progress.message(f"cold start: resumed from {checkpoint}")
         run.logger.truncate_after(self.step or -1, ("cold_start",))
 
     def _save(self) -> None:
-        self._checkpoints.save(self.zero, self._policy, {"step": self.step, "seconds": self.seconds})
+        state = {"step": self.step, "seconds": self.seconds, "losses": self._losses}
+        self._checkpoints.save(self.zero, self._policy, state)
 
     def _stop_or_go_on(self) -> None:
         try:
