@@ -28,8 +28,9 @@ def open_session(task, seed):
 
 
 def acted(path: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The actions on a path that the environment answered, and its answers."""
-    return [(text, answer) for text, answer in path[1:] if "<act>" in text and answer]
+    """The actions on a path that the environment answered, and its answers; others answer what is no action."""
+    answered = [(text, answer) for text, answer in path[1:] if "<act>" in text and "<result>" in answer]
+    return [(text, answer) for text, answer in answered if "was not called" not in answer]
 
 
 def check_counts(rolled: Rolled, way: str) -> None:
