@@ -76,7 +76,8 @@ def install_head(model: nn.Module, temperature: float) -> PolicyHead:
     """
     linear = model.lm_head
     if not isinstance(linear, nn.Linear):
-        raise TypeError(f"lm_head is a {type(linear).__name__}; expected torch.nn.Linear")
+        name = f"{type(linear).__module__}.{type(linear).__qualname__}"
+        raise TypeError(f"lm_head is a {name}; expected torch.nn.Linear. Leave it out of an adapter's target modules")
     head = PolicyHead(linear, temperature)
     model.lm_head = head
     return head

@@ -27,7 +27,8 @@ class Policy(nn.Module):
 
     Args:
         model: any causal LM with full attention or layers with a state, a backbone at `.model` and a linear `.lm_head`.
-            Its attention and head are replaced; parameter names stay Hugging Face's.
+            Its attention and head are replaced; parameter names stay Hugging Face's. Of a PEFT model, the model inside,
+            which holds the adapters.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
@@ -47,6 +48,8 @@ class Policy(nn.Module):
         liger: Liger = "auto",
     ):
         super().__init__()
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
         check_supported(model.config)
         register()
         model.set_attn_implementation(TREE_ATTENTION)
