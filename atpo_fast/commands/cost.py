@@ -59,7 +59,8 @@ def model_size(config: Config) -> ModelSize:
         return _gguf_size(file)
     sizes = model_sizes(config.model)
     if path is None:
-        sizes.vocab_size = config.model.vocab_size if config.data.source == "files" else config.world.entities + 64
+        words = {"world": config.world.entities + 64, "rooms": 2 * (config.rooms.treasures + config.rooms.colours) + 80}
+        sizes.vocab_size = words.get(config.data.source, config.model.vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sizes)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -89,11 +90,12 @@ def training_flops(config: Config, size: ModelSize, share: float) -> tuple[float
     questions = train.steps * train.questions_per_step
     forwards = 2 if train.old_logprobs == "recompute" else 1
     update = questions * tree * (2 + 2 * (forwards - 1) + 6)  # prefill, old log-probs, forward and backward
-    demonstrations = cold.asks_for_demonstrations or config.data.source == "world"
+    demonstrations = cold.asks_for_demonstrations or config.data.source != "files"
     if cold.precedes_rl(demonstrations=demonstrations, given_model=config.model.path is not None):
         update += cold.steps * cold.batch_size * (prompt + response) * 6
+    own = (config.rooms if config.data.source == "rooms" else config.world).eval_questions
     evaluations = 2 + (train.steps // train.eval_every if train.eval_every else 0)
-    answered = evaluations * (config.data.max_eval_questions or config.world.eval_questions)
+    answered = evaluations * (config.data.max_eval_questions or own)
     update += answered * (prompt + response / 2) * 2
     return size.parameters * update, size.parameters * 2 * (questions * written + answered * response / 2)
 

@@ -12,6 +12,7 @@ from atpo_fast.common.errors import STOPPED
 
 if TYPE_CHECKING:
     from atpo_fast.train.run import Run
+    from atpo_fast.train.sampler import Sampler
 
 SPLITS = ("train", "eval")
 
@@ -52,7 +53,22 @@ def rollout(run: Run, arguments: argparse.Namespace) -> int:
     left = write_forest(run, sampler, asked, path)
     if run.is_main and not left:
         print(f"trees of {len(asked)} questions in {path}")
+    _tell_sessions(run, sampler)
     return STOPPED if left else 0
+
+
+def _tell_sessions(run: Run, sampler: Sampler) -> None:
+    """Print how the sessions of an environment branched; a collective."""
+    mine = {name: n for name, n in sampler.counts().items() if name.startswith("session/")}
+    if not mine:
+        return
+    count = {name.removeprefix("session/"): round(n) for name, n in run.sum_over_ranks(mine).items()}
+    if run.is_main:
+        print(
+            f"sessions: {count['opened']} opened for {count['actions']} actions, {count['lost']} lost; forks: "
+            f"{count['forks_native']} native, {count['forks_copy']} copied, {count['forks_replay']} by replay of "
+            f"{count['replayed']} actions with {count['mismatches']} mismatches"
+        )
 
 
 def _forest(name: str) -> str:

@@ -73,7 +73,8 @@ class LeafScore:
 
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
     was read as such. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
-    is the part of `reward` that the length took, 0 or less. `rewards` holds the task's rewards by name, unweighted.
+    is the part of `reward` that the length took, 0 or less. `turn_rewards` is the sum of what the environment gave for
+    its turns, beside `reward`. `rewards` holds the task's rewards by name, unweighted.
     `outcome` says why the reward is what it is, one of OUTCOMES.
     """
 
@@ -86,6 +87,7 @@ class LeafScore:
     turns: int
     answer: str | None
     overlong: float = 0.0
+    turn_rewards: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict, compare=False)
     outcome: str = field(default="", compare=False)
 
@@ -224,6 +226,7 @@ def _scores(
             turns=trajectory.turns,
             answer=trajectory.answer,
             overlong=penalty,
+            turn_rewards=trajectory.turn_rewards,
             rewards=mine.by_name,
             outcome=outcome(
                 trajectory.fault, trajectory.answer, trajectory.em, tree.turns[trajectory.leaf].finish_reason

@@ -159,7 +159,7 @@ class Sampler:
 
     def gauges(self) -> dict[str, float]:
         """Return the greatest number of sessions that lived at once since this was last asked, and the hung threads."""
-        sessions = self._run.task.sessions
+        sessions = self.tree_search.sessions
         if sessions is None:
             return {}
         return {"session/live": float(sessions.take_peak()), "session/hung": float(sessions.hung)}

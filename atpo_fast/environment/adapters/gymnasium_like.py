@@ -10,7 +10,7 @@ import inspect
 from typing import Any
 
 from atpo_fast.environment.adapters.common import as_text, small_seed
-from atpo_fast.environment.session import Message, Result, Session
+from atpo_fast.environment.session import Result, Session
 
 
 class GymnasiumSession(Session):
@@ -25,10 +25,6 @@ class GymnasiumSession(Session):
         """Act by plain text."""
         observation, reward, terminated, truncated, _ = self.env.step(text)
         return Result(as_text(observation), float(reward), bool(terminated or truncated))
-
-    def score(self, transcript: list[Message]) -> float:
-        """Return 0: all rewards are those of steps."""
-        return 0.0
 
     def close(self) -> None:
         """Close the environment where it can be closed."""

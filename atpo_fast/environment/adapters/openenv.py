@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from atpo_fast.environment.adapters.common import as_text, column, function_schema, package
-from atpo_fast.environment.session import Message, Result, Session
+from atpo_fast.environment.session import Result, Session
 
 
 class OpenEnvSession(Session):
@@ -45,10 +45,6 @@ class OpenEnvSession(Session):
     async def call(self, name: str, arguments: dict[str, Any]) -> Result:  # type: ignore[override]
         """Call a tool of the environment in a step, so that its reward and its end come back."""
         return _result(await self._client.step({"type": "call_tool", "tool_name": name, "arguments": arguments}))
-
-    def score(self, transcript: list[Message]) -> float:
-        """Return 0: all rewards are those of steps."""
-        return 0.0
 
     async def close(self) -> None:  # type: ignore[override]
         """End the session at the server."""

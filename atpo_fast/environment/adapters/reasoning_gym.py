@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from atpo_fast.environment.adapters.common import column, package, small_seed
-from atpo_fast.environment.session import Message, Result, Session
+from atpo_fast.environment.session import Result, Session
 
 
 class ReasoningGymSession(Session):
@@ -27,10 +27,6 @@ class ReasoningGymSession(Session):
         answer = utilities.extract_answer(text, tag_name="answer") or text.strip()
         reward = self._dataset.score_answer(answer, self._problem)
         return Result("", float(reward), done=True)
-
-    def score(self, transcript: list[Message]) -> float:
-        """Return 0: the reward is that of the answer."""
-        return 0.0
 
     def fork(self) -> ReasoningGymSession:
         """Return another session over the same problem: answers change nothing."""

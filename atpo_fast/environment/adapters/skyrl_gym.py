@@ -28,10 +28,6 @@ class SkyRLGymSession(Session):
         output = self.env.step(text)
         return Result(as_text(output["observations"]), float(output["reward"]), bool(output["done"]))
 
-    def score(self, transcript: list[Message]) -> float:
-        """Return 0: all rewards are those of steps."""
-        return 0.0
-
     def close(self) -> None:
         """Close the environment."""
         self.env.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from atpo_fast.environment.adapters.common import column, package, small_seed
-from atpo_fast.environment.session import Message, Result, Session
+from atpo_fast.environment.session import Result, Session
 
 
 class TextArenaSession(Session):
@@ -29,10 +29,6 @@ class TextArenaSession(Session):
         rewards, _ = self.env.close() if done else ({}, None)
         reward = (rewards or {}).get(0)
         return Result(self._news(), None if reward is None else float(reward), bool(done))
-
-    def score(self, transcript: list[Message]) -> float:
-        """Return 0: the reward is that of the last move."""
-        return 0.0
 
     def _news(self) -> str:
         """Take the messages that the player has not seen; its own moves are left out."""

@@ -65,7 +65,8 @@ class Driver:
         return self._threads.hung
 
     def close(self) -> None:
-        """End the event loop of coroutines."""
+        """Wait for what is on its way, and end the event loop of coroutines."""
+        self._threads.join(_CLOSE_SECONDS)
         self._coroutines.close()
 
     def learn(self, session: Any) -> None:

@@ -84,7 +84,8 @@ class Sessions:
         )
         self._slots = asyncio.Semaphore(max(1, min(settings.concurrency, settings.sessions // 2)))
         self._thread = EventLoopThread("sessions")
-        self._close = weakref.finalize(self, _close_all, self._thread, self._room, self._driver)
+        self._working: set[asyncio.Task[Any]] = set()
+        self._close = weakref.finalize(self, _close_all, self._thread, self._room, self._driver, self._working)
         try:
             chosen = self._thread.submit(choose(self._driver, settings, task, seed)).result()
         except BaseException:
@@ -171,6 +172,7 @@ class Sessions:
         task = asyncio.current_task()
         assert task is not None
         tree.tasks.add(task)
+        self._working.add(task)
         try:
             if tree.closed:
                 work.close()
@@ -178,6 +180,7 @@ class Sessions:
             return await work
         finally:
             tree.tasks.discard(task)
+            self._working.discard(task)
 
     def _release(self, trees: Sequence[StateTree]) -> None:
         for tree in trees:
@@ -234,10 +237,18 @@ class Sessions:
         self._tell("lost", "question %r: a session is lost: %s", tree.name, first_line(error))
 
 
-def _close_all(thread: EventLoopThread, room: Room, driver: Driver) -> None:
-    """Close all sessions, then the threads; a session that hangs is left to itself."""
+def _close_all(thread: EventLoopThread, room: Room, driver: Driver, working: set[asyncio.Task[Any]]) -> None:
+    """Stop what works, close all sessions, then end the threads; a session that hangs is left to itself."""
+
+    async def end() -> None:
+        for task in working:
+            task.cancel()
+        if working:
+            await asyncio.wait(working)
+        await room.close_all()
+
     if not thread.is_current:
         with suppress(Exception):
-            thread.submit(room.close_all()).result(timeout=_CLOSE_SECONDS)
-    driver.close()
+            thread.submit(end()).result(timeout=_CLOSE_SECONDS)
     thread.close()
+    driver.close()

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import ctypes
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 
@@ -36,29 +38,47 @@ class Threads:
 
         Where it takes too long, or where the task is cancelled, a `_Stop` is raised in its thread. That ends Python
         code, and code that waits as soon as it returns to Python. Should it return all the same, `late` gets its
-        result.
+        result. With `late` a cancelled call may take its time, so that nothing is lost that it has made.
 
         Raises:
             HangError: it took longer than `seconds`.
         """
         call = _Call(function, asyncio.get_running_loop(), late)
-        call.thread = threading.Thread(target=call.run, name=self._name, daemon=True)
+        call.thread = self._thread(call.run)
         call.thread.start()
         try:
             done, _ = await asyncio.wait({call.future}, timeout=seconds)
         except asyncio.CancelledError:
-            self._stop(call)
+            self._leave(call, late)
+            if late is None:
+                call.stop()
+            else:
+                asyncio.get_running_loop().call_later(seconds, call.stop)
             raise
         if not done:
-            self._stop(call)
+            self._leave(call, late)
+            call.stop()
             raise HangError(f"no answer within {seconds:g} seconds")
         return call.future.result()
 
-    def _stop(self, call: _Call) -> None:
-        call.future.cancel()
-        call.stop()
+    def join(self, seconds: float) -> None:
+        """Wait until the threads of calls that nobody waits for have ended, no longer than `seconds`."""
+        end = time.monotonic() + seconds
+        for thread in list(self._left):
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _thread(self, function: Callable[[], Any]) -> threading.Thread:
+        return threading.Thread(target=function, name=self._name, daemon=True)
+
+    def _leave(self, call: _Call, late: Callable[[Any], None] | None) -> None:
+        """Take note that nobody waits for a call any more."""
+        call.leave()
         assert call.thread is not None
         self._left.append(call.thread)
+        if late is not None and call.made is not None:  # it was done at the same moment
+            thread = self._thread(partial(late, call.made))
+            self._left.append(thread)
+            thread.start()
 
 
 class _Call:
@@ -72,7 +92,8 @@ class _Call:
         self.thread: threading.Thread | None = None
         self._lock = threading.Lock()  # of the following two
         self._running = True
-        self._stopped = False
+        self._left = False
+        self.made: Any = None  # result that the loop is told of
 
     def run(self) -> None:
         """Call the function, on the thread."""
@@ -88,26 +109,31 @@ class _Call:
 
     def _finish(self, result: Any, error: Exception | None) -> None:
         with self._lock:
-            self._running, stopped = False, self._stopped
-        if not stopped:
+            self._running, left = False, self._left
+            self.made = None if left else result
+        if not left:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 self._loop.call_soon_threadsafe(self._settle, result, error)
         elif self._late is not None and error is None:
             self._late(result)
 
     def _settle(self, result: Any, error: Exception | None) -> None:
-        if self.future.done():  # it was given up between the two
-            if self._late is not None and error is None:
-                threading.Thread(target=self._late, args=(result,), daemon=True).start()
-        elif error is None:
+        if self.future.done():  # it was left between the two
+            return
+        if error is None:
             self.future.set_result(result)
         else:
             self.future.set_exception(error)
 
+    def leave(self) -> None:
+        """Take note that nobody waits for the result."""
+        self.future.cancel()
+        with self._lock:
+            self._left = True
+
     def stop(self) -> None:
         """Raise `_Stop` in the thread if the function still runs."""
         with self._lock:
-            self._stopped = True
             if self._running and self.thread is not None and self.thread.ident is not None:
                 ident = ctypes.c_ulong(self.thread.ident)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(_Stop))

@@ -3,9 +3,6 @@ ResourceSession."""
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,45 +14,15 @@ from tests.helpers.adapter_sessions import Caller, caller
 
 pytest.importorskip("openenv.core", reason="openenv is not installed")
 
-import uvicorn
 from fastmcp import FastMCP
 from openenv.core.client_types import StepResult
 from openenv.core.env_server import create_app
-from openenv.core.env_server.interfaces import Environment
 from openenv.core.env_server.mcp_environment import MCPEnvironment
 from openenv.core.env_server.mcp_types import CallToolAction, CallToolObservation, Tool
 from openenv.core.env_server.types import Action, Observation, State
 from openenv.core.harness import ResourceSessionFactory, StepEnvSessionAdapter, TrainingTrace, TrainingTurn
 
-
-class Move(Action):
-    direction: str
-
-
-class Place(Observation):
-    text: str
-
-
-class Walk(Environment):
-    """A walk on a line; the start comes from the seed, and home is at 0."""
-
-    SUPPORTS_CONCURRENT_SESSIONS = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.at = 0
-
-    def reset(self, seed: int | None = None, episode_id: str | None = None, **kwargs: Any) -> Place:
-        self.at = 2 + (seed or 0) % 3
-        return Place(text=f"at {self.at}", done=False, reward=None)
-
-    def step(self, action: Move, timeout_s: float | None = None, **kwargs: Any) -> Place:
-        self.at += {"left": -1, "right": 1}[action.direction]
-        return Place(text=f"at {self.at}", done=self.at == 0, reward=1.0 if self.at == 0 else -0.1)
-
-    @property
-    def state(self) -> State:
-        return State()
+from tests.helpers.walk_server import Move, Place, Walk, served, served_walk
 
 
 class Drawers(MCPEnvironment):
@@ -89,28 +56,14 @@ class Drawers(MCPEnvironment):
         return State()
 
 
-@contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an application on this machine; yields its address."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
 @pytest.fixture(scope="module")
 def walk() -> Iterator[str]:
-    with served(create_app(Walk, Move, Place, max_concurrent_envs=4)) as address:
+    with served_walk() as address:
         yield address
 
 
 def opened(call: Caller, **columns: Any) -> Any:
-    return call(openenv.open_session({"id": "1", **columns}, 3))
+    return call(openenv.open_session({"id": "1", **columns}, 4))  # without a seed, a walk begins elsewhere
 
 
 def test_client(walk: str) -> None:
@@ -118,10 +71,11 @@ def test_client(walk: str) -> None:
     with the seed differs from the first: then no path could be replayed."""
     with caller() as call:
         first, second = (opened(call, base_url=walk, action_field="direction") for _ in range(2))
-        assert first.opening == second.opening == "at 2"
-        assert [result.text for result in call.steps(first, "right", "left")] == ["at 3", "at 2"]
-        home = call.steps(second, "left", "left")
+        assert first.opening == second.opening == "at 3"
+        assert [result.text for result in call.steps(first, "right", "left")] == ["at 4", "at 3"]
+        home = call.steps(second, "left", "left", "left")
         assert [(result.text, result.reward, result.done) for result in home] == [
+            ("at 2", -0.1, False),
             ("at 1", -0.1, False),
             ("at 0", 1.0, True),
         ]
