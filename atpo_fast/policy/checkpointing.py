@@ -149,7 +149,6 @@ def enable_checkpointing(model: PreTrainedModel, choice: GradientCheckpointing) 
         raise ValueError(f"gradient_checkpointing={choice!r}: must be 'none', 'layer' or 'mlp'")
     model_type = model.config.model_type
     rates = {name: rate for name, rate in vars(model.config).items() if name.endswith("dropout") and rate}
-    rates |= {name: m.p for name, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p}  # LoRA's, say
     if rates:
         raise ValueError(f"{model_type}: gradient checkpointing needs {', '.join(rates)} to be 0")
     if choice == "mlp":

@@ -205,25 +205,6 @@ def test_dropout_is_refused(choice: GradientCheckpointing) -> None:
         Policy(model, gradient_checkpointing=choice)
 
 
-@pytest.mark.parametrize("choice", ["layer", "mlp"])
-def test_dropout_modules_are_refused(choice: GradientCheckpointing) -> None:
-    """Fails if dropout that the configuration does not name, such as LoRA's, is computed twice with different draws."""
-    model = make("llama")
-    model.model.layers[0].mlp.lora_dropout = torch.nn.Dropout(0.3)
-    with pytest.raises(ValueError, match=r"layers.0.mlp.lora_dropout"):
-        Policy(model, gradient_checkpointing=choice)
-
-
-def test_a_peft_model_is_unwrapped() -> None:
-    """Fails if PEFT's wrapper is called in the place of the model inside, or another parameter gets a gradient."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
-    policy = Policy(peft.get_peft_model(make("llama"), config))
-    row = pack_trees(trees(), Objective.preset("at2po"), 4096)[0]
-    policy(row)[0].sum().backward()
-    assert {"lora" in name for name, p in policy.named_parameters() if p.grad is not None} == {True}
-
-
 def test_models_without_mlp_are_refused() -> None:
     """Fails if `mlp` silently keeps everything, or dies with an AttributeError, for such a model."""
     model = make("llama")
