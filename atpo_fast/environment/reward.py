@@ -100,10 +100,16 @@ read; cut at a limit of tokens; ended after a call that could not be answered (n
 late); or the rule of the format that is broken."""
 
 
-def outcome(fault: str | None, answer: str | None, em: float, finish_reason: str) -> str:
-    """Say why a trajectory earned what it did, given how its last turn ended: one of OUTCOMES."""
+def outcome(trajectory: Trajectory, finish_reason: str) -> str:
+    """Say why a trajectory earned what it did, given how its last turn ended: one of OUTCOMES.
+
+    Where the environment has scored it, a score above 0 is right, and there is no format to keep.
+    """
+    if trajectory.score is not None and trajectory.score > 0:
+        return RIGHT
+    fault = WRONG if trajectory.score is not None else trajectory.fault
     if fault is None:
-        return UNREAD if answer is None else RIGHT if em else WRONG
+        return UNREAD if trajectory.answer is None else RIGHT if trajectory.em else WRONG
     return {"length": TOKEN_LIMIT, "stop": CALL_LIMIT}.get(finish_reason, fault)
 
 
@@ -228,9 +234,7 @@ def _scores(
             overlong=penalty,
             turn_rewards=trajectory.turn_rewards,
             rewards=mine.by_name,
-            outcome=outcome(
-                trajectory.fault, trajectory.answer, trajectory.em, tree.turns[trajectory.leaf].finish_reason
-            ),
+            outcome=outcome(trajectory, tree.turns[trajectory.leaf].finish_reason),
         )
         tree.set_reward(trajectory.leaf, score.reward)
         scores.append(score)

@@ -72,11 +72,13 @@ class PolicyHead(nn.Module):
 def install_head(model: nn.Module, temperature: float) -> PolicyHead:
     """Swap the `lm_head` of a Hugging Face causal LM for a `PolicyHead`, and return it.
 
-    Raises TypeError for a head that is not linear.
+    Raises TypeError for a head that is not linear, or has an adapter: the fused operators take one weight.
     """
     linear = model.lm_head
     if not isinstance(linear, nn.Linear):
-        raise TypeError(f"lm_head is a {type(linear).__name__}; expected torch.nn.Linear")
+        kind = f"{type(linear).__module__}.{type(linear).__name__}"
+        advice = "; leave lm_head out of target_modules and modules_to_save" if kind.startswith("peft.") else ""
+        raise TypeError(f"lm_head is a {kind}; expected torch.nn.Linear{advice}")
     head = PolicyHead(linear, temperature)
     model.lm_head = head
     return head

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atpo_fast.adapters.lora import plain_model, refuse_dropout
 from atpo_fast.common.choices import GradientCheckpointing, Liger
 from atpo_fast.common.logits import logits_divisor
 from atpo_fast.objective import Objective
@@ -21,32 +22,40 @@ from atpo_fast.recurrent.layers import carry_states
 from atpo_fast.recurrent.segments import Segments
 from atpo_fast.tree.packed_rows import PackedTrees
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class Policy(nn.Module):
     """A causal LM over packed rows.
 
     Args:
-        model: any causal LM with full attention or layers with a state, a backbone at `.model` and a linear `.lm_head`.
-            Its attention and head are replaced; parameter names stay Hugging Face's.
+        model: any causal LM with full attention or layers with a state, a backbone at `.model` and a linear `.lm_head`,
+            or PEFT's `PeftModel` around one, whose adapters are in the backbone. Its attention and head are replaced;
+            parameter names stay those of the causal LM.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
         liger: `auto` runs RMSNorm, SwiGLU and RoPE of the architectures in `layers.MODEL_TYPES` on Liger's kernels
             where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers unchanged.
 
-    Raises ValueError for models with windowed or capped attention, and for those that the choice of
-    gradient_checkpointing does not suit.
+    Raises:
+        ValueError: models with windowed or capped attention, with active dropout, or with virtual tokens of PEFT, and
+            those that the choice of gradient_checkpointing does not suit.
+        TypeError: a head that is not a plain linear layer, such as one with an adapter.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         *,
         temperature: float = 1.0,
         gradient_checkpointing: GradientCheckpointing = "none",
         liger: Liger = "auto",
     ):
         super().__init__()
+        model = plain_model(model)
+        refuse_dropout(model)
         check_supported(model.config)
         register()
         model.set_attn_implementation(TREE_ATTENTION)
