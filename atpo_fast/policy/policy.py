@@ -33,7 +33,8 @@ class Policy(nn.Module):
     Args:
         model: a causal LM of attention layers, full or over windows, and layers with a state, with a backbone at
             `.model` and a linear `.lm_head` (docs/supported_models.md), or PEFT's `PeftModel` around one, whose
-            adapters are in the backbone. Its attention and head are replaced; parameter names stay those of the causal LM.
+            adapters are in the backbone. Its attention and head are replaced; parameter names stay those of the causal
+            LM.
         temperature: sampling temperature of the rollouts, applied to the logits.
         gradient_checkpointing: what the backward computes again, without the tokens that carry no gradient: `none`,
             each decoder `layer`, or only its `mlp`.
