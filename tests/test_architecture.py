@@ -17,7 +17,6 @@ PACKAGES = ("atpo_fast", "kernels/atpo_kernels", "bench")
 SHORT = {
     "atpo_fast/__main__.py": "starts the command line",
     "atpo_fast/common/log.py": "the one set-up of logging, which every entry point calls",
-    "atpo_fast/common/logits.py": "one number of a model's configuration, which policy and engines must read alike",
     "atpo_fast/common/ranks.py": "one collective, which credit, packing and policy must not import from the trainer",
     "atpo_fast/common/threads.py": "one setting, which has to be made before PyTorch is imported",
     "atpo_fast/config/section.py": "what all sections share, which none of them can hold",

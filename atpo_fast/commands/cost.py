@@ -38,7 +38,7 @@ def cost_lines(config: Config) -> list[str]:
     except (AtpoError, OSError, ValueError) as error:
         return [f"time and memory: unknown, because {str(error).splitlines()[0]}"]
     return [
-        f"model: {size.parameters / 1e6:,.1f} M parameters, {_dtype(config)}",
+        f"model: {size.parameters / 1e6:,.1f} M parameters, {_dtype(config)}{_adapters(config, size)}",
         f"memory of a rank: about {memory_gb(config, size):.1f} GB "
         f"(weights, gradients, AdamW, the engine's copy, one row of {config.train.row_tokens} tokens)",
         _time_line(config, size),
@@ -59,7 +59,8 @@ def model_size(config: Config) -> ModelSize:
         return _gguf_size(file)
     sizes = model_sizes(config.model)
     if path is None:
-        sizes.vocab_size = config.model.vocab_size if config.data.source == "files" else config.world.entities + 64
+        words = {"world": config.world.entities + 64, "rooms": 2 * (config.rooms.treasures + config.rooms.colours) + 80}
+        sizes.vocab_size = words.get(config.data.source, config.model.vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sizes)
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -73,11 +74,20 @@ def memory_gb(config: Config, size: ModelSize) -> float:
     bytes_each = 2 if _dtype(config) == "bfloat16" else 4
     weights, gradients = bytes_each / (ranks if stage >= 3 else 1), bytes_each / (ranks if stage >= 2 else 1)
     optimizer = (12 if bytes_each == 2 else 8) / (ranks if stage >= 1 else 1)
-    states = size.parameters * (weights + gradients + optimizer + bytes_each)  # and the engine's copy
+    trained = trained_parameters(config, size)
+    states = size.parameters * (weights + bytes_each) + trained * (gradients + optimizer)  # and the engine's copy
     kept = 1 if config.model.gradient_checkpointing == "layer" else size.layers
     layer = _ACTIVATION_WIDTHS * size.hidden + _ACTIVATION_INNER * size.inner
     activations = config.train.row_tokens * bytes_each * (kept * layer + size.layers * size.hidden)
     return (states + activations) / 1e9
+
+
+def trained_parameters(config: Config, size: ModelSize) -> int:
+    """Estimate how many parameters are trained: all, or adapters on all linear layers, none of which is narrow."""
+    lora = config.model.lora
+    if not lora.rank:
+        return size.parameters
+    return size.layers * lora.rank * (8 * size.hidden + 3 * (size.hidden + size.inner))
 
 
 def training_flops(config: Config, size: ModelSize, share: float) -> tuple[float, float]:
@@ -89,13 +99,19 @@ def training_flops(config: Config, size: ModelSize, share: float) -> tuple[float
     questions = train.steps * train.questions_per_step
     forwards = 2 if train.old_logprobs == "recompute" else 1
     update = questions * tree * (2 + 2 * (forwards - 1) + 6)  # prefill, old log-probs, forward and backward
-    demonstrations = cold.asks_for_demonstrations or config.data.source == "world"
+    demonstrations = cold.asks_for_demonstrations or config.data.source != "files"
     if cold.precedes_rl(demonstrations=demonstrations, given_model=config.model.path is not None):
         update += cold.steps * cold.batch_size * (prompt + response) * 6
+    own = (config.rooms if config.data.source == "rooms" else config.world).eval_questions
     evaluations = 2 + (train.steps // train.eval_every if train.eval_every else 0)
-    answered = evaluations * (config.data.max_eval_questions or config.world.eval_questions)
+    answered = evaluations * (config.data.max_eval_questions or own)
     update += answered * (prompt + response / 2) * 2
     return size.parameters * update, size.parameters * 2 * (questions * written + answered * response / 2)
+
+
+def _adapters(config: Config, size: ModelSize) -> str:
+    rank, trained = config.model.lora.rank, trained_parameters(config, size)
+    return f"; trained: LoRA of rank {rank}, up to {trained / 1e6:,.1f} M" if rank else ""
 
 
 def _time_line(config: Config, size: ModelSize) -> str:

@@ -79,9 +79,34 @@ class Problem:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Print what is on this machine and what has to be fixed; returns the exit code."""
+    if arguments.model is not None:
+        return describe_model(arguments.model)
     environment = inspect_environment()
     problems = list(find_problems(environment))
     print(render(environment, problems))
+    return 1 if problems else 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", help="describe the layers of a Hugging Face model instead")
+
+
+def describe_model(folder: str) -> int:
+    """Print what every layer of a model is and what trees do not run through; returns the exit code."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from atpo_fast.models.layers import describe_layers, find_problems
+    from atpo_fast.policy.model import model_folder
+
+    config = AutoConfig.from_pretrained(model_folder(folder))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    print(f"{type(model).__name__} ({model.config.model_type})")
+    for layer in describe_layers(model.config):
+        print(f"  layer {layer.index:<4}{layer.description}{'' if layer.supported else ': not supported on trees'}")
+    problems = find_problems(model)
+    print("\n".join(f"BAD  {problem}" for problem in problems) or "trees run through every layer")
     return 1 if problems else 0
 
 
@@ -279,7 +304,8 @@ def render(environment: Environment, problems: list[Problem]) -> str:
 DOCTOR = Verb(
     name="env",
     summary="versions, devices, and what does not fit together",
-    detail="Exit code 1 when something has to be fixed.",
+    detail="Exit code 1 when something has to be fixed, or trees do not run through every layer of the model.",
     example="atpo-fast env",
+    add_arguments=_add_arguments,
     run=doctor,
 )

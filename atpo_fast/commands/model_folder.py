@@ -8,6 +8,7 @@ from pathlib import Path
 
 from atpo_fast.common.manifest import MANIFEST, DamagedError, check_files, read_manifest
 
+ADAPTERS = "adapter_config.json"  # PEFT's name of the file beside adapters
 _LOG = logging.getLogger(__name__)
 
 
@@ -20,6 +21,13 @@ def find_model(folder: Path) -> Path | None:
     newest_first = sorted(folder.glob("checkpoints/step_*/hf"), reverse=True)
     candidates = (folder / "hf", *newest_first, folder / "cold_start", folder)
     return next((candidate for candidate in candidates if _holds_model(candidate) and _is_intact(candidate)), None)
+
+
+def find_adapters(folder: Path) -> Path | None:
+    """Find the folder of LoRA adapters as `find_model` finds that of a model; None where a checkpoint has none."""
+    newest_first = sorted(folder.glob("checkpoints/step_*/adapter"), reverse=True)
+    candidates = (folder / "adapter", *newest_first)
+    return next((found for found in candidates if (found / ADAPTERS).is_file() and _is_intact(found)), None)
 
 
 def model_to_use(run_folder: Path, given: str | None, overrides: Sequence[str]) -> tuple[Path, bool]:
@@ -44,13 +52,13 @@ def newest_model(run_folder: Path) -> Path:
 
 
 def _is_intact(model: Path) -> bool:
-    """Tell whether the files of a checkpoint's model are those that were written, where there is a manifest of them."""
+    """Tell whether the files of a checkpoint's model, or of its adapters, are those that the manifest names, if any."""
     checkpoint = model.parent
-    if model.name != "hf" or not (checkpoint / MANIFEST).is_file():
+    if model.name not in ("hf", "adapter") or not (checkpoint / MANIFEST).is_file():
         return True
     try:
         listed = read_manifest(checkpoint)
-        check_files(checkpoint, listed, [name for name in listed if name.startswith("hf/")])
+        check_files(checkpoint, listed, [name for name in listed if name.startswith(f"{model.name}/")])
     except DamagedError as error:
         _LOG.warning("CHECKPOINT DAMAGED: %s: %s; its model is not used", checkpoint, error)
         return False

@@ -14,7 +14,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
     What is written may be a file or a folder. The path yielded is in the same folder, which is created if it does not
     exist, and its name begins with a dot. Remains of a killed writer are removed first. When the block raises, what it
-    wrote is removed and `path` is unchanged.
+    wrote is removed and `path` is unchanged; an OSError names it.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -25,6 +25,10 @@ def replacing(path: Path | str) -> Iterator[Path]:
         if partial.is_dir():  # a folder can be renamed over an empty one only
             _remove(path)
         partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # of a full disk the system says only that it is full
+            error.filename = str(path)
+        raise
     finally:
         _remove(partial)
 

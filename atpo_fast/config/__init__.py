@@ -11,7 +11,7 @@ from atpo_fast.config.environment import EnvironmentConfig
 from atpo_fast.config.load import dump_config, load_config, read_deepspeed, save_config
 from atpo_fast.config.logging import LoggingConfig
 from atpo_fast.config.method import CreditConfig, ObjectiveConfig, OverlongConfig, RewardConfig
-from atpo_fast.config.model import ModelConfig
+from atpo_fast.config.model import LoRAConfig, ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.schema import Config
 from atpo_fast.config.section import as_dict
@@ -30,6 +30,7 @@ __all__ = [
     "EngineConfig",
     "EnvironmentConfig",
     "EvalConfig",
+    "LoRAConfig",
     "LoggingConfig",
     "MCPServerConfig",
     "ModelConfig",

@@ -6,6 +6,7 @@ from atpo_fast.config.data import DataConfig
 from atpo_fast.config.engines import EngineConfig, ServerConfig, VLLMConfig
 from atpo_fast.config.environment import EnvironmentConfig
 from atpo_fast.config.method import CreditConfig, ObjectiveConfig
+from atpo_fast.config.model import ModelConfig
 from atpo_fast.config.rollout import RolloutConfig
 from atpo_fast.config.train import TrainConfig
 
@@ -84,6 +85,14 @@ def check_unsampled_tokens(rollout: RolloutConfig, train: TrainConfig, objective
             f"{why}, so objective.importance_cap={objective.importance_cap:g} has no log-prob to weigh it by: leave "
             "it out (and train.max_staleness at 0)"
         )
+
+
+def check_adapters(model: ModelConfig, engine: EngineConfig) -> None:
+    """Check that the engine can hold adapters where it is asked to."""
+    if not model.lora.rank or model.lora.in_engine != "adapters":
+        return
+    if isinstance(engine, ServerConfig):
+        raise ValueError("model.lora.in_engine=adapters: engine.name=server takes merged weights; leave it at auto")
 
 
 def check_engine(engine: EngineConfig, rollout: RolloutConfig, train: TrainConfig) -> None:

@@ -96,7 +96,7 @@ class RoomsConfig:
     """Number of evaluation questions."""
     demonstrations: int = Field(default=4000, ge=1)
     """Number of scripted demonstrations for the cold start."""
-    good_fraction: float = Field(default=0.3, ge=0, le=1)
+    good_fraction: float = Field(default=0.2, ge=0, le=1)
     """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
     door_reward: float = 0.0
     """Reward of the turn that opens a right door, beside the outcome."""

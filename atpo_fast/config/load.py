@@ -144,8 +144,9 @@ def _read_override(override: str) -> _Settings:
     name, equals, value = override.partition("=")
     if not equals or not name:
         raise ConfigError(f"override {_brief(override)}: must look like key=value, for example train.steps=10")
-    origin = f"override {_cut(redacted(override))}"
     prefix = name.strip()
+    # A mapping may hold headers with secrets, so it is not repeated in errors.
+    origin = f"override {prefix}={{...}}" if "{" in value else f"override {_cut(redacted(override))}"
     return _parse(value, origin, prefix=prefix) or {prefix: _Setting(None, origin)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
@@ -10,10 +10,44 @@ from pydantic.dataclasses import dataclass
 from atpo_fast.common.choices import GradientCheckpointing, Liger
 from atpo_fast.config.section import STRICT
 
+if TYPE_CHECKING:
+    from atpo_fast.adapters import AdapterSettings
+
 
 def _checkpointing_name(value: Any) -> Any:
     """Translate true and false, the values of Hugging Face's option of this name."""
     return {True: "layer", False: "none"}[value] if isinstance(value, bool) else value
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LoRAConfig:
+    """LoRA: low-rank adapters are trained in place of the model's weights."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters; 0: none, and all weights are trained."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the adapters: a weight W becomes W + alpha / rank * B A."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Layers with an adapter: the ends of their names, such as [q_proj, v_proj]. all-linear: every linear layer but the
+    LM head, which cannot have one."""
+    in_engine: Literal["auto", "merged", "adapters"] = "auto"
+    """What the engine holds. merged: weights with the adapters merged into them, rounded to their dtype. adapters: the
+    adapters beside the weights it began with. auto: adapters in a bfloat16 engine, where merging would lose small
+    changes, and merged in a float32 one and on servers."""
+    cold_start: bool | None = None
+    """Whether the cold start trains adapters too, which are merged into the model at its end, rather than all weights.
+    none: where `model.path` is given."""
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ValueError("model.lora.targets=[] names no layer; name some, or leave it at all-linear")
+
+    @property
+    def adapters(self) -> AdapterSettings | None:
+        """The adapters to train; None where all weights are."""
+        from atpo_fast.adapters import AdapterSettings
+
+        return AdapterSettings(self.rank, self.alpha, self.targets) if self.rank else None
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -32,6 +66,8 @@ class ModelConfig:
     gradient_checkpointing: Annotated[GradientCheckpointing, BeforeValidator(_checkpointing_name)] = "none"
     """What the backward computes again instead of keeping it. layer (or true): whole decoder layers. mlp: the MLP of
     each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""
+    lora: LoRAConfig = Field(default_factory=LoRAConfig)
+    """Adapters."""
     liger: Liger = "auto"
     """Use of Liger's RMSNorm, SwiGLU and RoPE. auto: on a GPU, for the architectures that they are known to fit. off:
     never."""
@@ -62,6 +98,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.package is not None and self.path is None:
             raise ValueError(f"model.package={self.package} needs model.path, the path of the model inside the package")
+        if self.path is None and self.lora.rank and self.lora.cold_start:
+            raise ValueError(
+                "model.lora.cold_start=true trains adapters on a random model: give model.path, or leave it out"
+            )
         if self.path is not None and self.architecture:
             raise ValueError("model.architecture describes a random model, but model.path names one: leave one out")
         if self.heads % self.kv_heads:

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from atpo_fast.common.choices import MethodName
 from atpo_fast.config.checks import (
+    check_adapters,
     check_engine,
     check_fork,
     check_old_logprobs,
@@ -86,6 +87,7 @@ class Config:
         check_row(self.data, self.rollout, self.train)
         check_fork(self.environment, self.rollout)
         check_old_logprobs(self.train, self.objective)
+        check_adapters(self.model, self.engine)
         check_rooms(self.data, self.environment)
         check_engine(self.engine, self.rollout, self.train)
         check_unsampled_tokens(self.rollout, self.train, self.objective)

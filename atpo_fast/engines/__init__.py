@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from typing_extensions import assert_never
 
+from atpo_fast.adapters import AdapterSettings, add_adapters
 from atpo_fast.config import Config, PagedConfig, ServerConfig, VLLMConfig
 from atpo_fast.engines.base import Completion, Engine, EngineCounters, PathNode, Request, SamplingParams
 
@@ -45,6 +46,7 @@ def make_engine(
     device: torch.device,
     *,
     max_positions: int,
+    adapters: AdapterSettings | None = None,
     current_weights: Callable[[], Weights | None] = lambda: None,
 ) -> Engine:
     """Build the configured engine; only its own libraries are imported.
@@ -55,6 +57,7 @@ def make_engine(
         tokenizer: the model's tokenizer.
         device: where an engine of this process runs.
         max_positions: longest path that the model can hold, prompt included.
+        adapters: what the policy has beside the model's weights; an engine that holds them takes their weights alone.
         current_weights: gives the weights again to an engine that has dropped them in its sleep; where it gives None,
             `folder` has them.
 
@@ -63,6 +66,7 @@ def make_engine(
         EngineError: servers that are not there, or that cannot do what is needed.
     """
     engine, rollout = config.engine, config.rollout
+    held = adapters if _holds_adapters(config) else None
     if isinstance(engine, ServerConfig):
         from atpo_fast.engines.server.engine import ServerEngine
 
@@ -71,6 +75,8 @@ def make_engine(
         from atpo_fast.engines.paged import PagedEngine
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config, engine))
+        if held is not None:
+            model = add_adapters(model, held, config.seed)
         tokens, states = engine.cache_tokens, engine.cache_states
         return PagedEngine(model, tokenizer, cache_tokens=tokens, cache_states=states, device=device)
     if isinstance(engine, VLLMConfig):
@@ -86,6 +92,7 @@ def make_engine(
             device=device,
             truncates=rollout.top_k > 0 or rollout.top_p < 1,
             seed=config.seed,
+            adapters=held,
             current_weights=current_weights,
         )
         return _shared(part, engine.tensor_parallel) if engine.placement == "colocated" else part
@@ -96,6 +103,14 @@ def _dtype(config: Config, engine: PagedConfig | VLLMConfig) -> torch.dtype:
     """Return the dtype of an engine's weights and cache."""
     dtype: torch.dtype = torch.float32 if engine.cache_dtype == "float32" else getattr(torch, config.model.dtype)
     return dtype
+
+
+def _holds_adapters(config: Config) -> bool:
+    """Tell whether the engine is to hold adapters, if there are any, or gets merged weights."""
+    engine, wanted = config.engine, config.model.lora.in_engine
+    if isinstance(engine, ServerConfig):
+        return False
+    return wanted == "adapters" or (wanted == "auto" and _dtype(config, engine) == torch.bfloat16)
 
 
 def _shared(part: Engine, ranks: int) -> Engine:

@@ -62,6 +62,9 @@ class Engine(ABC):
     bucket_bytes: int = 256 << 20
     """Bytes of weights that the trainer gathers and sends at once."""
 
+    holds_adapters: bool = False
+    """Whether LoRA adapters lie beside the weights: `update_weights` then takes those of the adapters alone."""
+
     max_positions: int | None = None
     """Longest path that the engine can hold, prompt included; None where it sets no limit of its own."""
 

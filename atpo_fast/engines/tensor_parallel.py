@@ -33,6 +33,7 @@ class SharedEngine(Engine):
         self.leads = dist.get_rank(group) == 0
         self.counters = part.counters if self.leads else EngineCounters()  # every part counts the same
         self.max_positions, self.bucket_bytes = part.max_positions, part.bucket_bytes
+        self.holds_adapters = part.holds_adapters
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Begin requests; only the leader calls this, `poll` and `release`."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from atpo_fast.adapters import adapter_weights
+
 T = TypeVar("T")
 
 
@@ -40,6 +42,11 @@ def parameter_shapes(model: nn.Module | PretrainedConfig) -> dict[str, tuple[str
         name: (first.setdefault(id(parameter), name), parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
+
+
+def adapter_shapes(model: nn.Module) -> dict[str, tuple[str, torch.Size]]:
+    """Map the names of a model's adapter weights as `parameter_shapes` does."""
+    return {weight.name: (weight.name, weight.parameters[0].shape) for weight in adapter_weights(model)}
 
 
 def checked(

@@ -73,7 +73,8 @@ class LeafScore:
 
     `em` and `f1` are those of the answer, 0 when none can be read, whether the format holds or not. `answer` is what
     was read as such. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
-    is the part of `reward` that the length took, 0 or less. `rewards` holds the task's rewards by name, unweighted.
+    is the part of `reward` that the length took, 0 or less. `turn_rewards` is the sum of what the environment gave for
+    its turns, beside `reward`. `rewards` holds the task's rewards by name, unweighted.
     `outcome` says why the reward is what it is, one of OUTCOMES.
     """
 
@@ -86,6 +87,7 @@ class LeafScore:
     turns: int
     answer: str | None
     overlong: float = 0.0
+    turn_rewards: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict, compare=False)
     outcome: str = field(default="", compare=False)
 
@@ -98,10 +100,16 @@ read; cut at a limit of tokens; ended after a call that could not be answered (n
 late); or the rule of the format that is broken."""
 
 
-def outcome(fault: str | None, answer: str | None, em: float, finish_reason: str) -> str:
-    """Say why a trajectory earned what it did, given how its last turn ended: one of OUTCOMES."""
+def outcome(trajectory: Trajectory, finish_reason: str) -> str:
+    """Say why a trajectory earned what it did, given how its last turn ended: one of OUTCOMES.
+
+    Where the environment has scored it, a score above 0 is right, and there is no format to keep.
+    """
+    if trajectory.score is not None and trajectory.score > 0:
+        return RIGHT
+    fault = WRONG if trajectory.score is not None else trajectory.fault
     if fault is None:
-        return UNREAD if answer is None else RIGHT if em else WRONG
+        return UNREAD if trajectory.answer is None else RIGHT if trajectory.em else WRONG
     return {"length": TOKEN_LIMIT, "stop": CALL_LIMIT}.get(finish_reason, fault)
 
 
@@ -224,10 +232,9 @@ def _scores(
             turns=trajectory.turns,
             answer=trajectory.answer,
             overlong=penalty,
+            turn_rewards=trajectory.turn_rewards,
             rewards=mine.by_name,
-            outcome=outcome(
-                trajectory.fault, trajectory.answer, trajectory.em, tree.turns[trajectory.leaf].finish_reason
-            ),
+            outcome=outcome(trajectory, tree.turns[trajectory.leaf].finish_reason),
         )
         tree.set_reward(trajectory.leaf, score.reward)
         scores.append(score)

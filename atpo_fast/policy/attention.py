@@ -7,15 +7,17 @@ reach it as model keyword arguments, so nothing is global and any decoder that c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from atpo_fast.models.layers import describe_layers, find_problems
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
-from atpo_fast.recurrent.layers import NEEDED, known_types
 from atpo_kernels import make_attention_blocks, tree_attention
+from atpo_kernels.tree_attention import AttentionBlocks
 
 TREE_ATTENTION = "atpo_tree"
 
@@ -25,45 +27,58 @@ def register() -> None:
     AttentionInterface.register(TREE_ATTENTION, _tree_attention_forward)
 
 
-def check_supported(config: PretrainedConfig) -> None:
-    """Raise ValueError for models whose attention a packed tree would compute wrongly."""
-    unknown = {t for t in getattr(config, "layer_types", None) or [] if t != "full_attention"} - known_types(config)
-    if unknown:
-        raise ValueError(
-            f"{config.model_type}: layers of type {sorted(unknown)} are not supported on packed trees; full attention "
-            f"is (for Qwen models set use_sliding_window to false), and layers with a state in {', '.join(NEEDED)}"
-        )
-    if getattr(config, "use_sliding_window", False) and getattr(config, "sliding_window", None):
-        raise ValueError(f"{config.model_type}: sliding-window attention is not supported on packed trees")
-    if config.model_type in {"gpt_oss", "gemma2", "gemma3_text"}:
-        raise ValueError(f"{config.model_type}: attention sinks and soft-capped scores are not supported")
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model of which a packed tree would compute something wrongly, with every reason."""
+    if problems := find_problems(model):
+        raise ValueError(f"{model.config.model_type}: {'; '.join(problems)}")
 
 
-def head_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Return the numbers of query heads and of key heads of a model, and the width of a head."""
-    heads = config.num_attention_heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, key_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+class RowBlocks:
+    """The block lists of one row, made for each shape and window of attention when a first layer asks for them.
 
+    Args:
+        windows: that of every layer, as the model's configuration has them; None: full attention.
+        subtree_end: (T,) of the row; on the host, or this waits for the device.
+        prefix_tokens: tokens of the rows above.
+    """
 
-def attention_blocks(
-    config: PretrainedConfig,
-    subtree_end: Tensor,  # (T,) on the host, or this waits for the device
-    dtype: torch.dtype,
-    device: torch.device,
-    prefix_tokens: int = 0,
-) -> Any:
-    """Make the block lists that the attention of all layers of a row shares."""
-    heads, key_heads, width = head_shape(config)
-    return make_attention_blocks(
-        subtree_end,
-        query_heads=heads,
-        key_heads=key_heads,
-        head_dim=width,
-        dtype=dtype,
-        device=device,
-        prefix=prefix_tokens,
-    )
+    def __init__(self, windows: Sequence[int | None], prefix_tokens: int, subtree_end: Tensor):
+        self._windows, self._subtree_end, self._prefix = windows, subtree_end.cpu(), prefix_tokens
+        self._made: dict[tuple[Any, ...], AttentionBlocks] = {}
+
+    def of(
+        self,
+        layer: int,
+        query: Tensor,  # (T, Hq, d)
+        key: Tensor,  # (T, Hkv, d)
+        window: int | None,
+        plain_scores: bool,
+    ) -> AttentionBlocks:
+        """Return the lists for tensors of these shapes.
+
+        Raises ValueError where a layer passes on another window than its configuration has: then only the masks of
+        that architecture know the window, and nobody asks them.
+        """
+        if window != self._windows[layer]:
+            raise ValueError(
+                f"layer {layer} attends with sliding_window={window}, but its configuration says "
+                f"{self._windows[layer]}: this architecture is not supported on trees"
+            )
+        shape = (query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device, window, plain_scores)
+        if shape not in self._made:
+            heads, key_heads, width, dtype, device, *_ = shape
+            self._made[shape] = make_attention_blocks(
+                self._subtree_end,
+                query_heads=heads,
+                key_heads=key_heads,
+                head_dim=width,
+                dtype=dtype,
+                device=device,
+                prefix=self._prefix,
+                window=window,
+                plain_scores=plain_scores,
+            )
+        return self._made[shape]
 
 
 def prefix_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -72,11 +87,9 @@ def prefix_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     They hold its keys and values, twice because a row's graph has them behind one another, their gradients in float32,
     and its layers' outputs. Layers with a state keep one for the whole row, which is not counted.
     """
-    _, key_heads, width = head_shape(config)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attending = sum(kind not in known_types(config) for kind in kinds)
-    keys = 2 * key_heads * width * (2 * dtype.itemsize + 4)
-    return attending * keys + config.num_hidden_layers * config.hidden_size * dtype.itemsize
+    layers = describe_layers(config)
+    held = sum(2 * layer.key_heads * layer.head_dim for layer in layers if layer.attends) * (2 * dtype.itemsize + 4)
+    return held + len(layers) * config.hidden_size * dtype.itemsize
 
 
 def _tree_attention_forward(
@@ -86,14 +99,25 @@ def _tree_attention_forward(
     value: Tensor,  # (1, Hkv, T, d)
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,  # (Hq,) sinks
     subtree_end: Tensor | None = None,  # (T,) int32
-    tree_blocks: Any = None,
+    tree_blocks: RowBlocks | None = None,
     row_prefix: RowPrefix | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if subtree_end is None or query.shape[0] != 1:
-        raise ValueError("atpo_tree attends over one packed row: pass subtree_end= and a batch of 1")
+    if subtree_end is None or tree_blocks is None or query.shape[0] != 1:
+        raise ValueError("atpo_tree attends over one packed row: pass subtree_end=, tree_blocks= and a batch of 1")
+    if dropout:
+        raise ValueError(f"attention over trees has no dropout, but this layer asks for {dropout}")
+    layer = cast(int, module.layer_idx)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    blocks = tree_blocks.of(layer, q, k, sliding_window, s_aux is None and softcap is None)
     if row_prefix is not None:
-        k, v = row_prefix.extend(cast(int, module.layer_idx), k, v)
-    return tree_attention(q, k, v, subtree_end, blocks=tree_blocks, scale=scaling)[None], None
+        k, v = row_prefix.extend(layer, k, v)
+    out = tree_attention(
+        q, k, v, subtree_end, window=sliding_window, sinks=s_aux, softcap=softcap, blocks=blocks, scale=scaling
+    )
+    return out[None], None

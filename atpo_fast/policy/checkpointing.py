@@ -84,64 +84,89 @@ class GradientTokens:
 
 
 class _Recomputed(torch.autograd.Function):
-    """A call of which only the input is kept; the backward calls again over the needed tokens."""
+    """A call of which only the inputs are kept; the backward calls again over the needed tokens."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, run: Callable[[Tensor], Tensor], tokens: GradientTokens, hidden: Tensor, known: Tensor | None
+        ctx: Any,
+        run: Callable[..., Tensor],
+        tokens: GradientTokens,
+        known: Tensor | None,
+        *inputs: Tensor | None,  # (1, T, ...) each
     ) -> Tensor:
         ctx.run, ctx.tokens = run, tokens
-        ctx.save_for_backward(hidden)
-        return run(hidden) if known is None else known.detach()
+        ctx.save_for_backward(*inputs)
+        return run(*inputs) if known is None else known.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:  # type: ignore[override]
-        (hidden,) = ctx.saved_tensors
-        tokens: GradientTokens = ctx.tokens
-        kept = tokens.take(hidden.detach()).requires_grad_()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        tokens, inputs = ctx.tokens, ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        kept = [
+            None if x is None else tokens.take(x.detach()).requires_grad_(needs)
+            for x, needs in zip(inputs, needed, strict=True)
+        ]
         with torch.enable_grad():
-            out = ctx.run(kept)
+            out = ctx.run(*kept)
         torch.autograd.backward(out, tokens.take(grad))
-        assert kept.grad is not None
-        return None, None, tokens.put_back(kept.grad, hidden), None
+        grads = [None if x is None or x.grad is None else x.grad for x in kept]
+        back = (None if g is None else tokens.put_back(g, x) for g, x in zip(grads, inputs, strict=True))
+        return None, None, None, *back
 
 
-def checkpoint_layer(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
+def checkpoint_layer(run: partial[Tensor], *inputs: Tensor | None) -> Tensor:  # (1, T, ...) each
     """Run a decoder layer whose backward computes it again: Hugging Face's hook.
 
-    The keyword arguments of `run` hold the row's `gradient_tokens` and `row_prefix`.
+    The inputs are the hidden states, and in some architectures more of each token. The keyword arguments of `run` hold
+    the row's `gradient_tokens` and `row_prefix`.
 
     A row that is closed was forwarded when it was opened, and its layers' outputs are known from there.
     """
     tokens: GradientTokens = run.keywords["gradient_tokens"]
     prefix: RowPrefix = run.keywords["row_prefix"]
     known = prefix.own.layer_outputs.pop(0) if prefix.own is not None and prefix.closing else None
-    out = _Recomputed.apply(lambda kept: tokens.cut(run)(kept), tokens, hidden, known)
+    out = _Recomputed.apply(lambda *kept: tokens.cut(run)(*kept), tokens, known, *inputs)
     if prefix.own is not None and not prefix.closing:
         prefix.own.layer_outputs.append(out)
     return out
 
 
-def checkpoint_mlp(run: partial[Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
+def checkpoint_mlp(run: partial[Tensor], *inputs: Tensor | None) -> Tensor:  # (1, T, ...) each
     """Run a decoder layer unchanged, and pass the row's tokens to its MLP."""
     mlp = run.func.__self__.mlp  # type: ignore[attr-defined]  # of the decoder layer, whose call this is
     mlp.gradient_tokens = run.keywords["gradient_tokens"]
     try:
-        return run(hidden)
+        return run(*inputs)
     finally:
         mlp.gradient_tokens = None
 
 
-def _mlp_forward(mlp: Any, plain: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:  # (1, T, D)
-    """Run a checkpointed MLP; `plain` is its own forward, which calls the modules that hold its parameters."""
-    return plain(hidden) if mlp.gradient_tokens is None else _Recomputed.apply(plain, mlp.gradient_tokens, hidden, None)
+def _mlp_forward(mlp: Any, plain: Callable[[Tensor], Any], hidden: Tensor) -> Any:  # (1, T, D)
+    """Run a checkpointed MLP; `plain` is its own forward, which calls the modules that hold its parameters.
+
+    What an MLP returns beside its output, such as the scores of its router, has no gradient here.
+    """
+    if mlp.gradient_tokens is None:
+        return plain(hidden)
+    beside: list[Any] = []
+
+    def run(hidden: Tensor) -> Tensor:
+        out = plain(hidden)
+        if not isinstance(out, tuple):
+            return out
+        beside[:] = out[1:]
+        return out[0]
+
+    out = _Recomputed.apply(run, mlp.gradient_tokens, None, hidden)
+    return (out, *beside) if beside else out
 
 
 def enable_checkpointing(model: PreTrainedModel, choice: GradientCheckpointing) -> None:
     """Let the backward of training compute again what `choice` says.
 
     Raises ValueError for a choice that does not exist, for models that draw random numbers in a layer, which would be
-    others the second time, and under `mlp` for models without a module of that name in every decoder layer.
+    others the second time, under `layer` for models whose layers share keys and values, and under `mlp` for models
+    without a module of that name in every decoder layer.
     """
     if choice == "none":
         return
@@ -151,6 +176,11 @@ def enable_checkpointing(model: PreTrainedModel, choice: GradientCheckpointing) 
     rates = {name: rate for name, rate in vars(model.config).items() if name.endswith("dropout") and rate}
     if rates:
         raise ValueError(f"{model_type}: gradient checkpointing needs {', '.join(rates)} to be 0")
+    if choice == "layer" and getattr(model.config, "num_kv_shared_layers", None):
+        raise ValueError(
+            f"{model_type}: the last {model.config.num_kv_shared_layers} layers read keys and values of earlier ones, "
+            "which a layer computed again would not differentiate; use gradient_checkpointing=mlp"
+        )
     if choice == "mlp":
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers or not all(hasattr(layer, "mlp") for layer in layers):

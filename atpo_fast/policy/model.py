@@ -27,6 +27,11 @@ def load_model(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
 def model_folder(path: str | Path) -> str | Path:
     """Return a path that is a Hugging Face model folder. Raises FileNotFoundError when it is not."""
     if not (Path(path) / "config.json").is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            raise FileNotFoundError(
+                f"model.path={path}: holds adapters without their model; give the merged model, which a checkpoint has "
+                "in hf/"
+            )
         raise FileNotFoundError(f"model.path={path}: no config.json there; give a Hugging Face model folder")
     return path
 

@@ -27,11 +27,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 NEEDED: dict[str, frozenset[str]] = {
     "qwen3_next": frozenset({CONVOLUTION, "torch_chunk_gated_delta_rule"}),
     "qwen3_5_text": frozenset({CONVOLUTION, "torch_chunk_gated_delta_rule"}),
-    "qwen3_5_moe_text": frozenset({CONVOLUTION, "torch_chunk_gated_delta_rule"}),
     "nemotron_h": frozenset({CONVOLUTION, "mamba2_chunk_scan", "mamba2_split_conv1d_scan_combined"}),
     "granitemoehybrid": frozenset({CONVOLUTION, "mamba2_chunk_scan", "mamba2_split_conv1d_scan_combined"}),
     "lfm2": frozenset({CONVOLUTION}),
-    "lfm2_moe": frozenset({CONVOLUTION}),
 }
 """Model types whose layers with a state are known, and the functions that those layers have to call."""
 STATE_TYPES = ("linear_attention", "conv")  # what transformers calls such layers in `layer_types`

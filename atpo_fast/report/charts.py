@@ -33,7 +33,7 @@ _CHARTS: tuple[tuple[str, str, str, str, dict[str, str]], ...] = (
     ("Reward of sampled trajectories", "train", "mean over leaves", "line", {
         "reward/mean": "reward", "reward/em": "exact match", "reward/f1": "F1", "reward/format": "format"}),
     ("Evaluation, greedy", "eval", "mean over evaluation questions", "line", {
-        "eval/em": "exact match", "eval/f1": "F1", "eval/format": "format"}),
+        "eval/em": "exact match", "eval/f1": "F1", "eval/reward": "reward", "eval/format": "format"}),
     ("Why rewards are what they are", "train", "share of trajectories", "stack", {
         "outcome/right": "right", "outcome/wrong": "wrong", "outcome/unread": "answer cannot be read",
         "outcome/no_answer": "no answer", "outcome/no_thought": "no thought", "outcome/open_thought": "open thought",

@@ -141,7 +141,8 @@ def _setup_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
         return []
     get = _Lookup(config)
     size = f"random, {get('model', 'layers')} layers × {get('model', 'hidden_size')}"
-    questions = "embedded world" if get("data", "source") == "world" else ", ".join(get("data", "train_files") or [])
+    worlds = {"world": "embedded world of questions", "rooms": "embedded world of rooms"}
+    questions = worlds.get(get("data", "source"), ", ".join(get("data", "train_files") or []))
     per_step, per_update = get("train", "questions_per_step"), get("train", "questions_per_minibatch")
     facts = [
         ("Model", get("model", "path") or size),

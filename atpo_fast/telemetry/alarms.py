@@ -64,9 +64,9 @@ def _entropy(metrics: Metrics, settings: AlarmConfig, memory: Memory) -> str | N
 
 
 def _format(metrics: Metrics, settings: AlarmConfig, memory: Memory) -> str | None:
-    share = metrics.get("reward/format")
-    if share is None:
+    if "outcome/right" not in metrics:
         return None
+    share = sum(metrics.get(f"outcome/{name}", 0.0) for name in ("right", "wrong", "unread"))
     best = memory["best_format"] = max(memory.get("best_format", 0.0), share)
     causes = f"outcomes: {outcome_words(metrics)}"
     if settings.min_format is not None and share < settings.min_format:

@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, verified before they are used (docs/long_runs.md, docs/design.md#checkpoints).
 
     checkpoints/step_000050/hf/             weights, config, tokenizer: safetensors and JSON of Hugging Face
+    checkpoints/step_000050/adapter/        LoRA adapters alone, as PEFT writes them, if any; hf/ has them merged
     checkpoints/step_000050/state/          moments and master weights in pieces, random numbers: safetensors
     checkpoints/step_000050/surplus.jsonl   trees that dynamic sampling has kept for the next step, if any
     checkpoints/step_000050/state.json      step, cursor, totals
@@ -43,7 +44,7 @@ from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy
 from atpo_fast.train.optimizer_state import FOLDER, OptimizerState, StoredState
 from atpo_fast.train.run import Run
-from atpo_fast.train.weights import gather_weights, write_model
+from atpo_fast.train.weights import gather_adapters, gather_weights, write_adapters, write_model
 
 _LOG = logging.getLogger(__name__)
 _FILE_BYTES = 1 << 30  # of a file of optimizer state
@@ -146,8 +147,10 @@ class Checkpoints:
         self._together(final, lambda: _begin(partial) if run.is_main else None)
         jobs = [_state_files(optimizer, run.rank, copied=later)]
         weights = gather_weights(policy, is_main=run.is_main)
+        adapters = gather_adapters(policy, is_main=run.is_main)
         if run.is_main:
             jobs.append(lambda folder: write_model(policy, run.task.tokenizer, weights, folder / "hf"))
+            jobs += [lambda folder: write_adapters(policy, adapters, folder / "adapter")] if adapters else []
             jobs += [more] if more is not None else []
         self._pending = _Pending(final, described, self._submit(partial, jobs, later))
         if not later:

@@ -18,6 +18,7 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from atpo_fast.adapters import has_adapters
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import replacing
 from atpo_fast.common.manifest import MANIFEST, damage, settle, write_manifest
@@ -32,7 +33,7 @@ from atpo_fast.train.from_config import build_model, max_prefix
 from atpo_fast.train.identity import COLD_START, claim
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
-from atpo_fast.train.weights import export_model
+from atpo_fast.train.weights import export_model, trained_line, with_adapters
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import TurnTree
 
@@ -82,12 +83,9 @@ def cold_start(run: Run) -> Path:
             "cold start: the task has no demonstrations; set cold_start.demonstrations, cold_start.from_evidence or "
             "data.source=world"
         )
-    model = run.config.model if resume_from is None else replace(run.config.model, path=str(resume_from / "hf"))
-    policy = Policy(
-        build_model(model, run.task.tokenizer, run.config.seed),
-        gradient_checkpointing=model.gradient_checkpointing,
-        liger=model.liger,
-    )
+    policy = _policy(run, resume_from)
+    if has_adapters(policy.model):
+        run.progress.message(trained_line(policy))
     imitation = Imitation(run, policy, folder, resume_from)
     imitation.fit()
     export_model(policy, run.task.tokenizer, folder, is_main=run.is_main)
@@ -100,6 +98,19 @@ def cold_start(run: Run) -> Path:
     imitation.zero.destroy()
     run.timer.pop()  # its phases are not the first RL step's
     return folder
+
+
+def _policy(run: Run, checkpoint: Path | None) -> Policy:
+    """Make the policy that a cold start begins with, or that of its checkpoint; with adapters where it has them."""
+    config, seed = run.config.model, run.config.seed
+    adapted = config.lora.rank > 0 and (
+        config.path is not None if config.lora.cold_start is None else config.lora.cold_start
+    )
+    start = config if adapted or checkpoint is None else replace(config, path=str(checkpoint / "hf"))
+    model = build_model(start, run.task.tokenizer, seed)
+    if adapted:
+        model = with_adapters(model, config.lora, seed, checkpoint)
+    return Policy(model, gradient_checkpointing=config.gradient_checkpointing, liger=config.liger)
 
 
 def _finished(run: Run, folder: Path) -> bool:
@@ -159,6 +170,7 @@ class Imitation:
         self._train, self._validation = _split(demonstrations, share, run.config.seed)
         self._prefix_tokens = max_prefix(run.config, LIKELIHOOD)
         self.step = 0
+        self._losses: list[float] = []  # of the steps since the last record
         self._begun = time.monotonic()
         self._resume(resume_from)
 
@@ -171,7 +183,7 @@ class Imitation:
         """Take all steps. Raise StopRequested, with a checkpoint saved, when the run was asked to stop."""
         run, settings = self._run, self._settings
         run.progress.start_phase("cold start", settings.steps)
-        losses: list[float] = []
+        losses = self._losses
         while self.step < settings.steps:
             self._stop_or_go_on()
             set_learning_rate(self.zero, settings.lr * _schedule(self.step, settings))
@@ -208,11 +220,13 @@ class Imitation:
         if checkpoint is not None:
             state = load_checkpoint(run, self.zero, checkpoint)
             self.step, self._begun = int(state["step"]), self._begun - float(state["seconds"])
+            self._losses = list(state["losses"])
             run.progress.message(f"cold start: resumed from {checkpoint}")
         run.logger.truncate_after(self.step or -1, ("cold_start",))
 
     def _save(self) -> None:
-        self._checkpoints.save(self.zero, self._policy, {"step": self.step, "seconds": self.seconds})
+        state = {"step": self.step, "seconds": self.seconds, "losses": self._losses}
+        self._checkpoints.save(self.zero, self._policy, state)
 
     def _stop_or_go_on(self) -> None:
         try:

@@ -32,7 +32,7 @@ from atpo_fast.train.scoring import ScoredTree, score
 from atpo_fast.tree import TurnTree
 
 Key = tuple[str, str]  # set and id of a question
-KEYS = ("em", "f1", "format", "turns", "tool_calls")
+KEYS = ("em", "f1", "reward", "format", "turns", "tool_calls")
 NOTHING_EVALUATED = "there are no evaluation questions (data.eval_files): nothing will be evaluated"
 
 _NOT_PART_OF_ANSWERS = (

@@ -54,7 +54,7 @@ def model_sizes(config: ModelConfig) -> PretrainedConfig:
             does not have or that is one of the sizes.
     """
     if config.path is not None:
-        return AutoConfig.from_pretrained(model_folder(config.path))
+        return AutoConfig.from_pretrained(model_folder(config.path)).get_text_config()  # of a multimodal model
     sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,

@@ -29,6 +29,7 @@ _PROBE_BYTES = 1 << 16
 HARMLESS = (
     # where and how it is computed
     "run_dir", "device", "ranks", "deepspeed", "engine.*", "model.gradient_checkpointing", "model.liger",
+    "model.lora.in_engine",
     "train.row_tokens", "train.prefix_memory_gb", "rollout.schedule",
     # how long, and what is written
     "logging.*", "eval.*", "train.steps", "train.token_budget", "train.eval_every", "train.save_every",

@@ -15,9 +15,12 @@ from math import inf
 from pathlib import Path
 
 import deepspeed
+from torch import Tensor
 
+from atpo_fast.adapters import has_adapters, without_adapters
 from atpo_fast.common.errors import AlarmError, DynamicSamplingError, StopRequested
 from atpo_fast.common.ranks import reduce_over_ranks
+from atpo_fast.config import LoRAConfig
 from atpo_fast.credit import assign_credit
 from atpo_fast.data.questions import Question
 from atpo_fast.packing import PackedTrees, apply_entropy_advantage
@@ -29,6 +32,7 @@ from atpo_fast.train.evaluate import NOTHING_EVALUATED, evaluate_step
 from atpo_fast.train.from_config import make_objective, max_prefix
 from atpo_fast.train.information_gain import measure_gold
 from atpo_fast.train.minibatches import pack_minibatches, trees_per_minibatch
+from atpo_fast.train.packing_check import check_packing
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Batch, BatchSampler, Sampler
 from atpo_fast.train.schedule import Draw, draw_questions, sampling_seed
@@ -37,7 +41,7 @@ from atpo_fast.train.step import optimizer_step, with_logprob
 from atpo_fast.train.step_metrics import add_up, no_signal, rollout_metrics
 from atpo_fast.train.train_state import TrainState
 from atpo_fast.train.update_metrics import MetricMean, Mismatch
-from atpo_fast.train.weights import load_policy
+from atpo_fast.train.weights import load_policy, trained_line
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
@@ -59,11 +63,16 @@ class Trainer:
         self.run, self.config = run, run.config
         self.objective = make_objective(run.config)
         self._begun = time.monotonic() - seconds
-        self.policy = load_policy(run.config, start if resume_from is None else resume_from / "hf")
+        self.policy = load_policy(run.config, start, resume_from)
+        if has_adapters(self.policy.model):
+            run.progress.message(trained_line(self.policy))
         self.max_prefix = max_prefix(run.config, self.objective)
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
+        if run.config.train.check_packing:
+            found = check_packing(self.zero, self.policy, device_of(self.zero))
+            run.progress.message(f"packed tree against trajectories: {found}")
         self.reference = self._make_reference(start)
-        self.sampler = Sampler(run, start, self.zero.device)
+        self.sampler = Sampler(run, start, self.zero.device, run.config.model.lora.adapters)
         self.batches = BatchSampler(self.sampler, self._questions, lambda draw: sampling_seed(run.config.seed, draw))
         self.state = TrainState()
         self.surplus: list[Group] = []  # groups that dynamic sampling has kept for the next step
@@ -84,11 +93,22 @@ class Trainer:
         self.run.progress.message(f"resumed from {checkpoint}")
 
     def _make_reference(self, start: Path | str) -> deepspeed.DeepSpeedEngine | None:
-        """Make a frozen copy of the starting policy when the objective has a KL term."""
-        if not self.objective.loss_config.needs_reference:
+        """Make a frozen copy of the starting policy when the objective has a KL term.
+
+        A policy with adapters is its own copy without them, unless another reference is given.
+        """
+        given = self.config.model.reference_path
+        if not self.objective.loss_config.needs_reference or (given is None and has_adapters(self.policy.model)):
             return None
-        frozen = load_policy(self.config, self.config.model.reference_path or start)
-        return initialize(frozen, self.config, self.config.optim)[0]
+        whole = replace(self.config, model=replace(self.config.model, lora=LoRAConfig()))
+        return initialize(load_policy(whole, given or start), self.config, self.config.optim)[0]
+
+    def _reference_scores(self, rows: list[PackedTrees]) -> list[tuple[Tensor, Tensor]]:
+        """Score rows as `score_rows` does, under the reference policy."""
+        if self.reference is not None:
+            return score_rows(self.reference, rows, device_of(self.reference))
+        with without_adapters(self.policy):
+            return score_rows(self.zero, rows, device_of(self.zero))
 
     def fit(self) -> bool:
         """Run to the last step; False when stopped early (a checkpoint was saved)."""
@@ -257,8 +277,8 @@ class Trainer:
             rows = apply_entropy_advantage(rows, entropies, self.objective, all_reduce=reduce_over_ranks)
         elif recompute:
             rows = [replace(row, old_logprob=None) for row in rows]
-        if self.reference is not None:
-            rows = with_logprob(rows, "ref_logprob", score_rows(self.reference, rows, device_of(self.reference)))
+        if self.objective.loss_config.needs_reference:
+            rows = with_logprob(rows, "ref_logprob", self._reference_scores(rows))
         return rows
 
     def _learning_rate(self) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from atpo_fast.adapters import AdapterSettings
 from atpo_fast.common.errors import StopRequested
 from atpo_fast.data.questions import Question
 from atpo_fast.engines import make_engine
@@ -28,7 +29,7 @@ from atpo_fast.rollout import TreeSearch, begin_sessions
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.run import Run
 from atpo_fast.train.schedule import Draw
-from atpo_fast.train.weights import whole_parameters
+from atpo_fast.train.weights import adapter_parameters, whole_parameters
 from atpo_fast.tree import TurnTree
 
 
@@ -36,10 +37,10 @@ class Sampler:
     """The sampler of this rank's questions.
 
     The engine holds its own copy of the model at `folder`, because ZeRO-3 shards the trainer's; `sync` brings it up
-    to date, a bucket of parameters at a time.
+    to date, a bucket of parameters at a time. `adapters` are those of the policy, for an engine that can hold them.
     """
 
-    def __init__(self, run: Run, folder: Path | str, device: torch.device):
+    def __init__(self, run: Run, folder: Path | str, device: torch.device, adapters: AdapterSettings | None = None):
         config = run.config
         self._run = run
         check_tools(config.tools)
@@ -51,6 +52,7 @@ class Sampler:
             run.task.tokenizer,
             device,
             max_positions=positions,
+            adapters=adapters,
             current_weights=self._current_weights,
         )
         toolbox = make_toolbox(config.tools, run.task.passages, run.task.tools)
@@ -87,11 +89,16 @@ class Sampler:
         """Give the engine the policy's weights; a collective under ZeRO-3."""
         self._policy = policy
         with self._run.timer.phase("sync"):
-            self.engine.update_weights(whole_parameters(policy, self.engine.bucket_bytes))
+            self.engine.update_weights(self._weights(policy))
 
     def _current_weights(self) -> Iterable[tuple[str, Tensor]] | None:
         """Stream the weights that the engine has once more; a collective under ZeRO-3. None: those of its folder."""
-        return None if self._policy is None else whole_parameters(self._policy, self.engine.bucket_bytes)
+        return None if self._policy is None else self._weights(self._policy)
+
+    def _weights(self, policy: Policy) -> Iterable[tuple[str, Tensor]]:
+        """Stream what the engine takes of a policy; a collective under ZeRO-3."""
+        stream = adapter_parameters if self.engine.holds_adapters else whole_parameters
+        return stream(policy, self.engine.bucket_bytes)
 
     def roll_out(
         self, questions: Sequence[Question], *, seed: int, greedy: bool = False, timer: PhaseTimer | None = None
@@ -159,7 +166,7 @@ class Sampler:
 
     def gauges(self) -> dict[str, float]:
         """Return the greatest number of sessions that lived at once since this was last asked, and the hung threads."""
-        sessions = self._run.task.sessions
+        sessions = self.tree_search.sessions
         if sessions is None:
             return {}
         return {"session/live": float(sessions.take_peak()), "session/hung": float(sessions.hung)}

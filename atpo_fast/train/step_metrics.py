@@ -71,8 +71,13 @@ def no_signal(groups: Sequence[Group]) -> float:
 
 
 def _rewards_by_name(scores: Sequence[LeafScore]) -> dict[str, float]:
-    """Average each reward of the task, unweighted, over the leaves that it has something to say about."""
+    """Average each reward of the task, unweighted, over the leaves that it has something to say about.
+
+    `reward/turns` is what the environment gave for the turns of a trajectory, where it gave any.
+    """
     values: dict[str, list[float]] = {}
+    if any(score.turn_rewards for score in scores):
+        values["reward/turns"] = [score.turn_rewards for score in scores]
     for score in scores:
         for name, value in score.rewards.items():
             values.setdefault(f"reward/{name}", []).append(value)

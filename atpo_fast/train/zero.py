@@ -134,14 +134,17 @@ class GuardedAdamW(Guard, torch.optim.AdamW):
 
 
 def make_optimizer(module: nn.Module, settings: OptimConfig, *, offload: bool) -> Guard:
-    """Make AdamW for all parameters; with `offload` DeepSpeed's, which runs on the CPU (compiled on first use)."""
+    """Make AdamW for all parameters that are trained; with `offload` DeepSpeed's, which runs on the CPU (compiled on
+    first use).
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if not offload:
-        return GuardedAdamW(module.parameters(), **options)
+        return GuardedAdamW(trained, **options)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     kind = type("GuardedCPUAdam", (Guard, DeepSpeedCPUAdam), {})
-    return kind(list(module.parameters()), **options, adamw_mode=True)
+    return kind(trained, **options, adamw_mode=True)
 
 
 class GradientWatch:

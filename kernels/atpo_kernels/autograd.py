@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atpo_kernels.devices import kernel_context
-from atpo_kernels.records import HeadInputs
+from atpo_kernels.records import HeadInputs, HeadOptions
 
 HeadGrads = tuple[Tensor | None, Tensor | None]
 """Upstream gradients of log-prob and entropy, (A,) each; at least one is given."""
@@ -80,10 +80,10 @@ def _scaled(known: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -
 class LogprobImplementation(NamedTuple):
     """Forward and backward of one implementation of `linear_logprob`."""
 
-    forward: Callable[[Tensor, Tensor, Tensor | None, Tensor, float], tuple[Tensor, ...]]
-    """(hidden, weight, bias, targets, temperature) -> (log-prob, entropy, more that the backward needs), (A,) each."""
-    backward: Callable[[HeadInputs, Tensor, float, Sequence[Tensor], HeadGrads, Sequence[bool]], HeadInputs]
-    """(inputs, targets, temperature, what the forward returned, upstream gradients, which inputs need a gradient) ->
+    forward: Callable[[Tensor, Tensor, Tensor | None, Tensor, HeadOptions], tuple[Tensor, ...]]
+    """(hidden, weight, bias, targets, options) -> (log-prob, entropy, more that the backward needs), (A,) each."""
+    backward: Callable[[HeadInputs, Tensor, HeadOptions, Sequence[Tensor], HeadGrads, Sequence[bool]], HeadInputs]
+    """(inputs, targets, options, what the forward returned, upstream gradients, which inputs need a gradient) ->
     gradients of hidden, weight and bias, in their dtypes."""
 
 
@@ -93,13 +93,13 @@ def logprob_with_gradients(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (A,) int64
-    temperature: float,
+    options: HeadOptions,
 ) -> tuple[Tensor, Tensor]:  # (A,), (A,)
     """Run an implementation of `linear_logprob`; differentiable where any input asks for it."""
     needs_grad = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     if needs_grad and torch.is_grad_enabled():
-        return _LinearLogprob.apply(implementation, hidden, weight, bias, targets, temperature)
-    known = implementation.forward(hidden.detach(), weight, bias, targets, temperature)
+        return _LinearLogprob.apply(implementation, hidden, weight, bias, targets, options)
+    known = implementation.forward(hidden.detach(), weight, bias, targets, options)
     return known[0], known[1]
 
 
@@ -114,12 +114,12 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
+        options: HeadOptions,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        known = implementation.forward(hidden, weight, bias, targets, temperature)
+        known = implementation.forward(hidden, weight, bias, targets, options)
         ctx.save_for_backward(hidden, weight, bias, targets, *known)
-        ctx.implementation, ctx.temperature = implementation, temperature
+        ctx.implementation, ctx.options = implementation, options
         return known[0], known[1]
 
     @staticmethod
@@ -133,6 +133,6 @@ class _LinearLogprob(torch.autograd.Function):
         inputs, needs = HeadInputs(hidden, weight, bias), ctx.needs_input_grad[1:4]
         with kernel_context(hidden):
             grads = ctx.implementation.backward(
-                inputs, targets, ctx.temperature, known, (grad_logprob, grad_entropy), needs
+                inputs, targets, ctx.options, known, (grad_logprob, grad_entropy), needs
             )
         return None, *grads, None, None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atpo_kernels.arguments import LossArguments, LossInputs
-from atpo_kernels.records import LossConfig
+from atpo_kernels.records import HeadOptions, LossConfig
 from atpo_kernels.tokens import turns_from_ids
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,7 +20,7 @@ def check_linear(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (A,)
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    options: HeadOptions,
 ) -> None:
     """Raise ValueError, naming the operator, unless hidden states, LM head and targets fit together."""
     if weight.numel() == 0:
@@ -46,8 +46,9 @@ def check_linear(
     if any(x.device != hidden.device for x in [*floats, targets]):
         names = ", ".join(str(x.device) for x in [*floats, targets])
         raise ValueError(f"{operator}: all tensors must be on one device, got {names}")
-    if not temperature > 0:
-        raise ValueError(f"{operator}: temperature must be positive, got {temperature}")
+    for name, value in options._asdict().items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{operator}: {name} must be positive, got {value}")
     _check_targets(operator, targets, weight.shape[0])
 
 

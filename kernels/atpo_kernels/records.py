@@ -84,6 +84,13 @@ class LeafPaths:
     weight_neg: Tensor  # (P,) w * max(-A, 0) of the trajectory for each token of the turn
 
 
+class HeadOptions(NamedTuple):
+    """How an LM head makes logits of its products x: softcap * tanh(x / softcap) / temperature."""
+
+    temperature: float = 1.0
+    softcap: float | None = None  # None: x / temperature
+
+
 class HeadInputs(NamedTuple):
     """Tensors by which an LM head is differentiated, or their gradients; None where there is none."""
 

@@ -244,6 +244,12 @@ def test_the_exit_code_of_a_failed_rank_comes_back(record: Path) -> None:
     assert launcher.launch("train", "c.yaml", ["fail=1"], TWO_CPU_RANKS) == 3
 
 
+def test_a_signal_is_read_from_the_launchers_exit_code() -> None:
+    # Fails if 247 comes back, of which nobody knows that a rank was killed, or a rank's own exit code is taken for one.
+    assert [launcher.signal_of(code) for code in (-9, 256 - 9, 256 - 15)] == [9, 9, 15]
+    assert [launcher.signal_of(code) for code in (0, 1, 2, 3, 130, 143)] == [None] * 6
+
+
 LAUNCH = (
     "import sys; sys.path.insert(0, sys.argv[1]); from atpo_fast.commands import launcher;"
     "sys.exit(launcher.launch('train', 'c.yaml', ['wait=1'], launcher.Placement('cpu', ['0', '1'])))"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -35,9 +36,9 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
     # Fails if half of a file or folder is put in place, or left beside it.
     path = tmp_path / "it"
     put(path, kind, "old")
-    with pytest.raises(OSError, match="full"), replacing(path) as partial:
+    with pytest.raises(OSError, match=f"full: '{path}'"), replacing(path) as partial:  # or it does not say which
         put(partial, kind, "ha")
-        raise OSError("full")
+        raise OSError(errno.ENOSPC, "full")
     assert (path / "inside" if kind == "folder" else path).read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -77,3 +78,17 @@ def test_old_bases_of_errors_stay() -> None:
     # Fails if code that catches the built-in kind no longer catches ours.
     assert issubclass(errors.ConfigError, ValueError) and issubclass(errors.DataError, ValueError)
     assert issubclass(errors.IndexMismatchError, FileExistsError) and issubclass(errors.EngineError, RuntimeError)
+
+
+# Fails when a full disk ends in a traceback, advises nothing or does not name the file, when a missing file or a fault
+# of the code is taken for one, or when a rank that has lost another blames the disk.
+def test_errors_of_the_disk_and_of_other_ranks() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "run/config.yaml")
+    words = errors.in_words(full)
+    assert "run/config.yaml" in words and "Free space" in words and errors.exit_code(full) == errors.BAD_INPUT
+    assert not errors.is_disk_error(OSError(errno.EPIPE, "Broken pipe"))
+    assert errors.exit_code(OSError(errno.EPIPE, "Broken pipe")) is None
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    wrapped = errors.CheckpointError("no")
+    assert not errors.is_lost_rank(wrapped) and errors.is_lost_rank(lost)
+    assert "another rank has ended" in errors.in_words(lost) and errors.exit_code(lost) == errors.FAILURE

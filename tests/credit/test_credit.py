@@ -95,9 +95,13 @@ def test_leaf_norm_counts_multiplicity() -> None:
     ],
 )
 def test_advantages(advantage: str, expected: list[float]) -> None:
-    tree = small_tree()
-    assign_credit([TurnTree([1]), tree], leaf_norm=False, advantage=advantage)  # a tree before it shifts all indices
-    assert tree.advantages == pytest.approx(expected, abs=1e-12)
+    for before in (
+        [],
+        [TurnTree([1])],
+    ):  # without one, its root is turn 0 of the table
+        tree = small_tree()
+        assign_credit([*before, tree], leaf_norm=False, advantage=advantage)
+        assert tree.advantages == pytest.approx(expected, abs=1e-12)
 
 
 # Leaves b, c, d = 0, 1, 0: mean 1/3, sample variance (1/9 + 4/9 + 1/9) / 2 = 1/3.

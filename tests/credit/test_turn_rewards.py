@@ -200,3 +200,25 @@ def test_shared_turns_count_once(aggregation: str) -> None:
         assert len(bounds) - 1 == int((forest.action_length > 0).sum())
         assign_credit(trees, "grpo")
         assert all(tree.turn_weight is None for tree in trees)
+
+
+def test_weight_of_a_shared_turn() -> None:
+    """Fails if the weight of a turn is off by a factor, which the averages of the loss would hide."""
+    tree = TurnTree([1])
+    shared = tree.add_turn(0, [2], [-1.0])
+    for parent in (shared, shared, 0):
+        tree.set_reward(tree.add_turn(parent, [3], [-1.0]), float(parent == 0))
+    assign_credit([tree], "grpo", shared_turns="once")
+    assert tree.turn_weight is not None and tree.turn_weight.tolist() == [1 / 3, 1 / 2, 1, 1, 1]
+
+
+def test_a_trajectory_without_an_action_keeps_its_reward() -> None:
+    """Fails if a leaf below no action takes what another trajectory earns from its first turn on."""
+    tree = TurnTree([1])
+    turn = tree.add_turn(0, [2], [-1.0])
+    tree.set_reward(tree.add_turn(turn, [3], [-1.0]), 1.0)
+    tree.set_reward(tree.add_turn(0, [], []), -1.0)
+    tree.turn_rewards = np.array([0, 0.5, 0, 0])
+    assign_credit([tree], "grpo", discount=0.5)  # 0.5 + 0.5 · 1 and -1: mean 0, deviation √2
+    assert tree.leaf_advantages is not None
+    np.testing.assert_allclose(tree.leaf_advantages[2:], [1 / math.sqrt(2), -1 / math.sqrt(2)], rtol=2e-6)

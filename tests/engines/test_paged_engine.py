@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -28,6 +27,7 @@ from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.sampling import uniforms
 from atpo_fast.tree.turn_tree import TurnTree
 from tests.helpers.engine_requests import VOCABULARY, check_logprobs, grow, request, roots
+from tests.helpers.small_tokenizers import numbered
 
 EOS, STOP = 0, 1
 SIZES = dict(
@@ -55,10 +55,7 @@ def make_model(family: str = "qwen3", dtype: torch.dtype = torch.float64, seed: 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<eos>", "</search>", *(f"w{i}" for i in range(VOCABULARY - 2))]
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return numbered(VOCABULARY)
 
 
 def make_engine(
@@ -391,10 +388,3 @@ def test_contradicting_requests_are_errors(tokenizer: PreTrainedTokenizerFast) -
     with pytest.raises(ValueError, match="token 2 of the path is 8, but was 7"):
         engine.generate([request(TurnTree([5, 6, 8]), "t", 0, 2, params)])
     assert engine.generate([]) == []
-
-
-# Windowed attention would silently be computed as full attention.
-def test_sliding_windows_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
-    with pytest.raises(ValueError, match="sliding_attention"):
-        make_engine(tokenizer, Qwen2ForCausalLM(config))

@@ -12,7 +12,7 @@ from atpo_fast.data.matching import exact_match, f1_score, normalise_answer
 from atpo_fast.data.questions import Question
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment.extraction import extract_answer, format_ok, turn_format_ok
-from atpo_fast.environment.reward import LeafScore, score_trees
+from atpo_fast.environment.reward import OUTCOMES, LeafScore, score_trees
 from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result
 from atpo_fast.tree.turn_tree import TurnTree
 
@@ -204,3 +204,43 @@ def test_trees_with_shared_turns_and_without_leaves(tokenizer: PreTrainedTokeniz
     ]
     with pytest.raises(ValueError, match="2 trees were given with 1 questions"):
         score_trees([tree, empty], [QUESTION], tokenizer, RewardConfig())
+
+
+# Fails when a reward is explained by something else than what made it: the first broken rule where the policy ended
+# the trajectory itself, the limit where it did not, and the answer only where the format holds.
+@pytest.mark.parametrize(
+    ("action", "finish", "outcome"),
+    [
+        (ANSWER, "eos", "right"),
+        (ANSWER, "length", "right"),  # it was read before the limit
+        (ANSWER.replace("Eiffel Tower", "Louvre"), "eos", "wrong"),
+        ("<think> a </think> <answer> \\boxed{x </answer> }", "eos", "no_box"),
+        ("<think> a </think> <answer> } \\boxed{x </answer>", "eos", "unread"),
+        ("<think> a </think>", "eos", "no_answer"),
+        ("<answer> \\boxed{x} </answer>", "eos", "no_thought"),
+        ("<think> <think> a </think> <answer> \\boxed{x} </answer>", "eos", "open_thought"),
+        ("<think> a </think> <answer> \\boxed{x} </answer> <answer> y </answer>", "eos", "answer_tags"),
+        ("<think> a </think> <search> b <answer> \\boxed{x} </answer>", "eos", "open_call"),
+        ("<think> a </think>", "length", "token_limit"),
+        (SEARCH, "stop", "call_limit"),
+    ],
+)
+def test_why_a_reward_is_what_it_is(tokenizer: PreTrainedTokenizerFast, action: str, finish: str, outcome: str) -> None:
+    tree = TurnTree(tokenizer.encode("Who?\n"), question_id="q")
+    end = [tokenizer.eos_token_id] if finish == "eos" else []
+    tree.add_turn(0, [*tokenizer.encode(action), *end], finish_reason=finish)
+    ((score,),) = score_trees([tree], [QUESTION], tokenizer, RewardConfig())
+    assert score.outcome == outcome and outcome in OUTCOMES
+
+
+# Fails when a trajectory of an environment that scores is called wrong for want of an answer.
+@pytest.mark.parametrize(
+    ("score", "finish", "outcome"), [(1.0, "stop", "right"), (0.0, "eos", "wrong"), (0.0, "length", "token_limit")]
+)
+def test_an_environments_score_is_an_outcome(
+    tokenizer: PreTrainedTokenizerFast, score: float, finish: str, outcome: str
+) -> None:
+    tree = TurnTree(tokenizer.encode("Who?\n"), question_id="q")
+    tree.add_turn(0, tokenizer.encode("a"), finish_reason=finish, score=score)
+    ((scored,),) = score_trees([tree], [QUESTION], tokenizer, RewardConfig())
+    assert scored.outcome == outcome

@@ -29,6 +29,7 @@ def output(example: str, *arguments: str) -> str:
 def run_script(path: str, arguments: tuple[str, ...]) -> int:
     """Do what `python path arguments` does."""
     sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
     runpy.run_path(path, run_name="__main__")
     return 0
 
@@ -51,6 +52,14 @@ def test_minimal_at2po() -> None:
     source = (ROOT / "examples/minimal_at2po.py").read_text()
     loop = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert loop.end_lineno is not None and loop.end_lineno - loop.lineno < 100
+
+
+@pytest.mark.slow(reason="imports TRL, which trains two steps")
+def test_trl_tree_search() -> None:
+    """Fails if the leaves of our trees are no longer what TRL takes as completions."""
+    pytest.importorskip("trl")
+    text = output("trl_tree_search.py", "--cold-start-steps", "3", "--steps", "2")
+    assert re.search(r"mean reward by step: -?[01]\.\d{3} -?[01]\.\d{3}\n", text), text
 
 
 SHELL = [block for block in blocks(ROOT / "docs/tasks.md") if block.language == "sh"]

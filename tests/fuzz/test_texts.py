@@ -12,7 +12,7 @@ from atpo_fast.config import RewardConfig
 from atpo_fast.data.questions import Question
 from atpo_fast.environment import Escaper, escape_tags, parse_call, unescape_tags
 from atpo_fast.environment.arguments import ArgumentError, SchemaArguments
-from atpo_fast.environment.extraction import EXTRACTIONS, answer_tags_ok, calls_answered, format_ok, turn_format_ok
+from atpo_fast.environment.extraction import EXTRACTIONS, answer_tags_fault, calls_answered, format_ok, turn_format_ok
 from atpo_fast.environment.python_tool import bare_code
 from atpo_fast.environment.reward import ScoringRules, score_trees
 from atpo_fast.environment.rewards.named import NAMED
@@ -66,7 +66,7 @@ def test_parsing(text: str, gold: str) -> None:
         answer = extraction.read(text)
         assert answer is None or answer == answer.strip()
         extraction.well_formed(text, answer)
-    assert not format_ok(text) or (answer_tags_ok(text) and calls_answered(text))
+    assert not format_ok(text) or (answer_tags_fault(text) is None and calls_answered(text))
     turn_format_ok(text, called=True)
     bare_code(text)
     assert len(format_hits([text, gold], 10).splitlines()) or text

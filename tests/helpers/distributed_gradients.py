@@ -18,10 +18,12 @@ from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.step import accumulate
 from atpo_fast.train.zero import GradientWatch, GuardedAdamW, join_process_group
+from tests.helpers.families import VOCAB, make
 from tests.helpers.hybrid_models import DENSE, in_float64, make_hybrid
 from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
 
-VOCAB = 64
+WINDOWED: dict[str, GradientCheckpointing] = {"gemma2": "layer", "gemma4-small": "mlp"}
+"""Families with windows, caps and shared keys, and the checkpointing of their case at stage 3."""
 ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
 """Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
 
@@ -121,6 +123,13 @@ def write_gradients(folder: Path) -> None:
             result = model_gradients(make_hybrid(family), stage, budget, choice, rank, world)
         if rank == 0:
             np.savez(folder / f"{family}_stage{stage}_{budget}_{choice}_ranks{world}.npz", **result)  # type: ignore[arg-type]  # as above
+    for family, choice in WINDOWED.items():
+        windowed: tuple[tuple[int, str, GradientCheckpointing], ...] = ((0, "4096", "none"), (3, "deep", choice))
+        for stage, budget, used in windowed:
+            with in_float64():
+                result = model_gradients(make(family), stage, budget, used, rank, world)
+            if rank == 0:
+                np.savez(folder / f"{family}_stage{stage}_ranks{world}.npz", **result)  # type: ignore[arg-type]
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         result = module_gradients(stage, tied, inside, rank, world)
         if rank == 0:

@@ -44,7 +44,8 @@ DELTA: dict[str, Any] = {
 STATE = ["linear_attention", "full_attention", "linear_attention"]
 
 
-def _config(name: str) -> PretrainedConfig:
+def hybrid_config(name: str) -> PretrainedConfig:
+    """The configuration of a family."""
     if name == "qwen3_5":
         return Qwen3_5TextConfig(**SIZES, **DELTA, num_hidden_layers=3, layer_types=STATE)
     if name == "qwen3_next":
@@ -72,7 +73,7 @@ DENSE = ("qwen3_5", "lfm2", "granite_dense")  # one without experts for each kin
 
 def make_hybrid(name: str) -> PreTrainedModel:
     """A tiny float64 model of a family; the same one for every call."""
-    config = _config(name)
+    config = hybrid_config(name)
     torch.manual_seed(0)
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).double()
     model.set_experts_implementation("eager")  # the default one has no float64

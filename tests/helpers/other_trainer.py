@@ -47,10 +47,9 @@ def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int)
 
 
 def whole_gradients(model: nn.Module, stage: int) -> dict[str, np.ndarray]:
-    """Every parameter's gradient, put together from the ranks."""
-    grads: dict[str, Any] = {
-        name: p.grad if stage == 0 else safe_get_full_grad(p) for name, p in model.named_parameters()
-    }
+    """The gradient of every parameter that is trained, put together from the ranks."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads: dict[str, Any] = {name: p.grad if stage == 0 else safe_get_full_grad(p) for name, p in trained.items()}
     return {name: grad.double().cpu().numpy().copy() for name, grad in grads.items()}
 
 

@@ -59,3 +59,11 @@ def first_stop(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], stops: Se
         if found:
             return count - 1, min(found)[1]
     return None
+
+
+def numbered(count: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `count` words: an end of sequence, a stop string and w0, w1, ..."""
+    words = ["<eos>", "</search>", *(f"w{i}" for i in range(count - 2))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")

@@ -39,16 +39,21 @@ def behind_root(end: Tensor, prefix: int) -> Tensor:  # (T,) -> (P + T,)
     return torch.cat([torch.full((prefix,), prefix + len(end), dtype=end.dtype), end + prefix])
 
 
-def tree_mask(end: Tensor, prefix: int = 0) -> Tensor:  # (T,) -> (T, P + T) bool
-    """[q, k]: whether query q sees key k, by the definition."""
+def tree_mask(end: Tensor, prefix: int = 0, window: int | None = None) -> Tensor:  # (T,) -> (T, P + T) bool
+    """[q, k]: whether query q sees key k, by the definition, key by key along each path."""
     whole = behind_root(end, prefix)
     index = torch.arange(len(whole))
-    return ((index[None] <= index[:, None]) & (index[:, None] < whole[None]))[prefix:]
+    mask = (index[None] <= index[:, None]) & (index[:, None] < whole[None])
+    if window is not None:
+        for row in mask:
+            path = row.nonzero()[:, 0]
+            row[path[:-window]] = False
+    return mask[prefix:]
 
 
-def seen_pairs(end: Tensor, prefix: int, queries: int, keys: int) -> np.ndarray:
+def seen_pairs(end: Tensor, prefix: int, queries: int, keys: int, window: int | None = None) -> np.ndarray:
     """(query blocks, key blocks) number of visible pairs in each."""
-    mask = tree_mask(end, prefix).numpy().astype(int)
+    mask = tree_mask(end, prefix, window).numpy().astype(int)
     by_query = np.add.reduceat(mask, np.arange(0, mask.shape[0], queries), 0)
     return np.add.reduceat(by_query, np.arange(0, mask.shape[1], keys), 1)
 
@@ -69,7 +74,9 @@ def inputs(
 
 
 def forward_backward(tensors: list[Tensor], end: Tensor, **options: Any) -> list[Tensor]:
-    """Output and gradients of q, k and v, detached."""
+    """Output and gradients of q, k and v, and of the sinks where `options` has them; detached."""
     q, k, v = tensors[:3]
+    sinks = options.get("sinks")
     out = tree_attention(q, k, v, end, **options)
-    return [out.detach(), *torch.autograd.grad(out, tensors[:3], tensors[3].to(out.dtype))]
+    leaves = [*tensors[:3], *([] if sinks is None else [sinks])]
+    return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3].to(out.dtype))]

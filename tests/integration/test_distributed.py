@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.helpers.distributed_gradients import HYBRID_CASES, write_few_gradients, write_gradients
+from tests.helpers.distributed_gradients import HYBRID_CASES, WINDOWED, write_few_gradients, write_gradients
 from tests.helpers.forked_runs import fork_ranks
 from tests.helpers.hybrid_models import DENSE
 
@@ -63,6 +63,14 @@ def test_layers_with_a_state_under_partitioning(gradients: dict[str, dict[str, n
     for (stage, budget, choice), ranks in itertools.product(HYBRID_CASES, (1, 2)):
         found = gradients[f"{family}_stage{stage}_{budget}_{choice}_ranks{ranks}"]
         assert_same(found, reference, budget, ranks, tolerance=1e-9)
+
+
+# Fails if windows, capped logits or keys that layers share depend on where weights lie, or on how trees are cut.
+@pytest.mark.parametrize("family", list(WINDOWED))
+def test_windows_under_partitioning(gradients: dict[str, dict[str, np.ndarray]], family: str) -> None:
+    reference = gradients[f"{family}_stage0_ranks1"]
+    for stage, ranks in itertools.product((0, 3), (1, 2)):
+        assert_same(gradients[f"{family}_stage{stage}_ranks{ranks}"], reference, stage, ranks, tolerance=1e-9)
 
 
 # The same for FusedLinearTurnPolicyLoss in the head of another trainer, called in the policy's forward or after it: a

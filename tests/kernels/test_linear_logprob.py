@@ -28,11 +28,13 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tiles._TORCH_TILES, "cpu", (100, 17))
 
 
-def run(head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7) -> list[Tensor]:
+def run(
+    head: Head, dtype: torch.dtype, impl: str, temperature: float = 0.7, softcap: float | None = None
+) -> list[Tensor]:
     """Log-prob, entropy, and gradients of hidden, weight and bias through both; upstream gradients are not 1."""
     leaves = head.leaves(dtype)
     logprob, entropy = linear_logprob(
-        leaves[0], leaves[1], head.targets, bias=leaves[2], temperature=temperature, impl=impl
+        leaves[0], leaves[1], head.targets, bias=leaves[2], temperature=temperature, softcap=softcap, impl=impl
     )
     up = [x.to(logprob.dtype) for x in upstream(len(head.targets))]
     grads = torch.autograd.grad((up[0] * logprob + up[1] * entropy).sum(), leaves)
@@ -45,6 +47,18 @@ def test_float64_equals_the_definition(rows: int, vocab: int) -> None:
     head = random_head(rows, 6, vocab)
     for ours, theirs in zip(run(head, torch.float64, "torch"), run(head, torch.float64, "reference"), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 3.0])  # most logits at the cap; most below
+@pytest.mark.parametrize(("rows", "vocab"), SIZES)
+def test_soft_caps_equal_the_definition(rows: int, vocab: int, softcap: float) -> None:
+    """Fails if the cap comes after the temperature, or a gradient misses its slope, the target's above all."""
+    head = random_head(rows, 6, vocab)
+    ours, theirs = (run(head, torch.float64, impl, softcap=softcap) for impl in ("torch", "reference"))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        run(head, torch.float64, "torch", softcap=0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -73,6 +73,16 @@ def test_equals_the_definition(lengths: list[int], level: Any, clip: Any, extra:
     assert_equal(ours, definition)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_soft_caps_equal_the_definition(level: RatioLevel, entropy_coef: float) -> None:
+    """Fails if the gradient in the forward, or that of a turn longer than a chunk, misses the slope of the cap."""
+    head, keywords = case([3, 0, 2 * CHUNK + 3, 1, 5], 3)
+    config = LossConfig(level=level, clip_low=0.1, clip_high=0.1, entropy_coef=entropy_coef)
+    more: dict[str, Any] = {"temperature": 0.8, "softcap": 1.5, "config": config}
+    assert_equal(run(head, keywords, impl="torch", **more), run(head, keywords, impl="reference", **more))
+
+
 @pytest.mark.parametrize("level", ["token", "turn"])
 def test_clip_ranges_of_turns(level: Any) -> None:
     """Fails if a chunk takes the clip ranges of the first turns instead of its own."""

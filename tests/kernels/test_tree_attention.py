@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from atpo_kernels import make_tree_blocks, tree_attention
@@ -34,6 +35,49 @@ def test_blocks_equal_the_definition(
     definition = forward_backward(tensors, end, impl="reference")
     for a, b in zip(ours, definition, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 120),
+    turn=st.integers(1, 40),
+    max_queries=st.sampled_from([1, 5, 64]),
+    prefix=st.sampled_from([0, 0, 1, 30]),
+    window=st.sampled_from([1, 2, 7, 20, 31, 500]),
+    sinks=st.booleans(),
+    softcap=st.sampled_from([None, 1.5]),
+    seed=st.integers(0, 999),
+)
+def test_windows_sinks_and_soft_caps_equal_the_definition(
+    tokens: int, turn: int, max_queries: int, prefix: int, window: int, sinks: bool, softcap: float | None, seed: int
+) -> None:
+    """Fails if a window counts places in the row instead of the path, a block that it reaches is dropped, or a
+    gradient misses the sinks' share or the slope of the cap."""
+    end, tensors = random_row(tokens, turn, seed), inputs(tokens, (4, 2), 4, prefix=prefix)
+    logits = torch.linspace(-2, 3, 4, dtype=torch.float64).requires_grad_() if sinks else None
+    options: dict[str, Any] = {"window": window, "sinks": logits, "softcap": softcap}
+    blocks = make_tree_blocks(end, max_queries, prefix, window)
+    ours = forward_backward(tensors, end, blocks=blocks, **options)
+    for a, b in zip(ours, forward_backward(tensors, end, impl="reference", **options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_window_follows_the_path(impl: str) -> None:
+    """Fails if the definition itself counts what lies between in the row: siblings, other trees."""
+    end = torch.tensor([13] * 3 + [11] * 3 + [8] * 2 + [11] * 3 + [13] * 2 + [16] * 3, dtype=torch.int32)
+    paths = [[*range(8)], [*range(6), 8, 9, 10], [0, 1, 2, 11, 12], [13, 14, 15]]
+    q, k, v, _ = inputs(16, (4, 2), 8)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    out = tree_attention(q, k, v, end, impl=impl, window=4, sinks=sinks, softcap=2.0)
+    for path in paths:
+        scores = torch.einsum("qhd,khd->hqk", q[path], k[path].repeat_interleave(2, 1)) / 8**0.5
+        place = torch.arange(len(path))
+        near = (place[:, None] >= place) & (place[:, None] - place < 4)
+        weights = (2 * (scores / 2).tanh()).exp() * near
+        weights = weights / (weights.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+        expected = torch.einsum("hqk,khd->qhd", weights, v[path].repeat_interleave(2, 1))
+        torch.testing.assert_close(out[path], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -84,11 +128,18 @@ def test_no_less_precise_than_plain_pytorch(dtype: torch.dtype, sharpness: float
 
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_gradcheck(impl: str, prefix: int) -> None:
+@pytest.mark.parametrize("options", [{}, {"window": 4, "softcap": 1.5}], ids=["full", "window, cap, sinks"])
+def test_gradcheck(impl: str, prefix: int, options: dict[str, Any]) -> None:
     """Fails if the backward is not the derivative of the forward."""
     end = random_row(9, 3, 2)
     tensors = inputs(9, (2, 1), 2, prefix=prefix)[:3]
-    assert torch.autograd.gradcheck(lambda q, k, v: tree_attention(q, k, v, end, impl=impl), tensors)
+    if options:
+        tensors.append(torch.tensor([0.3, -0.5], dtype=torch.float64).requires_grad_())
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        return tree_attention(q, k, v, end, impl=impl, sinks=sinks, **options)
+
+    assert torch.autograd.gradcheck(attend, tensors)
 
 
 def test_work_follows_the_visible_pairs() -> None:
@@ -103,13 +154,16 @@ def test_work_follows_the_visible_pairs() -> None:
     assert largest.elements < 4000 * 100
 
 
+@pytest.mark.parametrize("window", [None, 1, 20, 70])
 @pytest.mark.parametrize("prefix", [0, 64])
-def test_block_keys_are_ranges_of_the_mask(prefix: int) -> None:
-    """Fails if `full` holds a key that some query of the block does not see, or the own range is not last."""
+def test_block_keys_are_ranges_of_the_mask(prefix: int, window: int | None) -> None:
+    """Fails if `full` holds a key that some query of the block does not see, the own range is not last, or keys are
+    listed that no query of the block sees."""
     end = random_row(300, 25, 5)
-    mask, blocks = tree_mask(end, prefix), make_tree_blocks(end, 32, prefix)
+    mask, blocks = tree_mask(end, prefix, window), make_tree_blocks(end, 32, prefix, window)
     for i, (start, stop) in enumerate(zip(blocks.starts[:-1], blocks.starts[1:], strict=True)):
         assert all(bool(mask[start:stop, lo:hi].all()) for lo, hi in blocks.full[i])
+        assert all(bool(mask[start:stop, lo:hi].any(0).all()) for lo, hi in blocks.partial[i][:-1])
         assert blocks.partial[i][-1] == (prefix + start, prefix + stop)
 
 
@@ -140,6 +194,10 @@ def test_errors_say_what_is_wrong() -> None:
         ((q, k, v, end), {"blocks": other}, "row of 9 tokens"),
         ((q[4:], k, v, random_row(6, 3, 0)), {"blocks": make_tree_blocks(random_row(6, 3, 0))}, "have 4 more"),
         ((q, k, v, end), {"blocks": make_tree_blocks(end, prefix=2)}, "behind a prefix of 2"),
+        ((q, k, v, end), {"blocks": make_tree_blocks(end, window=2)}, "blocks are for window=2, but here window=None"),
+        ((q, k, v, end), {"window": 0}, "window must be at least 1"),
+        ((q, k, v, end), {"softcap": 0.0}, "softcap must be positive"),
+        ((q, k, v, end), {"sinks": q[0, :3, 0]}, "sinks must be \\(4,\\)"),
         ((q, k, v, torch.zeros_like(end)), {}, "subtree_end\\[k\\] must lie"),
     ]
     for arguments, options, message in cases:

@@ -255,15 +255,17 @@ def test_errors_say_what_is_wrong() -> None:
 
 
 def test_auto_passes_by_what_the_kernels_do_not_take() -> None:
-    """Fails if float32 heads of 256, or float64, have nowhere to go on a GPU."""
+    """Fails if float32 heads of 256, float64, windows, sinks or soft caps have nowhere to go on a GPU."""
     gpu = torch.device("cuda")
     for dtype, width, impl in (
         (torch.float32, 256, "torch"),
         (torch.float64, 64, "torch"),
         (torch.bfloat16, 257, "torch"),
     ):
-        assert choose_attention("auto", gpu, dtype, width) is choose_attention(impl, gpu, dtype, width)
-    assert choose_attention("auto", gpu, torch.bfloat16, 256) is choose_attention("triton", gpu, torch.bfloat16, 256)
+        assert choose_attention("auto", gpu, dtype, width, True) is choose_attention(impl, gpu, dtype, width, True)
+    wide = (gpu, torch.bfloat16, 256)
+    assert choose_attention("auto", *wide, True) is choose_attention("triton", *wide, True)
+    assert choose_attention("auto", *wide, False) is choose_attention("torch", *wide, False)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "cpu"])

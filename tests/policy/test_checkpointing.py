@@ -10,8 +10,7 @@ from torch import Tensor
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.common.choices import GradientCheckpointing
 from atpo_fast.packing import PackedTrees
-from atpo_fast.policy import Policy
-from atpo_fast.policy import policy as policy_module
+from atpo_fast.policy import Policy, attention
 from atpo_fast.policy.checkpointing import GradientTokens
 from atpo_kernels import make_tree_blocks
 from tests.helpers.policies import MODELS, SIZES, grad_of, make, trees
@@ -126,8 +125,8 @@ def test_what_all_layers_share_is_cut_once(monkeypatch: pytest.MonkeyPatch) -> N
     coef[-1] = 1
     hidden, positions, angles = (1, row.num_tokens, 32), (1, row.num_tokens), (1, row.num_tokens, 8)
     made: list[int] = []
-    make_blocks = policy_module.attention_blocks
-    monkeypatch.setattr(policy_module, "attention_blocks", lambda *a, **k: made.append(1) or make_blocks(*a, **k))
+    make_blocks = attention.make_attention_blocks
+    monkeypatch.setattr(attention, "make_attention_blocks", lambda *a, **k: made.append(1) or make_blocks(*a, **k))
     cases: list[tuple[GradientCheckpointing, list[tuple[int, ...]], int]]
     cases = [("layer", [positions, angles, angles], 2), ("mlp", [], 1)]
     for choice, expected, lists in cases:

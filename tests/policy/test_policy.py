@@ -95,9 +95,3 @@ def test_fused_loss_equals_objective_on_logprobs() -> None:
     fused = policy(row, objective).loss
     logprob, entropy = policy(row)
     torch.testing.assert_close(fused, objective.loss(logprob, row, entropy), rtol=1e-12, atol=1e-12)
-
-
-def test_sliding_window_models_are_refused() -> None:
-    config = Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    with pytest.raises(ValueError, match="sliding"):
-        Policy(Qwen3ForCausalLM(config))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import OlmoHybridConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, OlmoHybridConfig, PreTrainedModel
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.common.choices import GradientCheckpointing
@@ -119,9 +119,11 @@ def test_tokens_without_gradient_are_left_out_of_the_backward(name: str) -> None
 
 def test_unknown_layers_with_a_state_are_refused() -> None:
     """Fails if a model type passes whose layers were never compared with flat trajectories."""
-    with pytest.raises(ValueError, match=r"olmo_hybrid: layers of type \['linear_attention'\] are not supported"):
-        check_supported(OlmoHybridConfig(num_hidden_layers=4))
-    check_supported(make_hybrid("nemotron_h").config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(OlmoHybridConfig(num_hidden_layers=4))
+    with pytest.raises(ValueError, match=r"olmo_hybrid: layers 0-2 of type linear_attention: not supported on trees"):
+        check_supported(model)
+    check_supported(make_hybrid("nemotron_h"))
 
 
 def test_another_version_of_the_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

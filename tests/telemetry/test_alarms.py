@@ -12,7 +12,6 @@ from atpo_fast.telemetry.alarms import look
 HEALTHY = {
     "policy/entropy": 0.4,
     "reward/mean": 0.3,
-    "reward/format": 0.9,
     "outcome/right": 0.4,
     "outcome/wrong": 0.5,
     "outcome/no_answer": 0.1,
@@ -28,7 +27,7 @@ HEALTHY = {
 SOLVED = HEALTHY | {"outcome/right": 0.98, "outcome/wrong": 0.02, "policy/entropy": 1e-4, "sampling/no_signal": 1.0}
 ILL = {
     "entropy": ({"policy/entropy": 0.001}, "entropy is 0.001 nats"),
-    "format": ({"reward/format": 0.02, "outcome/right": 0.0, "outcome/no_answer": 0.98}, "no_answer 98%"),
+    "format": ({"outcome/right": 0.02, "outcome/wrong": 0.0, "outcome/no_answer": 0.98}, "no_answer 98%"),
     "equal_rewards": ({"sampling/no_signal": 1.0}, "wrong 50%, right 40%, no_answer 10%"),
     "logprob_gap": ({"rollout/logprob_gap": 0.3}, "differ by 0.3 nats"),
     "clipped": ({"policy/clipped_high": 0.6}, "65% of the action tokens"),
@@ -65,11 +64,12 @@ def test_a_solved_task_is_no_alarm() -> None:
 # Fails when only the absolute share counts: a policy that loses its format on the way is told late.
 def test_the_format_may_not_fall() -> None:
     memory: dict[str, float] = {}
-    for share in (0.2, 0.8, 0.9, 0.5):  # a half may be lost
-        assert look(HEALTHY | {"reward/format": share}, AlarmConfig(), memory) == ({}, {})
-    look(HEALTHY | {"reward/format": 0.4}, AlarmConfig(), memory)
-    begun, _ = look(HEALTHY | {"reward/format": 0.4}, AlarmConfig(), memory)
-    assert "fallen from 90% to 40%" in begun["format"]
+    for share in (0.2, 0.8, 0.88, 0.5):  # a half may be lost
+        assert look(HEALTHY | {"outcome/right": share, "outcome/wrong": 0.0}, AlarmConfig(), memory) == ({}, {})
+    fallen = HEALTHY | {"outcome/right": 0.3, "outcome/wrong": 0.1}
+    look(fallen, AlarmConfig(), memory)
+    begun, _ = look(fallen, AlarmConfig(), memory)
+    assert "fallen from 88% to 40%" in begun["format"]
 
 
 # Fails when a gradient that was left out is told at every later step, or never, or when null does not switch off.

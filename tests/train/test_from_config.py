@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import Qwen3_5Config
 
 from atpo_fast.config import load_config
 from atpo_fast.config.model import ModelConfig
-from atpo_fast.train.from_config import build_model
+from atpo_fast.policy.attention import prefix_token_bytes
+from atpo_fast.train.from_config import build_model, model_sizes
 from tests.helpers.small_tokenizers import word_level
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +47,15 @@ def test_an_architecture_beside_a_path_is_refused() -> None:
     """Fails if the fields are silently not those of the model that is loaded."""
     with pytest.raises(ValueError, match=r"model\.path names one: leave one out"):
         ModelConfig(path="folder", architecture={"model_type": "lfm2"})
+
+
+def test_the_sizes_of_a_multimodal_model_are_those_of_its_text_part(tmp_path: Path) -> None:
+    """Fails if a folder of Qwen3.5, whose configuration has one for text and one for vision, has no sizes."""
+    Qwen3_5Config(text_config={"hidden_size": 64, "num_hidden_layers": 8}).save_pretrained(tmp_path)
+    sizes = model_sizes(ModelConfig(path=str(tmp_path)))
+    assert (sizes.model_type, sizes.hidden_size) == ("qwen3_5_text", 64)
+    attending, key_heads, width, every = 2, sizes.num_key_value_heads, sizes.head_dim, 8 * 64 * 4
+    assert prefix_token_bytes(sizes, torch.float32) == attending * 2 * key_heads * width * 12 + every
 
 
 def test_an_architecture_on_the_command_line() -> None:

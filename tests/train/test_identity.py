@@ -67,10 +67,9 @@ def test_a_changed_run_is_refused_in_words(tmp_path: Path) -> None:
     assert "harmless: train.steps: 1 before, 2 now" in output
     (changed,) = json.loads((folder / "run.json").read_text())["changes"]
     assert changed[0].startswith("optim.lr")
-    for verb, other in (("cold-start", "cold_start.lr=1e-4"), ("rollout", "rollout.top_k=3")):
-        command = [verb, "--config", str(config), EXACT, *(["--questions=1"] if verb == "rollout" else [])]
-        process = start_command(*command)
-        assert process.communicate(timeout=900) and process.returncode == 0
-        process = start_command(*command, other)
+    command = ["rollout", "--config", str(config), EXACT, "--questions=1"]
+    for more, code in ([], 0), (["rollout.top_k=3"], 2):
+        process = start_command(*command, *more)
         output, _ = process.communicate(timeout=900)
-        assert process.returncode == 2 and other.partition("=")[0] in output and "something else" in output
+        assert process.returncode == code, output
+    assert "the file of search trees in it is of something else" in output and "rollout.top_k: 0 before" in output

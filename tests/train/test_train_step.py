@@ -22,6 +22,7 @@ from atpo_fast.packing import PackedTrees
 from atpo_fast.policy import Policy, load_model
 from atpo_fast.policy.opened_rows.plan import Pass, plan_passes
 from atpo_fast.telemetry import PhaseTimer
+from atpo_fast.train.packing_check import check_packing
 from atpo_fast.train.step import optimizer_step
 from atpo_fast.train.update_metrics import MetricMean, Mismatch, MismatchError
 from atpo_fast.train.weights import whole_parameters
@@ -58,6 +59,17 @@ def setup(lr: float, stage: int = 3):  # type: ignore[no-untyped-def]
     config = Config(deepspeed=str(DEEPSPEED / f"zero{stage}.json"), model=ModelConfig(dtype="float32"))
     engine, watch = initialize(policy, config, OptimConfig(lr=lr, weight_decay=0.0))
     return policy, engine, watch
+
+
+def test_the_check_at_the_start_runs_under_zero() -> None:
+    """Fails if partitioned weights are not gathered for transformers' own forward, or the next step is another one."""
+    policy, engine, watch = setup(lr=1e-2)
+    before = weights(policy)
+    assert check_packing(engine, policy, torch.device("cpu")).passed
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
+    row = one_row(policy)
+    optimizer_step(engine, watch, [row], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer())
+    assert not all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

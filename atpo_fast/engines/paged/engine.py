@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atpo_fast.adapters import has_adapters
 from atpo_fast.engines.base import CheckedEngine, Completion, Request, TurnKey
 from atpo_fast.engines.paged.batching import ContinuousBatch
 from atpo_fast.engines.paged.kv_cache import PrefixCache, SlotPool
 from atpo_fast.engines.paged.model import PagedModel
 from atpo_fast.engines.paged.states import StatePool
-from atpo_fast.engines.weight_stream import parameter_shapes
+from atpo_fast.engines.weight_stream import adapter_shapes, parameter_shapes
 
 
 class PagedEngine(CheckedEngine):
@@ -27,7 +28,8 @@ class PagedEngine(CheckedEngine):
     Asleep, the engine keeps its weights in host memory.
 
     Args:
-        model: the causal LM; from now on it belongs to the engine (its attention is replaced).
+        model: the causal LM; from now on it belongs to the engine (its attention is replaced). Where it has adapters,
+            they are what `update_weights` takes.
         tokenizer: its tokenizer: gives the end-of-sequence ids and the text of tokens, for stop strings.
         cache_tokens: budget of the cache in tree tokens.
         cache_states: budget of the states of layers that have one: of turns in the cache and requests that are decoded.
@@ -55,7 +57,9 @@ class PagedEngine(CheckedEngine):
             raise ValueError(f"{sizes} must be at least 1")
         self.batch_size = batch_size
         self.model = PagedModel(model, torch.device(device or model.device), dtype)
-        super().__init__(tokenizer, self.model.vocab_size, parameter_shapes(model), model.generation_config)
+        self.holds_adapters = has_adapters(model)
+        shapes = adapter_shapes(model) if self.holds_adapters else parameter_shapes(model)
+        super().__init__(tokenizer, self.model.vocab_size, shapes, model.generation_config)
         self._missing = torch.from_numpy(self.missing_ids).to(self.model.device)
         states = StatePool(cache_states) if self.model.has_states else None
         self.cache = PrefixCache(SlotPool(cache_tokens), self.counters, states)

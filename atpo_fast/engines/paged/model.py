@@ -10,17 +10,18 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from atpo_fast.common.logits import logits_divisor
+from atpo_fast.common.logits import logit_rule
 from atpo_fast.engines.paged.attention import ATTENTION, PagedBatch
+from atpo_fast.models.layers import find_problems
 from atpo_fast.recurrent.carried import CarriedStates
-from atpo_fast.recurrent.layers import NEEDED, carry_states, known_types
+from atpo_fast.recurrent.layers import carry_states
 
 
 class PagedModel:
     """The backbone and the head of `model`, which from now on belongs to the engine.
 
     Raises:
-        ValueError: the architecture does not take attention functions, or limits attention to a window.
+        ValueError: a layer or a setting of the model that the engine would compute wrongly.
     """
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None):
@@ -31,7 +32,7 @@ class PagedModel:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
         self.has_states = carry_states(model)
-        self._divisor = logits_divisor(model.config)
+        self._rule = logit_rule(model.config)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
@@ -53,7 +54,9 @@ class PagedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return (R, V) logits of `hidden` (R, D): float32 even where the weights are bfloat16, float64 if they are."""
-        hidden = hidden if self._divisor == 1 else hidden / self._divisor
+        return self._rule.apply(self._products(hidden))
+
+    def _products(self, hidden: Tensor) -> Tensor:  # (R, D) -> (R, V)
         head = self.model.get_output_embeddings()
         if head.weight.dtype in (torch.float32, torch.float64):
             return head(hidden)
@@ -89,12 +92,5 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _check_architecture(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not (getattr(model, "_supports_attention_backend", False) or model.config.model_type in NEEDED):
-        raise ValueError(f"{name} does not let its attention be replaced; use a Qwen, Llama or similar model")
-    kinds = set(getattr(model.config, "layer_types", None) or [])
-    if unknown := kinds - {"full_attention"} - known_types(model.config):
-        raise ValueError(
-            f"{name} has layers of kind {sorted(unknown)}; the paged engine needs full attention or, in models of type "
-            f"{', '.join(NEEDED)}, layers with a state"
-        )
+    if problems := find_problems(model):
+        raise ValueError(f"{type(model).__name__} does not run in the paged engine: {'; '.join(problems)}")

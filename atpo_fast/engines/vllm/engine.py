@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from atpo_fast.adapters import ADAPTER, AdapterSettings
 from atpo_fast.common.errors import EngineError
 from atpo_fast.config import VLLMConfig
 from atpo_fast.engines.base import CheckedEngine, Completion, FinishReason, Request, TurnKey
 from atpo_fast.engines.stops import StopTable, folder_generation
+from atpo_fast.engines.vllm.adapters import LoadedAdapters, adapted_model, adapter_options
 from atpo_fast.engines.vllm.start import check_vllm, llm_options, start_llm
-from atpo_fast.engines.weight_stream import parameter_shapes
+from atpo_fast.engines.weight_stream import adapter_shapes, parameter_shapes
 
 Weights = Iterable[tuple[str, Tensor]]
 
@@ -52,6 +54,7 @@ class VLLMEngine(CheckedEngine):
         dtype: dtype of weights and cache.
         device: where to run.
         truncates: whether requests will use top-p or top-k.
+        adapters: what the policy has beside the model's weights; `update_weights` then takes their weights alone.
         seed: seed of vLLM's own random numbers; requests bring theirs.
         current_weights: gives the weights again when `sleep` has dropped them; where it gives None, they are read from
             `folder`.
@@ -71,12 +74,19 @@ class VLLMEngine(CheckedEngine):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         truncates: bool = False,
+        adapters: AdapterSettings | None = None,
         seed: int = 0,
         current_weights: Callable[[], Weights | None] = lambda: None,
     ):
+        if adapters is not None and config.sleep == "drop":
+            raise ValueError(
+                "engine.sleep=drop frees the weights below the adapters: set sleep=host, or in_engine=merged"
+            )
         self._version = check_vllm()
         self._model_config = AutoConfig.from_pretrained(folder)
-        shapes = parameter_shapes(self._model_config)
+        self.holds_adapters = adapters is not None
+        adapted = None if adapters is None else adapted_model(self._model_config, adapters)
+        shapes = parameter_shapes(self._model_config) if adapted is None else adapter_shapes(adapted)
         super().__init__(tokenizer, self._model_config.vocab_size, shapes, folder_generation(folder))
         self._missing = frozenset(self.missing_ids.tolist())
         self.config, self.device, self.truncates = config, torch.device(device), truncates
@@ -86,10 +96,13 @@ class VLLMEngine(CheckedEngine):
         self._begun = 0
         self._weights_here = True  # whether the weights are in the device's memory
         options = llm_options(self._model_config, config, self.device, cache_tokens, max_positions, dtype, truncates)
+        if adapters is not None:
+            options |= adapter_options(adapters)
         self._vllm, self._llm = start_llm(str(folder), options | {"seed": seed}, config, self.device, truncates)
         self.block_size: int = self._llm.llm_engine.vllm_config.cache_config.block_size
+        self._adapters = None if adapted is None else LoadedAdapters(self._llm, adapted.peft_config[ADAPTER])
         self._transfer = None
-        if config.placement == "own_gpus":
+        if config.placement == "own_gpus" and adapters is None:
             from atpo_fast.engines.vllm.transfer import NCCLTransfer
 
             self._transfer = NCCLTransfer(self._llm, self._version, config.tensor_parallel, self.bucket_bytes)
@@ -117,7 +130,8 @@ class VLLMEngine(CheckedEngine):
         name = str(self._begun)
         self._writings[name] = writing
         prompt = {"prompt_token_ids": [*writing.request.prompt_ids, *writing.token_ids]}
-        self._llm.llm_engine.add_request(name, prompt, self._sampling(name, writing))
+        adapters = None if self._adapters is None else self._adapters.request
+        self._llm.llm_engine.add_request(name, prompt, self._sampling(name, writing), lora_request=adapters)
 
     def _advance(self) -> list[tuple[TurnKey, Completion]]:
         """Take one step of vLLM's scheduler. Raise RuntimeError when vLLM aborted a request."""
@@ -196,7 +210,9 @@ class VLLMEngine(CheckedEngine):
             self._wake_part("weights")
         self._weights_here = False
         weights = self.checked(named_parameters)
-        if self._transfer is not None:
+        if self._adapters is not None:
+            self._adapters.load(weights)
+        elif self._transfer is not None:
             self._transfer.send(weights)
         else:  # vLLM keeps the parts of a fused matrix until it has all of them
             copies = ((name, tensor.detach().clone()) for name, tensor in weights)

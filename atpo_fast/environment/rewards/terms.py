@@ -13,7 +13,7 @@ from atpo_fast.environment.own_code import load_own
 from atpo_fast.environment.rewards.named import COMPARING, NAMED, math_verify
 from atpo_fast.environment.rewards.signatures import Signature, columns_of, read_signature
 
-METRICS = ("mean", "em", "f1", "format", "overlong")
+METRICS = ("mean", "em", "f1", "format", "overlong", "turns")
 """Names in the metrics that mean something else, unless the reward of that name is meant."""
 
 _CONCURRENCY, _TIMEOUT_SECONDS = 16, 120.0

@@ -12,6 +12,7 @@ from atpo_kernels.devices import eager, kernel_context
 from atpo_kernels.dispatch import choose
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
 from atpo_kernels.linear_logprob.torch_impl import linear_logprob_torch
+from atpo_kernels.records import HeadOptions
 
 __all__ = ["linear_logprob"]
 
@@ -24,6 +25,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
+    softcap: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # (A,), (A,)
     """Compute the log-prob of `targets` and the entropy, in nats, of softmax((hidden @ weight.T + bias) / temperature).
@@ -35,15 +37,18 @@ def linear_logprob(
     in `hidden`, `weight` and `bias`. Logits and statistics are float32 (float64) whatever the input dtype. Logits of
     a chunk of rows exist at a time, and the backward recomputes them. A = 0 is allowed. Autocast has no effect here.
 
-    `impl`: "auto" (Triton on CUDA, but for float64; else "torch"), "torch" (chunks of rows), "reference" (materialises
-    (A, V)), "triton". Triton computes the logits once without gradients, and again in chunks for them; its results are
-    the same bits every time.
+    `softcap` c, positive, makes the logits c * tanh(x / c) before the temperature (Gemma 2).
+
+    `impl`: "auto" (Triton on CUDA, but for float64 and soft caps; else "torch"), "torch" (chunks of rows), "reference"
+    (materialises (A, V)), "triton". Triton computes the logits once without gradients, and again in chunks for
+    them; its results are the same bits every time.
 
     Raises ValueError for shapes, dtypes, devices or targets that do not fit, and for a weight without elements (a
     parameter that ZeRO-3 holds in parts: call this inside the forward of the module that owns the weight).
     """
-    check_linear("linear_logprob", hidden, weight, targets, bias, temperature)
+    check_linear("linear_logprob", hidden, weight, targets, bias, HeadOptions(temperature, softcap))
     paths = {"torch": linear_logprob_torch, "reference": linear_logprob_reference}
+    impl = "torch" if impl == "auto" and softcap is not None else impl  # no kernel has it
     run = choose("linear_logprob", impl, hidden.device, paths, hidden.dtype)
     with kernel_context(hidden):
-        return run(hidden, weight, targets.long(), bias, temperature)
+        return run(hidden, weight, targets.long(), bias, HeadOptions(temperature, softcap))

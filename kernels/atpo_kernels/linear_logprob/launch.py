@@ -20,7 +20,7 @@ from atpo_kernels.autograd import HeadGrads, LogprobImplementation, logprob_with
 from atpo_kernels.devices import processors, target_of
 from atpo_kernels.linear_logprob.kernels import _gradient_kernel, _merge_kernel, _statistics_kernel
 from atpo_kernels.linear_logprob.tiles import MERGED_ROWS, MOST_SPLITS, Tile, tile_for, vocab_splits
-from atpo_kernels.records import HeadInputs
+from atpo_kernels.records import HeadInputs, HeadOptions
 
 SCRATCH_BYTES = 896 << 20  # of the gradients by a chunk's logits
 ROWS_PER_LAUNCH = 1 << 16  # of a statistics pass: bounds the partial results
@@ -61,13 +61,15 @@ class TritonHead:
 
     @classmethod
     def prepare(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
     ) -> TritonHead:
-        """Copy only operands whose rows the kernels cannot read in place."""
+        """Copy only operands whose rows the kernels cannot read in place. Raises ValueError for a soft cap."""
+        if options.softcap is not None:
+            raise ValueError("impl='triton' has no soft cap of logits; use impl='auto' or 'torch'")
         hidden, weight = _aligned_rows(hidden.detach()), _aligned_rows(weight.detach())
         tile = tile_for(target_of(hidden.device), hidden.dtype)
         bias = None if bias is None else bias.detach().contiguous()
-        return cls(hidden, weight, bias, targets.contiguous(), temperature, tile, processors(hidden.device))
+        return cls(hidden, weight, bias, targets.contiguous(), options.temperature, tile, processors(hidden.device))
 
     def take(self, rows: Tensor) -> TritonHead:  # (C,) int64
         """Copy some of the rows under the same head."""
@@ -250,10 +252,10 @@ def _forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (A,)
-    temperature: float,
+    options: HeadOptions,
 ) -> Statistics:  # (A,) each
     """Compute the softmax statistics of all rows."""
-    head = TritonHead.prepare(hidden, weight, bias, targets, temperature)
+    head = TritonHead.prepare(hidden, weight, bias, targets, options)
     known = head.empty_statistics()
     head.statistics(known, 0, len(targets))
     return known
@@ -262,7 +264,7 @@ def _forward(
 def _backward(
     inputs: HeadInputs,
     targets: Tensor,  # (A,)
-    temperature: float,
+    options: HeadOptions,
     known: Sequence[Tensor],  # (A,) each
     grads: HeadGrads,
     needs: Sequence[bool],
@@ -270,7 +272,7 @@ def _backward(
     """Compute the gradients of hidden, weight and bias, where they are needed, chunk by chunk."""
     hidden, weight, bias = inputs
     assert hidden is not None and weight is not None
-    head = TritonHead.prepare(hidden, weight, bias, targets, temperature)
+    head = TritonHead.prepare(hidden, weight, bias, targets, options)
     sums = Gradients(head, needs)
     grad_logprob = torch.zeros_like(known[0]) if grads[0] is None else grads[0].contiguous()
     grad_entropy = None if grads[1] is None else grads[1].contiguous()
@@ -291,7 +293,7 @@ def linear_logprob_triton(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    options: HeadOptions,
 ) -> tuple[Tensor, Tensor]:  # (A,), (A,)
     """Compute `linear_logprob` by Triton kernels; see there."""
-    return logprob_with_gradients(_IMPLEMENTATION, hidden, weight, bias, targets, temperature)
+    return logprob_with_gradients(_IMPLEMENTATION, hidden, weight, bias, targets, options)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atpo_kernels.autograd import HeadGrads, LogprobImplementation, logprob_with_gradients
 from atpo_kernels.linear_logprob.tiles import elementwise_blocks, torch_rows, torch_tile
-from atpo_kernels.records import HeadInputs
+from atpo_kernels.records import HeadInputs, HeadOptions
 
 LN_2 = math.log(2)
 
@@ -33,32 +33,34 @@ class Head:
 
     weight: Tensor  # (V, D) in the statistics dtype
     bias: Tensor | None  # (V,) in the statistics dtype
-    temperature: float
+    options: HeadOptions
     first: int = 0  # the word of weight[0]
 
     @classmethod
-    def prepare(cls, weight: Tensor, bias: Tensor | None, temperature: float) -> Head:
+    def prepare(cls, weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Head:
         """Cast half-precision weights once, so that logits are never rounded to half precision."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return cls(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), temperature)
+        return cls(weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), options)
 
     def part(self, words: slice) -> Head:
         """Cut out the head of some of the words."""
-        return Head(self.weight[words], None if self.bias is None else self.bias[words], self.temperature, words.start)
+        return Head(self.weight[words], None if self.bias is None else self.bias[words], self.options, words.start)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:  # (C, D), (>=C, V) -> (C, V)
         """Write the logits, before the temperature, into the first rows of `out`."""
-        out = out[: hidden.shape[0]]
+        out, cap = out[: hidden.shape[0]], self.options.softcap
         if self.bias is None:
-            return torch.mm(hidden, self.weight.t(), out=out)
-        return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+        return out if cap is None else out.div_(cap).tanh_().mul_(cap)
 
     def exponentials(self, logits: Tensor, peak: Tensor) -> Tensor:  # (C, V), (C,) -> (C, V)
         """Overwrite `logits` by exp((logits - peak) / temperature), and return the base-2 logarithm of that.
 
         Subtracting before scaling keeps the digits of the likely tokens.
         """
-        logarithm = torch.sub(logits, peak[:, None]).mul_(1 / (self.temperature * LN_2))
+        logarithm = torch.sub(logits, peak[:, None]).mul_(1 / (self.options.temperature * LN_2))
         torch.exp2(logarithm, out=logits)
         return logarithm
 
@@ -114,10 +116,11 @@ class HeadGradients:
 
         With e = total * softmax, d loss / d logits = -(e * factor - total * grad_logprob * onehot) / (total * T), where
         factor = grad_logprob + grad_entropy * (log softmax + entropy). What is constant over a row is applied to the
-        (C, D) sides of the products, which saves passes over (C, V).
+        (C, D) sides of the products, which saves passes over (C, V). A soft cap multiplies the whole by its slope.
         """
         grad_logprob, grad_entropy = grads
-        scale = -1 / (known.total * head.temperature)
+        slope = _slope(exponential, head.options, known.peak)
+        scale = -1 / (known.total * head.options.temperature)
         if grad_entropy is None:
             onehot, scale = known.total, scale * grad_logprob
         else:
@@ -127,12 +130,30 @@ class HeadGradients:
         at = targets - head.first
         inside = at.clamp(0, len(head.weight) - 1)
         exponential.scatter_add_(1, inside[:, None], torch.where(at == inside, -onehot, 0)[:, None])
+        if slope is not None:
+            exponential *= slope
         if self.hidden is not None:
             self.hidden[rows] += (exponential @ head.weight).mul_(scale[:, None]).to(self.hidden.dtype)
         if self.weight is not None:
             self.weight.addmm_(exponential.t(), hidden * scale[:, None])
         if self.bias is not None:
             self.bias.addmv_(exponential.t(), scale)
+
+
+def _slope(
+    exponential: Tensor,  # (C, V) exp((logits - peak) / temperature)
+    options: HeadOptions,
+    peak: Tensor,  # (C,)
+) -> Tensor | None:  # (C, V)
+    """Compute the slope of the soft cap, 1 - (logit / softcap)^2; None without one.
+
+    Logits lie within the cap on either side, so exponentials underflow only at temperatures below 2 softcap / 87.
+    """
+    if options.softcap is None:
+        return None
+    tiny = torch.finfo(exponential.dtype).tiny
+    logits = exponential.clamp_min(tiny).log_().mul_(options.temperature).add_(peak[:, None])
+    return logits.div_(options.softcap).square_().neg_().add_(1)
 
 
 def _multiply_by_factor(
@@ -222,16 +243,16 @@ def _forward(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     targets: Tensor,  # (A,)
-    temperature: float,
+    options: HeadOptions,
 ) -> Statistics:  # (A,) each
     """Compute the softmax statistics of all rows."""
-    return statistics(hidden, Head.prepare(weight, bias, temperature), targets)
+    return statistics(hidden, Head.prepare(weight, bias, options), targets)
 
 
 def _backward(
     inputs: HeadInputs,
     targets: Tensor,  # (A,)
-    temperature: float,
+    options: HeadOptions,
     known: Sequence[Tensor],  # (A,) each
     grads: HeadGrads,
     needs: Sequence[bool],
@@ -239,7 +260,7 @@ def _backward(
     """Compute the gradients of hidden, weight and bias, where they are needed, tile by tile."""
     hidden, weight, bias = inputs
     assert hidden is not None and weight is not None
-    head = Head.prepare(weight, bias, temperature)
+    head = Head.prepare(weight, bias, options)
     sums = HeadGradients.zeros(hidden, head, needs)
     accumulate_gradients(sums, hidden, head, targets, Statistics(*known), *grads)
     totals = (sums.hidden, sums.weight, sums.bias)
@@ -254,7 +275,7 @@ def linear_logprob_torch(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    options: HeadOptions,
 ) -> tuple[Tensor, Tensor]:  # (A,), (A,)
     """Compute `linear_logprob` in PyTorch; see there."""
-    return logprob_with_gradients(_IMPLEMENTATION, hidden, weight, bias, targets, temperature)
+    return logprob_with_gradients(_IMPLEMENTATION, hidden, weight, bias, targets, options)

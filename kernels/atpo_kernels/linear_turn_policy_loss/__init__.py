@@ -17,7 +17,7 @@ from atpo_kernels.devices import eager, kernel_context
 from atpo_kernels.dispatch import choose
 from atpo_kernels.linear_turn_policy_loss.reference import linear_turn_policy_loss_reference
 from atpo_kernels.linear_turn_policy_loss.torch_impl import linear_turn_policy_loss_torch
-from atpo_kernels.records import LeafPaths, LinearTurnLoss, LossConfig, TokenWeights
+from atpo_kernels.records import HeadOptions, LeafPaths, LinearTurnLoss, LossConfig, TokenWeights
 
 __all__ = ["linear_turn_policy_loss"]
 
@@ -33,6 +33,7 @@ def linear_turn_policy_loss(
     turn_offsets: Tensor,  # (N+1,) int32, on the device or on the CPU
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
+    softcap: float | None = None,
     weights: TokenWeights | None = None,  # (A,) each
     paths: LeafPaths | None = None,
     ref_logprob: Tensor | None = None,  # (A,)
@@ -47,7 +48,7 @@ def linear_turn_policy_loss(
 ) -> LinearTurnLoss:
     """Compute `turn_policy_loss` of `linear_logprob` on packed turns, with the gradient in the forward.
 
-        logprob, entropy = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature)
+        logprob, entropy = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap)
         return turn_policy_loss(logprob, old_logprob, advantages, turn_offsets=turn_offsets, entropy=entropy, ...)
 
     Arguments as in those two operators; `reduction` may be anything that packed turns allow but "none". Logits of a
@@ -65,7 +66,8 @@ def linear_turn_policy_loss(
     Returns LinearTurnLoss: the fields of TurnLoss, and `logprob` and `entropy` (A,), detached.
     Raises ValueError as `linear_logprob` and `turn_policy_loss` do.
     """
-    check_linear("linear_turn_policy_loss", hidden, weight, targets, bias, temperature)
+    options = HeadOptions(temperature, softcap)
+    check_linear("linear_turn_policy_loss", hidden, weight, targets, bias, options)
     config, turn_clip = loss_config(config, clip_low, clip_high, overrides)
     reduction = reduction or "sum"
     if reduction not in get_args(Reduction) or reduction == "none":
@@ -81,6 +83,7 @@ def linear_turn_policy_loss(
     arguments = LossArguments(inputs, advantages, weights, structure, averaging, config, turn_clip)
     check_arguments(arguments)
     known_paths = {"torch": linear_turn_policy_loss_torch, "reference": linear_turn_policy_loss_reference}
+    impl = "torch" if impl == "auto" and softcap is not None else impl  # no kernel has it
     run = choose("linear_turn_policy_loss", impl, hidden.device, known_paths, hidden.dtype)
     with kernel_context(hidden):
-        return run(hidden, weight, targets.long(), bias, temperature, arguments, turn_offsets)
+        return run(hidden, weight, targets.long(), bias, options, arguments, turn_offsets)

@@ -20,7 +20,7 @@ from atpo_kernels.choices import RatioLevel
 from atpo_kernels.linear_logprob.launch import Gradients, Scratch, Statistics, TritonHead, rows_per_chunk
 from atpo_kernels.linear_turn_policy_loss.kernels import _kept_rows_kernel, _softmax_gradient_kernel
 from atpo_kernels.linear_turn_policy_loss.tiles import KEPT_BLOCK, Chunk, gradient_tile, plan_chunks
-from atpo_kernels.records import HeadInputs, LinearTurnLoss, LossConfig
+from atpo_kernels.records import HeadInputs, HeadOptions, LinearTurnLoss, LossConfig
 from atpo_kernels.turn_policy_loss.launch import PackedLoss
 
 
@@ -129,7 +129,7 @@ def linear_turn_policy_loss_triton(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    options: HeadOptions,
     arguments: LossArguments,  # its logprob and entropy are placeholders
     turn_offsets: Tensor,  # (N+1,) for the plan of chunks: on the CPU, or the host waits
 ) -> LinearTurnLoss:
@@ -138,7 +138,7 @@ def linear_turn_policy_loss_triton(
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in inputs]
     offsets = _on_host(turn_offsets).numpy()
     with torch.no_grad():
-        head = TritonHead.prepare(hidden, weight, bias, targets, temperature)
+        head = TritonHead.prepare(hidden, weight, bias, targets, options)
         loss = PackedLoss.prepare(arguments, nonempty_turns=int((np.diff(offsets) > 0).sum()))
         known = head.empty_statistics()
         if not any(needs):

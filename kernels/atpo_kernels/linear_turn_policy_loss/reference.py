@@ -10,7 +10,7 @@ from torch import Tensor
 from atpo_kernels.arguments import LossArguments
 from atpo_kernels.autograd import attach_gradients
 from atpo_kernels.linear_logprob.reference import linear_logprob_reference
-from atpo_kernels.records import LinearTurnLoss
+from atpo_kernels.records import HeadOptions, LinearTurnLoss
 from atpo_kernels.tokens import loss_tokens
 from atpo_kernels.turn_policy_loss.reference import evaluate_reference
 
@@ -20,12 +20,12 @@ def linear_turn_policy_loss_reference(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    options: HeadOptions,
     arguments: LossArguments,  # its logprob and entropy are placeholders
     turn_offsets: Tensor,  # (N+1,)
 ) -> LinearTurnLoss:
     """Compute `linear_turn_policy_loss` by its definition: materialises (A, V), every gradient by autograd."""
-    logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, temperature)
+    logprob, entropy = linear_logprob_reference(hidden, weight, targets, bias, options)
     seen, seen_entropy = logprob.detach(), entropy.detach()
     tokens = loss_tokens(arguments)
     old = seen if arguments.inputs.old_logprob is None else tokens.old_logprob

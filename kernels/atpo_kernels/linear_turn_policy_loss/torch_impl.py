@@ -19,7 +19,7 @@ from atpo_kernels.linear_logprob.torch_impl import (
     statistics,
 )
 from atpo_kernels.linear_turn_policy_loss.tiles import WORTH_COPYING, Chunk, plan_chunks
-from atpo_kernels.records import HeadInputs, LinearTurnLoss, LossConfig, TokenWeights
+from atpo_kernels.records import HeadInputs, HeadOptions, LinearTurnLoss, LossConfig, TokenWeights
 from atpo_kernels.tokens import LossTokens, loss_tokens
 from atpo_kernels.turn_policy_loss.torch_impl import evaluate, token_terms
 
@@ -29,7 +29,7 @@ def linear_turn_policy_loss_torch(
     weight: Tensor,  # (V, D)
     targets: Tensor,  # (A,) int64
     bias: Tensor | None,  # (V,)
-    temperature: float,
+    options: HeadOptions,
     arguments: LossArguments,  # its logprob and entropy are placeholders
     turn_offsets: Tensor,  # (N+1,)
 ) -> LinearTurnLoss:
@@ -37,7 +37,7 @@ def linear_turn_policy_loss_torch(
     tokens, config, on_policy = loss_tokens(arguments), arguments.config, arguments.inputs.old_logprob is None
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
     with torch.no_grad():
-        head = Head.prepare(weight, bias, temperature)
+        head = Head.prepare(weight, bias, options)
         gradients = HeadGradients.zeros(hidden.detach(), head, needs)
         job = _Job(hidden.detach(), head, targets, tokens, config, on_policy, gradients)
         known = job.by_chunks(turn_offsets) if any(needs) else statistics(job.hidden, head, targets)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atpo_kernels.devices import eager, kernel_context, processors, target_of
 from atpo_kernels.dispatch import choose
+from atpo_kernels.tree_attention.options import AttentionOptions
 from atpo_kernels.tree_attention.reference import tree_attention_reference
 from atpo_kernels.tree_attention.tiles import (
     BlockSizes,
@@ -43,6 +44,9 @@ def tree_attention(
     v: Tensor,  # (P + T, Hkv, d)
     subtree_end: Tensor,  # (T,) int32
     *,
+    window: int | None = None,
+    sinks: Tensor | None = None,  # (Hq,)
+    softcap: float | None = None,
     blocks: AttentionBlocks = None,
     scale: float | None = None,
     impl: str = "auto",
@@ -57,27 +61,34 @@ def tree_attention(
     than q, the ancestors of a row that continues others: every query sees all of them, and key P + j is the row's token
     j. Query heads are grouped over key heads as usual: query head h reads key head h // (Hq / Hkv). `scale`, positive,
     defaults to 1/sqrt(d). Output in the dtype of q; scores and softmax of half-precision inputs are float32 ("torch",
-    "triton"). Differentiable in q, k and v; T = 0 is allowed. `blocks`, built once per row and prefix by
+    "triton"). Differentiable in q, k, v and sinks; T = 0 is allowed. `blocks`, built once per row, prefix and window by
     `make_attention_blocks`, serve all its layers and steps. Without them every call builds them, which reads
     subtree_end on the host and so waits for the device.
 
+    `window` W restricts a query to the last W keys of its path, itself included: position[q] - position[k] < W, where
+    the position of a token is the number of tokens before it on its path, the prefix included. `sinks` are logits that
+    join the softmax of every query of a head and have no value (gpt-oss). `softcap` c, positive, makes the scores
+    c * tanh(scale * q . k / c) (Gemma 2).
+
     `impl`:
-      "auto"       "triton" for CUDA tensors of a dtype and head width that it takes, else "torch"
+      "auto"       "triton" for CUDA tensors of a dtype and head width that it takes and without window, sinks and
+                   softcap, else "torch"
       "triton"     Triton kernels on lists of full and partial blocks (TreeBlockLists); heads of up to 256 dimensions in
-                   half precision, 128 in float32; on CPU tensors in Triton's interpreter
+                   half precision, 128 in float32; on CPU tensors in Triton's interpreter. No window, sinks or softcap
       "torch"      visits the visible keys of each block of queries (TreeBlocks); any device and dtype
       "reference"  the definition, with the dense mask; takes no blocks
 
     Raises ValueError for shapes, dtypes or devices that do not fit, blocks of another row, prefix or
     implementation; RuntimeError for Triton kernels that cannot run here.
     """
-    _check(q, k, v, subtree_end, blocks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"tree_attention: scale must be positive, got {scale}")
-    run = _choose(impl, q.device, q.dtype, q.shape[-1])
+    _check(q, k, v, subtree_end)
+    options = AttentionOptions(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
+    _check_sinks(sinks, q)
+    _check_blocks(blocks, len(q), len(k) - len(q), window)
+    plain = window is None and sinks is None and softcap is None
+    run = _choose(impl, q.device, q.dtype, q.shape[-1], plain)
     with kernel_context(q):
-        return run(q, k, v, subtree_end, scale, blocks)
+        return run(q, k, v, sinks, subtree_end, options, blocks)
 
 
 def make_attention_blocks(
@@ -90,20 +101,24 @@ def make_attention_blocks(
     device: torch.device | str | None = None,
     impl: str = "auto",
     prefix: int = 0,
+    window: int | None = None,
+    plain_scores: bool = True,
 ) -> AttentionBlocks:
     """Build the `blocks` of a row that `tree_attention` takes, for tensors of this shape, dtype and device.
 
-    `prefix` is how many more tokens k and v have than q. `device` defaults to that of subtree_end. The blocks are built
-    on the host, so give subtree_end on the CPU, and nothing waits for the device; they are copied to it on the current
-    stream, for which another stream that uses them has to wait. None for implementations that use no
-    blocks. Raises ValueError if subtree_end is not that of depth-first pre-order, or prefix is negative.
+    `prefix` is how many more tokens k and v have than q, `window` that of the attention; `plain_scores` says that the
+    attention has neither sinks nor a soft cap. `device` defaults to that of
+    subtree_end. The blocks are built on the host, so give subtree_end on the CPU, and nothing waits for the device;
+    they are copied to it on the current stream, for which another stream that uses them has to wait. None for
+    implementations that use no blocks. Raises ValueError if subtree_end is not that of depth-first pre-order, or prefix
+    is negative.
     """
     if prefix < 0:
         raise ValueError(f"make_attention_blocks: prefix must be the number of tokens before the row, got {prefix}")
     device = subtree_end.device if device is None else torch.device(device)
-    path = _choose(impl, device, dtype, head_dim)
+    path = _choose(impl, device, dtype, head_dim, plain_scores and window is None)
     if path is tree_attention_torch:
-        return make_tree_blocks(subtree_end, prefix=prefix)
+        return make_tree_blocks(subtree_end, prefix=prefix, window=window)
     if path is tree_attention_reference:
         return None
     sizes = block_sizes(tiles_for(target_of(device), dtype, head_dim), query_heads // key_heads)
@@ -111,15 +126,15 @@ def make_attention_blocks(
     return lists.to(device)
 
 
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
-    """Choose the implementation; "auto" passes by kernels that do not have heads of this width."""
-    if impl == "auto" and not has_tiles(dtype, width):
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int, plain: bool) -> Callable[..., Tensor]:
+    """Choose the implementation; "auto" passes by kernels that do not have heads of this width, or the options."""
+    if impl == "auto" and not (plain and has_tiles(dtype, width)):
         impl = "torch"
     return choose("tree_attention", impl, device, _PATHS, dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: AttentionBlocks) -> None:
-    """Raise ValueError unless the arguments of `tree_attention` fit together."""
+def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor) -> None:
+    """Raise ValueError unless the tensors of `tree_attention` fit together."""
     tokens = q.shape[0]
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, subtree_end {tuple(subtree_end.shape)}"
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
@@ -134,10 +149,27 @@ def _check(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Attenti
         raise ValueError(f"tree_attention: q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if len({x.device for x in (q, k, v, subtree_end)}) != 1:
         raise ValueError("tree_attention: q, k, v and subtree_end must be on one device")
-    if isinstance(blocks, (TreeBlocks, TreeBlockLists)):
-        built, here = (blocks.tokens, blocks.prefix), (tokens, k.shape[0] - tokens)
-        if built != here:
-            raise ValueError(
-                "tree_attention: blocks are of a row of {} tokens behind a prefix of {}, ".format(*built)
-                + "but q has {} tokens and k and v have {} more".format(*here)
-            )
+
+
+def _check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Raise ValueError unless the sinks are one logit a query head, on the device of q."""
+    if sinks is None:
+        return
+    if sinks.shape != q.shape[1:2] or not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"tree_attention: sinks must be ({q.shape[1]},) floating-point numbers on {q.device}, "
+            f"got {tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
+        )
+
+
+def _check_blocks(blocks: AttentionBlocks, tokens: int, prefix: int, window: int | None) -> None:
+    """Raise ValueError unless the blocks are of a row of this size, behind this prefix, and for this window."""
+    if blocks is None:
+        return
+    if (blocks.tokens, blocks.prefix) != (tokens, prefix):
+        raise ValueError(
+            f"tree_attention: blocks are of a row of {blocks.tokens} tokens behind a prefix of {blocks.prefix}, "
+            f"but q has {tokens} tokens and k and v have {prefix} more"
+        )
+    if blocks.window != window:
+        raise ValueError(f"tree_attention: blocks are for window={blocks.window}, but here window={window}")

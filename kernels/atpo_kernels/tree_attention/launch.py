@@ -19,6 +19,7 @@ from atpo_kernels.tree_attention.kernels import (
     _key_sum_kernel,
     _query_gradient_kernel,
 )
+from atpo_kernels.tree_attention.options import AttentionOptions
 from atpo_kernels.tree_attention.tiles import (
     SUMMED_KEYS,
     Tile,
@@ -190,9 +191,12 @@ def tree_attention_triton(
     q: Tensor,  # (T, Hq, d)
     k: Tensor,  # (P + T, Hkv, d)
     v: Tensor,  # (P + T, Hkv, d)
+    sinks: Tensor | None,  # (Hq,)
     subtree_end: Tensor,  # (T,)
-    scale: float,
+    options: AttentionOptions,
     blocks: TreeBlockLists | None,
 ) -> Tensor:  # (T, Hq, d)
     """Compute `tree_attention` by Triton kernels; see there."""
-    return _TreeAttention.apply(q, k, v, subtree_end, scale, blocks)
+    if sinks is not None or options.window is not None or options.softcap is not None:
+        raise ValueError("tree_attention: impl='triton' has no windows, sinks or soft caps; use impl='auto' or 'torch'")
+    return _TreeAttention.apply(q, k, v, subtree_end, options.scale, blocks)

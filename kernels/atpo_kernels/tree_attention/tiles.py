@@ -169,6 +169,7 @@ class TreeBlockLists:
 
     tokens: int
     prefix: int
+    window: int | None
     sizes: BlockSizes
     key_heads: int
     query_order: Tensor
@@ -215,6 +216,7 @@ def make_tree_block_lists(
     return TreeBlockLists(
         tokens=len(end),
         prefix=prefix,
+        window=None,
         sizes=sizes,
         key_heads=key_heads,
         query_order=order,

@@ -51,7 +51,7 @@ def classes() -> dict[str, type]:
                 return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
             return fused.logprobs(self, model, *args, **kwargs)
 
-    made = {c.__name__: c for c in (TurnGRPOConfig, TurnGRPOTrainer, FusedTurnGRPOTrainer)}
+    made: dict[str, type] = {c.__name__: c for c in (TurnGRPOConfig, TurnGRPOTrainer, FusedTurnGRPOTrainer)}
     for name, found in made.items():  # checkpoints pickle the configuration, by the name that users import
         found.__module__, found.__qualname__ = "atpo_kernels.hosts.trl", name
     return made
