@@ -19,9 +19,9 @@ from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
 hidden = {MISSING!r}
-PathFinder.find_spec = lambda name, path=None, target=None: (
+PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: (
     None if name.partition(".")[0] in hidden else find(name, path, target)
-)
+))
 """
 CASES = """
 from bench.__main__ import main

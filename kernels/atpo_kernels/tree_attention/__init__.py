@@ -9,8 +9,7 @@ from torch import Tensor
 
 from atpo_kernels.devices import eager, kernel_context, processors, target_of
 from atpo_kernels.dispatch import choose
-from atpo_kernels.tree_attention.options import AttentionOptions
-from atpo_kernels.tree_attention.reference import tree_attention_reference
+from atpo_kernels.tree_attention.reference import AttentionOptions, tree_attention_reference
 from atpo_kernels.tree_attention.tiles import (
     BlockSizes,
     TreeBlockLists,

@@ -19,7 +19,7 @@ from atpo_kernels.tree_attention.kernels import (
     _key_sum_kernel,
     _query_gradient_kernel,
 )
-from atpo_kernels.tree_attention.options import AttentionOptions
+from atpo_kernels.tree_attention.reference import AttentionOptions
 from atpo_kernels.tree_attention.tiles import (
     SUMMED_KEYS,
     Tile,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atpo_kernels.devices import kernel_context
-from atpo_kernels.tree_attention.options import AttentionOptions, key_ends, key_positions
+from atpo_kernels.tree_attention.reference import AttentionOptions, key_ends, key_positions
 
 Range = tuple[int, int]
 _LOG2_E = 1 / math.log(2)
