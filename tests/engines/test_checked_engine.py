@@ -50,7 +50,7 @@ class StandIn:
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=16))
         self.left: dict[str, int] = {}
 
-    def add_request(self, name: str, prompt: Any, sampling: Any) -> None:
+    def add_request(self, name: str, prompt: Any, sampling: Any, lora_request: None = None) -> None:
         self.left[name], self.sampling[name] = sampling.max_tokens, sampling
 
     def abort_request(self, names: list[str]) -> None:
