@@ -35,7 +35,8 @@ class Comparison:
     difference: float
     """Between the log-probs of the packed tree and of the flat trajectories."""
     rounding: float
-    """Between those of the flat trajectories and the same with every layer's output rounded otherwise."""
+    """Between those of the flat trajectories and the same with every layer's output rounded otherwise; at least the
+    spacing of the log-probs' own numbers, which a model of small weights does not leave."""
 
     def __str__(self) -> str:
         """Say both in words."""
@@ -74,16 +75,18 @@ def compare(model: nn.Module, policy: Policy, device: torch.device) -> Compariso
     tree = _tree(config.vocab_size, max(layer.window or 0 for layer in describe_layers(config)))
     row = _pack(tree).to(device)
     packed = _by_turn(row, model(row)[0])
-    differences, roundings = [], []
+    differences, roundings, flats = [], [], []
     for leaf in tree.leaves:
         path = tree.path(leaf)
         row = _pack(_alone(tree, path)).to(device)
         flat = model(row, plain=True)
         with perturbed(policy.model, half_ulp):
             roundings.append(model(row, plain=True) - flat)
+        flats.append(flat)
         differences += [logprob - packed[path[turn]] for turn, logprob in _by_turn(row, flat).items()]
     model.train(training)
-    return Comparison(*(float(torch.cat(x).double().abs().median()) for x in (differences, roundings)))
+    difference, rounding, size = (float(torch.cat(x).double().abs().median()) for x in (differences, roundings, flats))
+    return Comparison(difference, max(rounding, size * torch.finfo(flats[0].dtype).eps))
 
 
 def _tree(vocabulary: int, window: int) -> TurnTree:
