@@ -25,7 +25,7 @@ from atpo_fast.evaluation.answers import (
     write_header,
 )
 from atpo_fast.evaluation.sets import Sets
-from atpo_fast.train.identity import model_digest
+from atpo_fast.train.digests import model_digest
 from atpo_fast.train.run import Run
 from atpo_fast.train.sampler import Sampler
 from atpo_fast.train.scoring import ScoredTree, score

@@ -7,7 +7,6 @@ read from them (questions, passages, weights, vocabulary), so that a moved folde
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,12 +18,10 @@ from atpo_fast.common.errors import InputError
 from atpo_fast.common.files import replacing
 from atpo_fast.common.jsonl import plain
 from atpo_fast.config import Config, as_dict
-from atpo_fast.data.questions import Question
+from atpo_fast.train.digests import model_digest, questions_digest, text_digest
 from atpo_fast.train.run import Run
 
 _LOG = logging.getLogger(__name__)
-_PROBES = 16  # stretches of a weight file that its digest reads
-_PROBE_BYTES = 1 << 16
 
 HARMLESS = (
     # where and how it is computed
@@ -113,12 +110,12 @@ def describe(run: Run, model: Path | None = None) -> dict[str, dict[str, Any]]:
     contents = {
         "model": None if weights is None else model_digest(weights),
         "reference": None if reference is None else model_digest(Path(reference)),
-        "tokenizer": _digest([vocabulary, str(task.tokenizer.chat_template)]),
-        "training questions": _questions(task.train),
-        "evaluation questions": _questions(task.eval),
-        "passages": f"{len(task.passages)}, {_digest(passage.contents for passage in task.passages)}",
-        "demonstrations": f"{len(task.demonstrations)}, {_digest(_demonstrations(run))}",
-        **{f"code of {name}": _digest([path.read_text()]) for name, path in _own_code(config)},
+        "tokenizer": text_digest([vocabulary, str(task.tokenizer.chat_template)]),
+        "training questions": questions_digest(task.train),
+        "evaluation questions": questions_digest(task.eval),
+        "passages": f"{len(task.passages)}, {text_digest(passage.contents for passage in task.passages)}",
+        "demonstrations": f"{len(task.demonstrations)}, {text_digest(_demonstrations(run))}",
+        **{f"code of {name}": text_digest([path.read_text()]) for name, path in _own_code(config)},
     }
     return {"settings": dict(_flat(plain(as_dict(config)))), "contents": contents}
 
@@ -135,19 +132,6 @@ def differences(
         for name in new:
             if name in old and old[name] != new[name] and not _matches(name, scope.indifferent):
                 yield name, words.format(name, old[name], new[name])
-
-
-def model_digest(folder: Path) -> str:
-    """Return a digest of a model folder: its configuration, and names, sizes and samples of its weight files."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size};".encode())
-        with path.open("rb") as file:
-            for i in range(_PROBES):
-                file.seek(i * max(0, size - _PROBE_BYTES) // (_PROBES - 1))
-                digest.update(file.read(_PROBE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _refusal(folder: Path, scope: Scope, grave: list[str], harmless: list[str]) -> str:
@@ -177,11 +161,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _questions(questions: Iterable[Question]) -> str:
-    listed = [json.dumps([q.id, q.text, list(q.answers)]) for q in questions]
-    return f"{len(listed)}, {_digest(listed)}"
-
-
 def _demonstrations(run: Run) -> Iterator[str]:
     for tree in run.task.demonstrations:
         yield from (str(turn.action_ids.tolist() + turn.observation_ids.tolist()) for turn in tree.turns)
@@ -202,10 +181,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)
-
-
-def _digest(texts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8", "backslashreplace") + b"\0")
-    return digest.hexdigest()[:16]

@@ -6,11 +6,8 @@ On one machine it holds by itself. On several, a folder of the same name may be 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
-from collections.abc import Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import torch.distributed as dist
 
 from atpo_fast.config import Config, as_dict
 from atpo_fast.task import Task
+from atpo_fast.train.digests import model_digest, questions_digest, text_digest
 
 _ADVICE = {
     "configuration": "start every node with the same file and overrides",
@@ -37,16 +35,22 @@ def check_shared_files(config: Config, task: Task, folder: Path) -> None:
         return
     mark = _leave_mark(folder)
     seen = {
-        "configuration": _digest(as_dict(config)),
+        "configuration": text_digest([json.dumps(as_dict(config), sort_keys=True, default=str)]),
         "run folder": str((folder / mark).is_file()),
-        "model": _digest(_model_files(config.model.path)),
-        "questions": _digest([(question.id, question.text) for question in (*task.train, *task.eval)]),
+        "model": text_digest(_model_files(config.model.path)),
+        "questions": questions_digest((*task.train, *task.eval)),
     }
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, (socket.gethostname(), os.environ.get("RANK", "0"), seen))
+    dist.all_gather_object(everywhere, (socket.gethostname(), seen))
     if dist.get_rank() == 0:
         (folder / mark).unlink(missing_ok=True)
-    problems = [line for host, rank, found in everywhere for line in _differences(host, rank, found, everywhere[0][2])]
+    expected = everywhere[0][1]
+    problems = [
+        f"{name} on {host} (rank {rank}): {_ADVICE[name]}"
+        for rank, (host, found) in enumerate(everywhere)
+        for name in expected
+        if found[name] != expected[name]
+    ]
     if problems:
         raise ValueError("the nodes do not see the same: " + "; ".join(problems))
 
@@ -60,16 +64,9 @@ def _leave_mark(folder: Path) -> str:
     return name[0]
 
 
-def _differences(host: str, rank: str, found: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
-    return [f"{name} on {host} (rank {rank}): {_ADVICE[name]}" for name in expected if found[name] != expected[name]]
-
-
-def _model_files(path: str | None) -> list[tuple[str, int]]:
-    """Return names and sizes of the files of a model folder."""
+def _model_files(path: str | None) -> list[str]:
+    """Name the files of a model folder with their sizes, and the digest of its weights."""
     if path is None:
         return []
-    return [(file.name, file.stat().st_size) for file in sorted(Path(path).glob("*")) if file.is_file()]
-
-
-def _digest(value: Any) -> str:
-    return blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+    files = [f"{file.name}:{file.stat().st_size}" for file in sorted(Path(path).glob("*")) if file.is_file()]
+    return [*files, model_digest(Path(path))]

@@ -25,6 +25,7 @@ def check_each_difference(config: Config, folder: Path) -> None:
     second = dist.get_rank() == 1
     task = load_task(config)
     check_shared_files(config, task, folder)
+    dist.barrier()  # rank 0 removes its mark when all have seen it, and the others do not wait for that
     assert list(folder.glob(".shared-*")) == []
     other = folder / "other"
     model = folder / f"model{dist.get_rank()}"
