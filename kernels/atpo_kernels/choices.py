@@ -17,6 +17,17 @@ Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum",
 """How the losses of a batch's tokens are averaged; the formulas are those of `turn_policy_loss`."""
 Reduction = Literal[Aggregation, "sum", "none"]
 """What an operator does with the losses of its tokens: aggregate them, add them up, or return them one by one."""
+LOSS_TYPES: dict[str, Reduction] = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dapo": "token-mean",
+    "cispo": "token-mean",
+    "dr_grpo": "seq-mean-token-sum-norm",
+}
+"""How the losses of each `loss_type` of TRL and Liger are averaged."""
+MEAN_OVER_STEP = ("dapo", "cispo")
+"""Loss types whose mean runs over the tokens of all ranks in a whole optimizer step."""
 Denominator = Literal["global", "local"]
 """Over what the averages of an aggregation run: the mini-batch of all ranks, or each packed row by itself."""
 NO_DUAL_CLIP = "the dual clip is no clip family but a cap beside any of them: give clip='hard' and dual_cap=3"

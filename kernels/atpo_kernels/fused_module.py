@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from atpo_kernels.choices import ClipFamily, KLEstimator, RatioLevel, Reduction
+from atpo_kernels.choices import LOSS_TYPES, MEAN_OVER_STEP, ClipFamily, KLEstimator, RatioLevel, Reduction
 from atpo_kernels.linear_logprob import linear_logprob
 from atpo_kernels.linear_turn_policy_loss import linear_turn_policy_loss
 from atpo_kernels.records import LossConfig, TokenWeights
@@ -18,17 +18,8 @@ from atpo_kernels.tokens import padded_shares, token_weights_from_advantages, tu
 __all__ = ["FusedLinearTurnPolicyLoss", "LossMetrics"]
 
 _OURS: tuple[Reduction, ...] = get_args(Reduction)
-_REDUCTION: dict[str, Reduction] = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-    **{name: name for name in _OURS if name != "none"},
-}
+_REDUCTION: dict[str, Reduction] = LOSS_TYPES | {name: name for name in _OURS if name != "none"}
 _CLIP: dict[str, ClipFamily] = {"sapo": "sapo", "cispo": "cispo"}
-_MEAN_OVER_RANKS = ("dapo", "cispo")
 _IGNORED = {"compiled", "chunk_size", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"}
 
 
@@ -242,7 +233,7 @@ class FusedLinearTurnPolicyLoss(nn.Module):
         """Weigh the action tokens by (W+, W-, W0), in float32 (float64)."""
         dtype = torch.promote_types(dtype, torch.float32)
         advantages = _of_tokens(advantages.detach().to(dtype), tokens, turn_ids)
-        denominator = _tokens_per_rank(tokens.valid, num_items, dtype) if self.loss_type in _MEAN_OVER_RANKS else None
+        denominator = _tokens_per_rank(tokens.valid, num_items, dtype) if self.loss_type in MEAN_OVER_STEP else None
         share = padded_shares(
             tokens.valid, tokens.turn, _REDUCTION[self.loss_type], self.max_completion_length, denominator, dtype
         )

@@ -5,25 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from atpo_kernels.arguments import Averaging
-from atpo_kernels.choices import Reduction
-
-REDUCTION: dict[str, Reduction] = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dapo": "token-mean",
-    "cispo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-}
-OVER_STEP = ("dapo", "cispo")
-"""Loss types whose mean runs over the tokens of a whole optimizer step."""
+from atpo_kernels.choices import LOSS_TYPES, MEAN_OVER_STEP
 
 
 def refuse(trainer: Any) -> None:
     """Raise ValueError, naming them, for options of TRL that the turn loss does not have."""
     delta, least = trainer.args.delta, 1 + trainer.epsilon_high
     found = {
-        f"loss_type={trainer.loss_type!r}": trainer.loss_type not in REDUCTION,
+        f"loss_type={trainer.loss_type!r}": trainer.loss_type not in LOSS_TYPES,
         f"top_entropy_quantile={trainer.top_entropy_quantile}": trainer.top_entropy_quantile < 1,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
         "entropy_coef or use_adaptive_entropy": trainer._entropy_bonus_enabled,
@@ -56,15 +45,15 @@ def averaging(trainer: Any, inputs: dict[str, Any]) -> Averaging:
     `num_items_in_batch` counts the action tokens of a generation batch on all ranks; gradients are averaged over ranks.
     """
     count = None
-    if trainer.loss_type in OVER_STEP:
+    if trainer.loss_type in MEAN_OVER_STEP:
         count = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
         if trainer.model.training:
             count = count * trainer.current_gradient_accumulation_steps / trainer.args.steps_per_generation
-    return Averaging(REDUCTION[trainer.loss_type], trainer.max_completion_length, count)
+    return Averaging(LOSS_TYPES[trainer.loss_type], trainer.max_completion_length, count)
 
 
 def micro_batches(trainer: Any) -> float:
     """Return the number of micro-batches that an optimizer step averages; 1 where the denominator counts them."""
-    if trainer.loss_type in OVER_STEP or not trainer.model.training:
+    if trainer.loss_type in MEAN_OVER_STEP or not trainer.model.training:
         return 1
     return trainer.current_gradient_accumulation_steps
