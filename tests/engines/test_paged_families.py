@@ -7,7 +7,8 @@ import pytest
 from atpo_fast.engines.paged import batching, prefill
 from atpo_fast.engines.paged.engine import PagedEngine
 from tests.helpers.engine_requests import VOCABULARY, check_logprobs, grow, roots
-from tests.helpers.families import FAMILIES, VOCAB, full_float64, make
+from tests.helpers.families import FAMILIES, VOCAB, make
+from tests.helpers.hybrid_models import in_float64
 from tests.helpers.small_tokenizers import numbered
 
 WITHOUT_STATE = [name for name, family in FAMILIES.items() if "mlp" in family.checkpointing]
@@ -22,7 +23,7 @@ def test_logprobs_are_those_of_transformers(name: str, pieces: str, monkeypatch:
         monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", 7)
         monkeypatch.setattr(prefill, "_SCORES_PER_GROUP", 64)
         monkeypatch.setitem(batching._KEYS_PER_GROUP, "cpu", 50)
-    with full_float64():
+    with in_float64():
         engine = PagedEngine(make(name).eval(), numbered(VOCABULARY), cache_tokens=10_000)
         trees = roots(3)
         grow(engine, trees)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +39,10 @@ HYBRID_CASES: tuple[tuple[int, str, GradientCheckpointing], ...] = (
 
 In float64 experts are run one after the other, those that have tokens, and DeepSpeed wants the same calls on all ranks.
 """
+
+
+Compute = Callable[[int, int], dict[str, np.ndarray]]
+"""From rank and number of ranks to the whole gradients of a case."""
 
 
 def forest() -> list[TurnTree]:
@@ -92,50 +99,48 @@ def model_gradients(
     return out
 
 
-def write_few_gradients(folder: Path) -> None:
-    """Be one rank of many; the same as `write_gradients` for one model and stage."""
-    depth_first.ROW_TOKENS = 0
-    join_process_group(cuda=False)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for budget in ROWS:
-        result = gradients(3, True, budget, "none", rank, world)
-        if rank == 0:
-            np.savez(folder / f"stage3_tied1_budget{budget}_none_ranks{world}.npz", **result)  # type: ignore[arg-type]  # as below
-    dist.barrier()
-    dist.destroy_process_group()
+def write_gradients(folder: Path, only: str = ".*") -> None:
+    """Be one rank; rank 0 writes a .npz for each case, with every parameter's whole gradient under its name.
 
-
-def write_gradients(folder: Path) -> None:
-    """Be one rank; rank 0 writes a .npz for each case, with every parameter's whole gradient under its name."""
+    `only` is a pattern of the names of the cases that are wanted.
+    """
     depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
     join_process_group(cuda=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    cases: list[tuple[int, bool, str, GradientCheckpointing]]
-    cases = [(stage, tied, budget, "none") for stage in (0, 2, 3) for tied in (True, False) for budget in ROWS]
-    cases += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
-    for stage, tied, budget, choice in cases:
-        result = gradients(stage, tied, budget, choice, rank, world)
-        name = f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}_ranks{world}.npz"
-        if rank == 0:
-            np.savez(folder / name, **result)  # type: ignore[arg-type]  # numpy's flags are none of them
-    for family, (stage, budget, choice) in itertools.product(DENSE, HYBRID_CASES):
-        with in_float64():
-            result = model_gradients(make_hybrid(family), stage, budget, choice, rank, world)
-        if rank == 0:
-            np.savez(folder / f"{family}_stage{stage}_{budget}_{choice}_ranks{world}.npz", **result)  # type: ignore[arg-type]  # as above
-    for family, choice in WINDOWED.items():
-        windowed: tuple[tuple[int, str, GradientCheckpointing], ...] = ((0, "4096", "none"), (3, "deep", choice))
-        for stage, budget, used in windowed:
-            with in_float64():
-                result = model_gradients(make(family), stage, budget, used, rank, world)
+    for name, compute in cases():
+        if re.fullmatch(only, name):
+            result = compute(rank, world)
             if rank == 0:
-                np.savez(folder / f"{family}_stage{stage}_ranks{world}.npz", **result)  # type: ignore[arg-type]
-    for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
-        result = module_gradients(stage, tied, inside, rank, world)
-        if rank == 0:
-            np.savez(
-                folder / f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}_ranks{world}.npz",
-                **result,  # type: ignore[arg-type]  # as above
-            )
+                np.savez(folder / f"{name}_ranks{world}.npz", **result)  # type: ignore[arg-type]  # numpy's flags are none of them
     dist.barrier()
     dist.destroy_process_group()
+
+
+def cases() -> Iterator[tuple[str, Compute]]:
+    """Yield the name of each case, and what computes its gradients as one of some ranks."""
+    plain: list[tuple[int, bool, str, GradientCheckpointing]]
+    plain = [(stage, tied, budget, "none") for stage in (0, 2, 3) for tied in (True, False) for budget in ROWS]
+    plain += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
+    for stage, tied, budget, choice in plain:
+        yield f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}", partial(gradients, stage, tied, budget, choice)
+    for family, (stage, budget, choice) in itertools.product(DENSE, HYBRID_CASES):
+        yield f"{family}_stage{stage}_{budget}_{choice}", partial(exact, make_hybrid, family, stage, budget, choice)
+    for family, choice in WINDOWED.items():
+        yield f"{family}_stage0", partial(exact, make, family, 0, "4096", "none")
+        yield f"{family}_stage3", partial(exact, make, family, 3, "deep", choice)
+    for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
+        yield f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}", partial(module_gradients, stage, tied, inside)
+
+
+def exact(
+    make_model: Callable[[str], PreTrainedModel],
+    family: str,
+    stage: int,
+    budget: str,
+    choice: GradientCheckpointing,
+    rank: int,
+    world: int,
+) -> dict[str, np.ndarray]:
+    """Whole gradients of one mini-batch of a model of some family, in float64."""
+    with in_float64():
+        return model_gradients(make_model(family), stage, budget, choice, rank, world)

@@ -1,10 +1,8 @@
-"""Tiny random models of every family that the documentation names, and transformers' arithmetic in full float64."""
+"""Tiny random models of every family that the documentation names."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,20 +11,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tests.helpers.hybrid_models import hybrid_config
+from tests.helpers.hybrid_models import SIZES as HYBRID_SIZES
+from tests.helpers.hybrid_models import VOCAB, hybrid_config
 
-VOCAB = 64
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+SIZES: dict[str, Any] = HYBRID_SIZES | {"bos_token_id": None, "eos_token_id": None}
 WINDOW = 6
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -128,35 +116,3 @@ def make(name: str, dtype: torch.dtype = torch.float64, rounded: bool = False) -
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return (model.to(torch.bfloat16) if rounded else model).to(dtype)
-
-
-class _Torch:
-    """The module torch, whose float32 is float64."""
-
-    float = float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-@contextmanager
-def full_float64() -> Iterator[None]:
-    """Let transformers' models compute in float64 where they say float32: norms, routers, rotary angles.
-
-    Else the gradients of one token that are summed before such a place on a tree, and after it on flat rows, differ by
-    float32's rounding.
-    """
-    for family in FAMILIES.values():
-        AutoModelForCausalLM._model_mapping[type(family.config())]  # imports the file of its model
-    names = [name for name in sys.modules if name.startswith("transformers.") and ("modeling" in name or "moe" in name)]
-    modules: list[Any] = [sys.modules[name] for name in names if vars(sys.modules[name]).get("torch") is torch]
-    plain = torch.Tensor.float
-    for module in modules:
-        module.torch = _Torch()
-    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.Tensor.float = plain  # type: ignore[method-assign]
-        for module in modules:
-            module.torch = torch

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.policy import Policy
-from tests.helpers.families import FAMILIES, VOCAB, full_float64, make
+from tests.helpers.families import FAMILIES, VOCAB, make
 from tests.helpers.flat_reference import flat_loss, flatten
+from tests.helpers.hybrid_models import in_float64
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/supported_models.md"
 HEADER = (
@@ -84,7 +85,7 @@ def difference(a: Gradients, b: Gradients) -> float:
 
 def measure(name: str) -> tuple[float, ...]:
     """The numbers of a family's row."""
-    with full_float64():
+    with in_float64():
         in_double = difference(packed_gradients(name, torch.float64), flat_gradients(name))
         exact = flat_gradients(name, rounded=True)
     tree, flat = packed_gradients(name, torch.bfloat16), flat_gradients(name, torch.bfloat16)

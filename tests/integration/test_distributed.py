@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.helpers.distributed_gradients import HYBRID_CASES, WINDOWED, write_few_gradients, write_gradients
+from tests.helpers.distributed_gradients import HYBRID_CASES, WINDOWED, write_gradients
 from tests.helpers.forked_runs import fork_ranks
 from tests.helpers.hybrid_models import DENSE
 
@@ -20,7 +20,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, n
     folder = tmp_path_factory.mktemp("gradients")
     for ranks in (1, 2):
         fork_ranks(write_gradients, ranks, folder)
-    fork_ranks(write_few_gradients, 3, folder)
+    fork_ranks(write_gradients, 3, folder, "stage3_tied1_.*_none")
     return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
 

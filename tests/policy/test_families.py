@@ -13,7 +13,7 @@ from atpo_fast.common.choices import GradientCheckpointing
 from atpo_fast.packing import depth_first
 from atpo_fast.policy import Policy, accumulate_gradients
 from atpo_fast.policy.attention import check_supported
-from tests.helpers.families import FAMILIES, SIZES, WINDOW, full_float64, make
+from tests.helpers.families import FAMILIES, SIZES, WINDOW, make
 from tests.helpers.family_table import (
     HEADER,
     OBJECTIVE,
@@ -25,6 +25,7 @@ from tests.helpers.family_table import (
     packed_gradients,
     row,
 )
+from tests.helpers.hybrid_models import in_float64
 
 EXACT = 1e-9  # of the largest gradient; float64 leaves about 1e-14
 
@@ -32,7 +33,7 @@ EXACT = 1e-9  # of the largest gradient; float64 leaves about 1e-14
 @pytest.fixture(autouse=True)
 def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(depth_first, "ROW_TOKENS", 0)  # or trees as small as these would rather repeat their ancestors
-    with full_float64():
+    with in_float64():
         yield
 
 
