@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -29,22 +28,11 @@ class Decoder(Protocol):
         ...
 
 
-def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokenizer: Decoder) -> None:
-    """Append one line per tree to a trees.jsonl: decoded text and numbers of every turn, for people to read.
-
-    Long texts are cut in the middle. A failure to write (full disk) is a warning, not an error: a run never dies of it.
-    """
-    records = [tree_record(tree, step, tokenizer) for tree in trees]
-    try:
-        append_records(path, records)
-    except OSError as error:
-        warnings.warn(
-            f"search trees cannot be written to {path} ({error}); training continues", RuntimeWarning, stacklevel=2
-        )
-
-
 def tree_record(tree: TurnTree, step: int, tokenizer: Decoder) -> dict[str, Any]:
-    """Make the line of one tree: question_id, meta, step, turns."""
+    """Make the line of one tree in a trees.jsonl: question_id, meta, step, and text and numbers of every turn.
+
+    It is for people to read: long texts are cut in the middle.
+    """
     texts = _texts(tree, tokenizer, (ACTION_CHARS, OBSERVATION_CHARS))
     turns = [_turn_record(tree, index, *text) for index, text in enumerate(texts)]
     return {"question_id": tree.question_id, "meta": tree.meta, "step": int(step), "turns": turns}
