@@ -53,6 +53,12 @@ class SearchServer:
         self.spoil(0.0)
         self.process = self.start()
 
+    def __enter__(self) -> SearchServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
     @property
     def url(self) -> str:
         """Address for `tools.search_url`."""

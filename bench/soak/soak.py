@@ -1,4 +1,4 @@
-"""A training of 500 steps on two ranks, once undisturbed and once under faults that are drawn from a seed.
+"""A training of 500 steps on two ranks, undisturbed, and beside it under faults that are drawn from a seed.
 
     python -m bench soak [--steps 500] [--times 3] [--seed 0] [--folder runs/soak]
 
@@ -24,11 +24,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from atpo_fast.config import load_config
+from atpo_fast.data.questions import Passage
 from atpo_fast.evaluation.answers import read_answers
 from atpo_fast.evaluation.compare import compare
 from atpo_fast.telemetry.run_logger import METRICS_FILE, read_metrics
@@ -58,17 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
     config = load_config(str(CONFIG), [f"train.steps={options.steps}"])
     margin = 2 * config.train.save_every + 1  # two checkpoints are there before the first fault
     faults = schedule(options.kinds, options.times, options.steps, margin, random.Random(options.seed))
-    server = SearchServer(folder / "server", make_world(config.world).passages, options.seed)
-    try:
-        _make_start(folder / "start")
-        follow = partial(_follow, folder, options.steps, server=server, seed=options.seed)
-        quiet = follow("quiet", [], folder)
-        faulty = follow("faulty", faults, options.disk or folder)
-    finally:
-        server.kill()
-    runs = {"quiet": quiet, "faulty": faulty}
+    _make_start(folder / "start")
+    passages = make_world(config.world).passages
+    with ThreadPoolExecutor(2) as pool:  # side by side, so that other work on this machine slows both alike
+        follow = partial(pool.submit, _follow, folder, options.steps, passages, options.seed)
+        running = {"quiet": follow("quiet", [], folder), "faulty": follow("faulty", faults, options.disk or folder)}
+        runs = {name: future.result() for name, future in running.items()}
     shown = judge(runs, options.steps)
-    fields = {"steps": options.steps, "ranks": config.ranks, "seed": options.seed, "shown": shown, "runs": runs}
+    fields = {"steps": options.steps, "ranks": config.ranks, "seed": options.seed, "cpu_minutes": _cpu_minutes()}
+    fields |= {"shown": shown, "runs": runs}
     write_record("soak", "soak", "cpu", options.results, device=device_name("cpu"), **fields)
     draw({"run": lambda: figure(runs)}, options.results / "plots", "soak")
     print(table(shown))
@@ -115,7 +115,7 @@ def _make_start(folder: Path) -> None:
 
 
 def _follow(
-    home: Path, steps: int, name: str, faults: Sequence[Fault], disk: Path, *, server: SearchServer, seed: int
+    home: Path, steps: int, passages: Sequence[Passage], seed: int, name: str, faults: Sequence[Fault], disk: Path
 ) -> dict[str, Any]:
     """Run a training to its end unless its findings are there; returns what its record holds."""
     kept = home / name / "findings.json"
@@ -123,17 +123,17 @@ def _follow(
         print(f"{kept} is there; delete it to run this training again")
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
-    folder = disk / ("run" if disk != home else f"{name}/run")
-    (home / name).mkdir(parents=True, exist_ok=True)
-    words = ["train", "--config", str(CONFIG), f"train.steps={steps}", f"run_dir={folder}"]
-    words += [f"model.path={home / 'start/cold_start'}", f"tools.search_url={server.url}"]
-    injector = Injector(server, disk, random.Random(seed + 1))
-    before = _children_seconds()
-    supervisor = Supervisor(words, folder, home / name / "output", faults, injector, lambda text: _tell(name, text))
-    lived = supervisor.run()
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    folder = disk / "run" if disk != home else home / name / "run"
+    with SearchServer(home / name / "server", passages, seed) as server:
+        words = ["train", "--config", str(CONFIG), f"train.steps={steps}", f"run_dir={folder}"]
+        words += [f"model.path={home / 'start/cold_start'}", f"tools.search_url={server.url}"]
+        injector = Injector(server, disk, random.Random(seed + 1))
+        tell = partial(_tell, name)
+        lived = Supervisor(words, folder, home / name / "output", faults, injector, tell).run()
     if folder != home / name / "run":
-        shutil.copytree(folder, home / name / "run", dirs_exist_ok=True)
-    found = findings(lived, folder) | {"cpu_seconds": _children_seconds() - before, "commit": commit()}
+        shutil.copytree(folder, home / name / "run")
+    found = findings(lived, home / name / "run") | {"commit": commit()}
     kept.write_text(json.dumps(found))
     return found
 
@@ -206,9 +206,9 @@ def _sum(records: Sequence[dict[str, Any]], key: str) -> float:
     return sum(float(record.get(key, 0.0)) for record in records)
 
 
-def _children_seconds() -> float:
+def _cpu_minutes() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return round((used.ru_utime + used.ru_stime) / 60, 1)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,9 @@ def cases() -> Iterator[tuple[str, Compute]]:
     filtered: list[tuple[int, str, GradientCheckpointing]]
     filtered = [(0, "4096", "none"), *((3, budget, "layer") for budget in ROWS)]
     for stage, budget, choice in filtered:
-        yield f"filtered_stage{stage}_budget{budget}_{choice}", partial(
-            gradients, stage, True, budget, choice, unequal=1
+        yield (
+            f"filtered_stage{stage}_budget{budget}_{choice}",
+            partial(gradients, stage, True, budget, choice, unequal=1),
         )
     for family, (stage, budget, choice) in itertools.product(DENSE, HYBRID_CASES):
         yield f"{family}_stage{stage}_{budget}_{choice}", partial(exact, make_hybrid, family, stage, budget, choice)
