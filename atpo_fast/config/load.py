@@ -111,6 +111,8 @@ def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Settings]:
         return [settings]
     if not isinstance(base.value, str):
         raise ConfigError(f"{base.origin}: {BASE}={base.value!r}: must be the path of a configuration")
+    if not (path.parent / base.value).is_file():
+        raise ConfigError(f"{base.origin}: {BASE}={base.value}: there is no such file in {path.parent.resolve()}")
     return [*_read_layers(path.parent / base.value, (*above, path.resolve())), settings]
 
 

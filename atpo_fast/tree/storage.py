@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from atpo_fast.common.jsonl import append_records, iterate_records, plain, read_
 from atpo_fast.tree import parquet
 from atpo_fast.tree.turn_tree import CLIP_RANGES, SCORES, Floats, TokenIds, Turn, TurnTree, stored_fields
 
+T = TypeVar("T")
 Texts = list[tuple[str, str]]  # (action, observation) of every turn of a tree
 
 ACTION_CHARS = 8000
@@ -99,8 +100,7 @@ def read_forest(path: Path | str) -> list[TurnTree]:
 
 def iterate_forest(path: Path | str) -> Iterator[TurnTree]:
     """Yield the trees of `read_forest` one by one, for forests that are larger than memory."""
-    records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
-    return (tree_from_json(record) for record in records)
+    return (_made(tree_from_json, record, path) for record in _records(path))
 
 
 def forest_questions(path: Path | str) -> Counter[str]:
@@ -121,13 +121,25 @@ def read_forest_texts(path: Path | str, count: int) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: as `read_forest`.
     """
-    records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
-    return [_readable(record) for record in islice(records, count)]
+    return [_made(_readable, record, path) for record in islice(_records(path), count)]
 
 
 def is_parquet(path: Path | str) -> bool:
     """Tell whether a forest of this name is a folder of Parquet files."""
     return Path(path).suffix == ".parquet"
+
+
+def _records(path: Path | str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a forest."""
+    return parquet.iterate(path) if is_parquet(path) else iterate_records(path)
+
+
+def _made(make: Callable[[dict[str, Any]], T], record: dict[str, Any], path: Path | str) -> T:
+    """Make something of a record; an error names the file."""
+    try:
+        return make(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; `atpo-fast rollout` writes such files") from error
 
 
 def _forest_record(tree: TurnTree, texts: Texts | None) -> dict[str, Any]:
