@@ -31,8 +31,10 @@ def import_traces(arguments: argparse.Namespace) -> int:
     source, out = Path(arguments.traces), Path(arguments.out)
     if out.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"--out {out}: must end in .jsonl or .parquet")
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; name the JSON lines that verifiers or OpenEnv recorded")
     if out.exists():
-        raise ValueError(f"--out {out}: is there already")
+        raise ValueError(f"--out {out}: is there already; choose another name")
     read = [_episode(record, f"{source}: record {number}") for number, record in enumerate(iterate_records(source), 1)]
     episodes = [episode for episode in read if episode is not None]
     if not episodes:

@@ -185,7 +185,8 @@ def _leaves(loader: Loader, node: yaml.Node, name: str, origin: str, lines: bool
             yield from _leaves(loader, value_node, join(name, key), origin, lines)
     elif _value(loader, node, where, name) is not None:  # an empty section keeps its defaults
         what = f"{name} is a section: give" if name else "the configuration must be a mapping of"
-        raise ConfigError(f"{where}: {what} {join(name, 'key')}: value, not {node.value!r}")
+        given = "a list" if isinstance(node.value, list) else repr(node.value)
+        raise ConfigError(f"{where}: {what} {join(name, 'key')}: value, not {given}")
 
 
 def _value(loader: Loader, node: yaml.Node, where: str, name: str) -> Any:

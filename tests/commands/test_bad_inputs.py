@@ -12,14 +12,32 @@ from typing import Any
 import pytest
 
 from atpo_fast.commands import cli, launched, launcher
-from tests.helpers.bad_inputs import CASES, GOOD, ROOT, Case
+from tests.helpers.bad_inputs import CASES, GOOD, ROOT, RUN, Case, listed
 
 README = ROOT / "tests/README.md"
 
 
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """A process group of this process alone, which DeepSpeed does not join twice."""
+    import torch.distributed as dist
+
+    from atpo_fast.train.zero import join_process_group
+
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (place | {"MASTER_PORT": str(launcher.free_port())}).items():
+            patch.setenv(name, value)
+        join_process_group(cuda=False)
+        destroy = dist.destroy_process_group
+        patch.setattr(dist, "destroy_process_group", lambda: None)
+        yield
+        destroy()
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in; the ranks of a command, one at most, are this process."""
+def here(group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in; the only rank of a command is this process."""
 
     def launch(verb: str, config: str, overrides: list[str], *others: Any) -> int:
         (found,) = (one for one in cli.LAUNCHED if one.name == verb)
@@ -28,9 +46,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         options = parser.parse_args(list(others[1]) if len(others) > 1 else [])
         return launched.run_process(found, Namespace(config=config, overrides=overrides, **vars(options)))
 
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (place | {"MASTER_PORT": str(launcher.free_port()), "DS_ACCELERATOR": "cpu"}).items():
-        monkeypatch.setenv(name, value)
     monkeypatch.setattr(launcher, "launch", launch)
     monkeypatch.delenv("ATPO_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -71,3 +86,15 @@ def test_bad_input(case: Case, here: Path, capfd: pytest.CaptureFixture[str]) ->
     for piece in case.says:
         assert piece in said[0]
     assert {name: content for name, content in contents(here).items() if name in before} == before
+
+
+# Fails when the list that people read is another one than the list that is tried.
+def test_the_list_in_the_readme() -> None:
+    assert listed() in README.read_text()
+
+
+# Fails when the good input is bad itself: each of the cases would be refused for another reason than its fault.
+def test_good_input(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write(here, GOOD)
+    assert cli.main([*RUN, "train.resume=must"]) == 2
+    assert "train.resume=must, but run/checkpoints has no checkpoint" in capfd.readouterr().err

@@ -21,11 +21,18 @@ CONFIG = """\
 run_dir: run
 device: cpu
 deepspeed: ROOT/configs/deepspeed/zero0.json
-data: {train_files: [train.jsonl], eval_files: [train.jsonl], corpus_files: [corpus.jsonl]}
+data: {train_files: [train.jsonl], eval_files: [eval.jsonl], corpus_files: [corpus.jsonl]}
 model: {dtype: float32, hidden_size: 16, layers: 1, heads: 2, kv_heads: 1, head_dim: 8, intermediate_size: 16}
-train: {questions_per_step: 1, questions_per_minibatch: 1}
+rollout: {strategy: chain, initial_chains: 1, max_turn_tokens: 4, max_response_tokens: 16}
+cold_start: {steps: 1, batch_size: 1}
+train: {steps: 1, questions_per_step: 1, questions_per_minibatch: 1, check_packing: false}
 """
-GOOD: Mapping[str, str | bytes | None] = {"run.yaml": CONFIG, "train.jsonl": QUESTION, "corpus.jsonl": PASSAGE}
+GOOD: Mapping[str, str | bytes | None] = {
+    "run.yaml": CONFIG,
+    "train.jsonl": QUESTION,
+    "eval.jsonl": QUESTION.replace("Who", "Where"),
+    "corpus.jsonl": PASSAGE,
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ CASES = [
     _key("a run folder that is a file", "run_dir=train.jsonl", "train.jsonl"),
     _key("a device that is not there", "device=cuda", "device=cuda"),
     _key("a tool without its index", "tools.search_backend=dense", "tools.index_dir"),
-    _key("a token that is not set", "tools.search_token_variable=NONE_SUCH", "NONE_SUCH"),
+    _key("a token that is not set", "tools={search_backend: http, search_token_variable: NONE_SUCH}", "NONE_SUCH"),
     *_read(
         "DeepSpeed (deepspeed)", "ds.json", "deepspeed=ds.json", a_folder=FOLDER, no_JSON="{", a_list="[]", empty=""
     ),
@@ -107,7 +114,6 @@ CASES = [
         answers_of_another_type='{"question": "Who?", "golden_answers": {"a": 1}}',
         an_empty_question='{"question": "", "golden_answers": ["a"]}',
         not_UTF8=b'{"question": "\xff", "golden_answers": ["a"]}',
-        an_id_twice=f"{QUESTION}\n{QUESTION}",
     ),
     *_read(QUESTIONS, "q.parquet", "data.train_files=[q.parquet]", no_Parquet=b"PAR1" + bytes(20) + b"PAR1")[1:],
     *_read(QUESTIONS, "q.csv", "data.eval_files=[q.csv]", without_the_columns="a,b\n1,2\n")[1:],
@@ -131,7 +137,7 @@ CASES = [
         turns_of_another_type='{"question": "Who?", "turns": [1]}',
     ),
     *_read(MODEL, "m", "model.path=m", an_empty_folder=FOLDER, a_file="x"),
-    *_read(MODEL, "m/config.json", "model.path=m", no_JSON="{")[1:],
+    Case(MODEL, "without a tokenizer", (*RUN, "model.path=m"), ("holds no tokenizer",), {"m/config.json": "{}"}),
     *_read(MODEL, "m.gguf", "model.path=m.gguf", no_GGUF=b"GGUF" + bytes(40)),
     *_read("index (tools.index_dir)", "index", "tools.index_dir=index", an_empty_folder=FOLDER, a_file="x"),
     *_read("cache (tools.published_cache)", "a.json", "tools.published_cache=a.json", no_JSON="{", a_list="[]"),
@@ -155,7 +161,7 @@ CASES = [
     Case("trees (rollout --out)", "of an unknown kind", ("rollout", *RUN[1:], "--out", "t.txt"), ("t.txt", ".jsonl")),
     Case("number (rollout --questions)", "no number", ("rollout", *RUN[1:], "--questions", "x"), ("--questions",)),
     Case("name (eval --name)", "a path", ("eval", *RUN[1:], "--name", "a/b"), ("a/b",)),
-    Case("sets (eval.sets)", "missing", ("eval", *RUN[1:], "eval.sets={nq: none.jsonl}"), ("none.jsonl",)),
+    Case("sets (eval.sets)", "missing", ("eval", *RUN[1:], "eval.sets={nq: [none.jsonl]}"), ("none.jsonl",)),
     Case("model (eval)", "none trained yet", ("eval", *RUN[1:]), ("run",)),
     *_file(
         "answers (eval compare)", "a.jsonl", ("eval compare", "a.jsonl", "a.jsonl"), no_JSON="{}\n{\n{}", other=QUESTION
@@ -195,3 +201,16 @@ CASES = [
     Case("port (retriever --port)", "out of range", ("retriever", "--index-dir", "i", "--port", "99999"), ("99999",)),
     Case("token (retriever)", "not set", ("retriever", "--index-dir", "i", "--token-variable", "NONE"), ("NONE",)),
 ]
+
+
+def listed() -> str:
+    """Return the list of tests/README.md: a line for each kind of input, with its faults."""
+    faults: dict[str, list[str]] = {}
+    for case in CASES:
+        faults.setdefault(case.given, []).append(case.fault)
+    lines = [f"| {given} | {'; '.join(dict.fromkeys(found))} |" for given, found in faults.items()]
+    return "\n".join(["| input | faults |", "|---|---|", *lines])
+
+
+if __name__ == "__main__":
+    print(listed())
