@@ -52,15 +52,16 @@ class Injector:
         server: the search server of the training; none: its searches cannot fail.
         disk: folder on the run folder's file system, which nothing else uses.
         rng: draws what a fault leaves open: the rank, the file, how long it lasts.
+        delay: a fault strikes at most so many seconds after the record of its step.
     """
 
-    def __init__(self, server: SearchServer | None, disk: Path, rng: random.Random):
-        self.server, self._disk, self._rng = server, disk, rng
+    def __init__(self, server: SearchServer | None, disk: Path, rng: random.Random, delay: float = 2.0):
+        self.server, self._disk, self._rng, self._delay = server, disk, rng, delay
         self._ends: list[tuple[float, int, Callable[[], object]]] = []  # time, step, what ends a fault that lasts
 
     def inject(self, fault: Fault, job: Job) -> str:
         """Bring a fault about; returns what was done, in words."""
-        time.sleep(self._rng.uniform(0, 2))
+        time.sleep(self._rng.uniform(0, self._delay))
         return {
             "tools fail": self._spoil,
             "rank killed": self._kill_rank,

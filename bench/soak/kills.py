@@ -16,13 +16,15 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from atpo_fast.telemetry.run_logger import METRICS_FILE, read_metrics
 from bench.core.records import RESULTS, device_name, write_record
-from bench.soak.job import ROOT, Job
+from bench.soak.job import ROOT, Job, Start, start_command
 
 CONFIG = ROOT / "bench/soak/soak.yaml"
 SMALL = (
@@ -37,7 +39,6 @@ SMALL = (
 )
 PHASES = ("cold start", "rollout", "update", "save", "eval", "rollout", "update", "save", "anywhere", "cold start")
 """Where the kills fall, in turn; those in RL are sorted by their steps."""
-SHOWN = ("cold start", "rollout", "update", "eval")
 _TIMES = ("time", "rate/", "cold_start/tokens_per_s")
 _POLL_SECONDS = 0.005
 _LIMIT_SECONDS = 1800.0
@@ -48,27 +49,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parse(arguments)
     folder: Path = options.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
-    unbroken, killed = folder / "unbroken", folder / "killed"
-    unbroken.mkdir(parents=True)
-    killed.mkdir()
     words = ["train", "--config", str(CONFIG), *SMALL, f"train.steps={options.steps}"]
-    begun = time.monotonic()
-    _finish(_start(words, unbroken))
-    seconds = time.monotonic() - begun
-    rng = random.Random(options.seed)
-    kills = []
-    for aimed, place in moments(options.kills, options.steps, rng):
-        kills.append(_kill(_start(words, killed), killed / "run", aimed, place, rng.random(), seconds))
-        print("killed in", kills[-1], flush=True)
-    _finish(_start(words, killed))
-    values, differing = compare(unbroken / "run", killed / "run")
-    fields = {"ranks": 2, "steps": options.steps, "seed": options.seed, "kills": kills}
-    device = device_name("cpu")
-    write_record(
-        "kills", "kills", "cpu", options.results, device=device, **fields, compared=values, differing=differing
-    )
-    print(f"{len(kills)} kills; {values}; differing: {differing or 'nothing'}")
-    sys.exit(bool(differing))
+    found = kill_and_compare(words, folder, moments(options.kills, options.steps, random.Random(options.seed)))
+    fields = {"ranks": 2, "steps": options.steps, "seed": options.seed, **found}
+    write_record("kills", "kills", "cpu", options.results, device=device_name("cpu"), **fields)
+    print(f"{len(found['kills'])} kills; {found['compared']}; differing: {found['differing'] or 'nothing'}")
+    sys.exit(bool(found["differing"]))
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -83,16 +69,52 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def moments(kills: int, steps: int, rng: random.Random) -> list[tuple[str, int]]:
-    """Draw where the kills fall: the phase, and how many steps are done by then; in the order in which they come."""
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where a kill falls: in a phase, after so many steps or later, and how far into the phase."""
+
+    phase: str
+    steps: int
+    share: float
+
+
+def moments(kills: int, steps: int, rng: random.Random) -> list[Moment]:
+    """Draw where the kills fall, in the order in which they come."""
     found = [
-        (phase, -1 if phase == "cold start" else rng.randrange(steps - 1)) for phase in islice(cycle(PHASES), kills)
+        Moment(phase, -1 if phase == "cold start" else rng.randrange(steps - 1), rng.random())
+        for phase in islice(cycle(PHASES), kills)
     ]
-    return sorted(found, key=lambda moment: moment[1])
+    return sorted(found, key=lambda moment: moment.steps)
 
 
-def _start(words: list[str], home: Path) -> Job:
-    return Job([*words, f"run_dir={home / 'run'}"], home / "run", home / "output")
+def kill_and_compare(
+    words: Sequence[str],
+    folder: Path,
+    kills: Sequence[Moment],
+    start: Start = start_command,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run a command unbroken and killed, each in a folder of its own.
+
+    Returns where the kills fell, how much was compared, and what differs. `words` have to ask for
+    `logging.progress=live`, by which the phase is seen.
+    """
+
+    def run(name: str) -> Job:
+        home = folder / name
+        home.mkdir(parents=True, exist_ok=True)
+        return Job([*words, f"run_dir={home / 'run'}"], home / "run", home / "output", start)
+
+    begun = time.monotonic()
+    _finish(run("unbroken"))
+    seconds = time.monotonic() - begun
+    fell = []
+    for moment in kills:
+        fell.append(_kill(run("killed"), moment, seconds))
+        tell(f"killed: {fell[-1]}")
+    _finish(run("killed"))
+    compared, differing = compare(folder / "unbroken/run", folder / "killed/run")
+    return {"kills": fell, "compared": compared, "differing": differing}
 
 
 def _finish(job: Job) -> None:
@@ -100,32 +122,35 @@ def _finish(job: Job) -> None:
     while (code := job.code) is None:
         time.sleep(0.5)
     if code:
-        sys.exit(f"the run ended with code {code}: {job.last_line()}; see {job.output}")
+        raise RuntimeError(f"the run ended with code {code}: {job.last_line()}; see {job.output}")
 
 
-def _kill(job: Job, folder: Path, aimed: str, steps: int, share: float, seconds: float) -> dict[str, Any]:
-    """Kill a run once it is where it is aimed at, and a drawn share of that phase later; returns where it was."""
+def _kill(job: Job, moment: Moment, seconds: float) -> dict[str, Any]:
+    """Kill a run once it is where it is aimed at, and a share of that phase later; returns where it was.
+
+    `seconds` is how long a run takes, for a kill that falls anywhere.
+    """
     deadline = time.monotonic() + _LIMIT_SECONDS
-    if aimed == "anywhere":
-        time.sleep(share * seconds)
+    if moment.phase == "anywhere":
+        time.sleep(moment.share * seconds)
     else:
-        while not _there(job, folder, aimed, steps):
+        while not _there(job, moment):
             if job.code is not None or time.monotonic() > deadline:
-                sys.exit(f"the run ended, or never came to {aimed} after step {steps}: {job.last_line()}")
+                raise RuntimeError(f"the run ended, or never came to {moment}: {job.last_line()}; see {job.output}")
             time.sleep(_POLL_SECONDS)
-        time.sleep(share * _phase_seconds(folder, aimed))
+        time.sleep(moment.share * _phase_seconds(job.folder, moment.phase))
     job.kill()
-    saving = [path.name for path in folder.glob("**/checkpoints/.step_*")]
-    return {"aimed": aimed, "shown": job.phase(), "step": job.step(), "half_written": saving}
+    half = [path.name for path in job.folder.glob("**/checkpoints/.step_*")]
+    return {"aimed": moment.phase, "shown": job.phase(), "step": job.step(), "half_written": half}
 
 
-def _there(job: Job, folder: Path, aimed: str, steps: int) -> bool:
-    """Tell whether a run is in a phase, so many steps after its beginning or later."""
-    if job.step() < steps:
+def _there(job: Job, moment: Moment) -> bool:
+    """Tell whether a run has come to a moment."""
+    if job.step() < moment.steps:
         return False
-    if aimed == "save":
-        return any(folder.glob("checkpoints/.step_*"))
-    return job.phase().startswith(aimed)
+    if moment.phase == "save":
+        return any(job.folder.glob("checkpoints/.step_*"))
+    return job.phase().startswith(moment.phase)
 
 
 def _phase_seconds(folder: Path, phase: str) -> float:

@@ -63,8 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     _make_start(folder / "start")
     passages = make_world(config.world).passages
     with ThreadPoolExecutor(2) as pool:  # side by side, so that other work on this machine slows both alike
-        follow = partial(pool.submit, _follow, folder, options.steps, passages, options.seed)
-        running = {"quiet": follow("quiet", [], folder), "faulty": follow("faulty", faults, options.disk or folder)}
+        follow = partial(_follow, folder, options.steps, passages, options.seed)
+        running = {
+            "quiet": pool.submit(follow, "quiet", [], folder),
+            "faulty": pool.submit(follow, "faulty", faults, options.disk or folder),
+        }
         runs = {name: future.result() for name, future in running.items()}
     shown = judge(runs, options.steps)
     fields = {"steps": options.steps, "ranks": config.ranks, "seed": options.seed, "cpu_minutes": _cpu_minutes()}
