@@ -21,6 +21,7 @@ from typing import Any
 
 from atpo_fast.common.choices import PromptKind
 from atpo_fast.common.errors import ConfigError, DataError
+from atpo_fast.data.messages import Message, content_of
 from atpo_fast.data.questions import Question
 
 SYSTEM_PROMPT = (
@@ -35,8 +36,6 @@ SYSTEM_PROMPT = (
     r"At the end of the answer, the exact final answer is enclosed within \boxed{} in latex format."
 )
 QUESTION, TOOLS = "{question}", "{tools}"
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +114,6 @@ PROMPTS: Mapping[PromptKind, Prompt] = {
     "messages": Prompt(messages=True),
 }
 """Prompts by name."""
-
-
-def content_of(message: Message) -> str:
-    """Return the text of a message, whose content may be a list of parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)
 
 
 def _fill(template: str, question: Question, tools: str, escape: Callable[[str], str]) -> str:
