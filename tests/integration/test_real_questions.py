@@ -56,7 +56,6 @@ def test_a_method_by_its_name(tmp_path: Path, start: Path, method: str) -> None:
         assert step["tokens/unique"] > 0
         if method != "aepo":  # its monitoring throws a probe and a chain away
             assert step["tokens/prefilled"] + step["tokens/shared"] == step["tokens/unique"]
-            assert step["tokens/shared"] > 0
 
 
 # Fails for a ReAct that cannot be evaluated, as it has nothing to train.
