@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def make_model(family: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config).double().eval()
 
 
-def make_engine(family: str = "qwen3", **options: int) -> PagedEngine:
+def make_engine(family: str = "qwen3", **options: Any) -> PagedEngine:
     return PagedEngine(make_model(family), numbered(VOCABULARY), **{"cache_tokens": 100_000, **options})
 
 
@@ -80,7 +81,7 @@ def test_a_shared_beginning_is_prefilled_once(family: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("options", [{"cache_tokens": 420}, {"batch_size": 2}, {"pieces": 7}], ids=str)
-def test_eviction_and_small_pieces(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eviction_and_small_pieces(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if an entry goes before those that continue it, is freed twice, or continues before it is filled."""
     if pieces := options.pop("pieces", 0):
         monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", pieces)
@@ -123,4 +124,5 @@ def test_a_chance_likeness_does_not_shorten_a_system_prompt() -> None:
     for number in range(3):
         found.add((number, 0), np.append(system, number))
     found.add((3, 0), np.append(system[:LEAST], np.full(99, -1)))
-    assert np.array_equal(found.beginning(np.append(system, 7)), system)
+    beginning = found.beginning(np.append(system, 7))
+    assert beginning is not None and np.array_equal(beginning, system)
