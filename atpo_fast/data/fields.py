@@ -14,7 +14,7 @@ from typing import Any
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import ColumnsConfig
 from atpo_fast.data.matching import normalise_answer
-from atpo_fast.data.messages import Message, content_of
+from atpo_fast.data.questions import Message, content_of
 from atpo_fast.data.records import Record
 
 QUESTION_NAMES = ("question", "problem")

@@ -21,8 +21,7 @@ from typing import Any
 
 from atpo_fast.common.choices import PromptKind
 from atpo_fast.common.errors import ConfigError, DataError
-from atpo_fast.data.messages import Message, content_of
-from atpo_fast.data.questions import Question
+from atpo_fast.data.questions import Message, Question, content_of
 
 SYSTEM_PROMPT = (
     "You are a helpful assistant. You solve the question you are given step by step, with the wikipedia search tool to "
