@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -42,7 +41,7 @@ from bench.soak.job import ROOT
 from bench.soak.plots import figure
 from bench.soak.search_server import SearchServer
 from bench.soak.supervisor import Lived, Supervisor
-from bench.soak.watch import QUANTITIES, growth, thinned
+from bench.soak.watch import QUANTITIES, Sample, growth, thinned
 
 CONFIG = ROOT / "bench/soak/soak.yaml"
 _DISK_SIZE = "96m"
@@ -70,8 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
         runs = {name: future.result() for name, future in running.items()}
     shown = judge(runs, options.steps)
-    fields = {"steps": options.steps, "ranks": config.ranks, "seed": options.seed, "cpu_minutes": _cpu_minutes()}
-    fields |= {"shown": shown, "runs": runs}
+    fields = {"steps": options.steps, "ranks": config.ranks, "seed": options.seed, "shown": shown, "runs": runs}
     write_record("soak", "soak", "cpu", options.results, device=device_name("cpu"), **fields)
     draw({"run": lambda: figure(runs)}, options.results / "plots", "soak")
     print(table(shown))
@@ -156,7 +154,6 @@ def findings(lived: Lived, folder: Path) -> dict[str, Any]:
         "searches": _sum(train, "tool/search/calls"),
         "failed_searches": _sum(train, "tool/search/failures"),
         "answers": str(answers),
-        "growth": {name: growth(lived.samples, name, _WARM_UP) for name in QUANTITIES},
         "samples": thinned(lived.samples, 5),
     }
 
@@ -185,10 +182,10 @@ def judge(runs: dict[str, dict[str, Any]], steps: int) -> dict[str, dict[str, An
         rises = {
             f"{run}, {process}": line["rise"] / line["mean"]
             for run, found in runs.items()
-            for process, line in found["growth"][name].items()
+            for process, line in growth([Sample(**sample) for sample in found["samples"]], name, _WARM_UP).items()
         }
         worst = max(rises, key=rises.__getitem__)
-        found = f"at most {rises[worst]:+.1%} of the mean over the training ({worst})"
+        found = f"the floor rises by at most {rises[worst]:+.1%} of its mean ({worst})"
         shown[f"flat: {quantity}"] = {"found": found, "holds": rises[worst] <= _RISE}
     return shown
 
@@ -207,11 +204,6 @@ def _tell(name: str, text: str) -> None:
 
 def _sum(records: Sequence[dict[str, Any]], key: str) -> float:
     return sum(float(record.get(key, 0.0)) for record in records)
-
-
-def _cpu_minutes() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round((used.ru_utime + used.ru_stime) / 60, 1)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from bench.soak.faults import ALL, END_OF_LIFE, Fault, Injector
 from bench.soak.job import Job, Start, start_command
 from bench.soak.watch import Sample, Watch
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.2
 HANG_SECONDS = 1800.0  # a step takes seconds; beyond this one nothing is waited for any longer
 _STARTS_WITHOUT_A_STEP = 20
 

@@ -11,6 +11,7 @@ import psutil
 
 from bench.soak.job import Job
 
+WINDOW = 25  # steps
 QUANTITIES = {"memory_mb": "resident memory, MB", "threads": "threads", "handles": "open files and sockets"}
 
 
@@ -52,18 +53,24 @@ class Watch:
 
 
 def growth(samples: Iterable[Sample], quantity: str, warm_up: int) -> dict[str, dict[str, float]]:
-    """Fit a line over the steps to a quantity of each process, samples of younger lives than `warm_up` left out.
+    """Fit a line over the steps to the floor of a quantity of each process.
 
-    Returns for each process the mean, and by how much the line rises from its first step to its last.
+    The floor is the lowest sample of each `WINDOW` steps: what is in use at the moment of a sample, such as a
+    connection, is given back, and a leak is not. Samples of younger lives than `warm_up` steps are left out.
+
+    Returns for each process the mean of the floor, and by how much the line rises from its first step to its last.
     """
-    found: dict[str, dict[str, float]] = {}
-    warm = [sample for sample in samples if sample.age > warm_up]
-    for process in sorted({sample.process for sample in warm}):
-        steps, values = np.array(
-            [(sample.step, getattr(sample, quantity)) for sample in warm if sample.process == process], dtype=float
-        ).T
-        slope = np.polyfit(steps, values, 1)[0] if np.ptp(steps) else 0.0
-        found[process] = {"mean": float(values.mean()), "rise": float(slope * np.ptp(steps)), "samples": len(steps)}
+    floors: dict[str, dict[int, float]] = {}
+    for sample in samples:
+        if sample.age > warm_up:
+            floor, window = floors.setdefault(sample.process, {}), sample.step // WINDOW
+            value = float(getattr(sample, quantity))
+            floor[window] = min(value, floor.get(window, value))
+    found = {}
+    for process, floor in sorted(floors.items()):
+        windows, values = np.array(sorted(floor.items())).T
+        slope = np.polyfit(windows, values, 1)[0] if len(windows) > 1 else 0.0
+        found[process] = {"mean": float(values.mean()), "rise": float(slope * np.ptp(windows))}
     return found
 
 
