@@ -132,6 +132,8 @@ def _follow(
         injector = Injector(server, disk, random.Random(seed + 1))
         tell = partial(_tell, name)
         lived = Supervisor(words, folder, home / name / "output", faults, injector, tell).run()
+    for end in lived.ends:
+        end["said"] = end["said"].replace(f"{home}/", "")
     if folder != home / name / "run":
         shutil.copytree(folder, home / name / "run")
     found = findings(lived, home / name / "run") | {"commit": commit()}
