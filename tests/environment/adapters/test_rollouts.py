@@ -111,7 +111,8 @@ CASES = {
     "reasoning-gym": Case(
         "none", "reasoning_gym", ["4", "12"], "reasoning_gym:open_session", task={"dataset": "chain_sum"}
     ),
-    "trl": Case("copied", "transformers", [("buy", '{"price": 2}'), ("buy", '{"price": 3}')], code=SHOP),
+    # Needs no package of its own; once is enough.
+    "trl": Case("copied", "gem", [("buy", '{"price": 2}'), ("buy", '{"price": 3}')], code=SHOP),
     "openenv": Case(
         "by replay", "openenv.core", ["left", "right"], "openenv:open_session", task={"action_field": "direction"}
     ),
