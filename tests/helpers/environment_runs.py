@@ -39,11 +39,16 @@ class Rolled:
     branched: int  # turns with an observation that several turns continue
 
 
-def roll_out(folder: Path, factory: str, task: dict[str, Any], actions: list[Action], steps: int = 80) -> Rolled:
-    """Teach a model from scratch to write some actions, in so many steps, and roll out trees of four questions."""
+def roll_out(folder: Path, factory: str, task: dict[str, Any], actions: list[Action], long: bool = False) -> Rolled:
+    """Teach a model from scratch to write some actions, and roll out trees of four questions with it.
+
+    `long` openings are questions of their own too, behind those rolled out, so that the tokenizer learns their words.
+    """
     tasks = [{"id": str(i), "question": f"Task {i}.", "answers": ["x"], **task} for i in range(8)]
-    _write(folder / "questions.jsonl", tasks)
-    _write(folder / "demonstrations.jsonl", _demonstrations(factory, tasks, actions))
+    played = _demonstrations(factory, tasks, actions)
+    openings = [{**tasks[0], "id": f"opening {i}", "question": one["question"]} for i, one in enumerate(played[:8])]
+    _write(folder / "questions.jsonl", tasks + (openings if long else []))
+    _write(folder / "demonstrations.jsonl", played)
     probe = [_written(action) for action in actions[:2]]
     config = {
         "run_dir": str(folder / "run"),
@@ -62,7 +67,7 @@ def roll_out(folder: Path, factory: str, task: dict[str, Any], actions: list[Act
             "max_turn_tokens": 32,
             "max_response_tokens": 256,
         },
-        "cold_start": {"demonstrations": str(folder / "demonstrations.jsonl"), "steps": steps, "batch_size": 8},
+        "cold_start": {"demonstrations": str(folder / "demonstrations.jsonl"), "steps": 80, "batch_size": 8},
         "train": {"questions_per_step": 8},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

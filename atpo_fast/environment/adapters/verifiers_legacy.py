@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from atpo_fast.environment.adapters.common import as_text, column, function_schema, package
-from atpo_fast.environment.adapters.verifiers_parts import legacy_step, load_legacy
+from atpo_fast.environment.adapters.verifiers_legacy_parts import load_environment, new_step
 from atpo_fast.environment.session import Message, Result, Session
 
 
@@ -56,7 +56,7 @@ class LegacyVerifiersSession(Session):
         return Result(as_text(answer), step["reward"], self._state["final_env_response"] is not None)
 
     async def _write(self, message: dict[str, Any]) -> Any:
-        written, step = legacy_step(self._messages, message)
+        written, step = new_step(self._messages, message)
         await self._env.add_trajectory_step(self._state, step)
         self._messages = [*self._messages, written]
         return step
@@ -69,7 +69,7 @@ class LegacyVerifiersSession(Session):
 
 async def open_session(task: dict[str, Any], seed: int) -> LegacyVerifiersSession:
     """Set up the state of the row that the record names."""
-    env = load_legacy(column(task, "env_id"), json.dumps(task.get("env_options", {})))
+    env = load_environment(column(task, "env_id"), json.dumps(task.get("env_options", {})))
     client = package("verifiers", "verifiers").ClientConfig(api_base_url="http://nowhere.invalid")
     state = await env.init_state(env.get_dataset()[column(task, "row")], client, "policy")
     for of_a_client in ("client", "usage", "usage_tracker"):  # the policy writes here; these could not be copied

@@ -1,13 +1,11 @@
-"""Parts of a rollout of verifiers that its own loop would supply: tools, and the messages of a trace or a state."""
+"""Parts of a rollout of verifiers' v1 interface that its harness would supply: tools, and the messages of a trace."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
-from atpo_fast.environment.adapters.common import function_schema, package
+from atpo_fast.environment.adapters.common import function_schema
 
 
 def empty_trace(task: Any) -> tuple[Any, Any]:
@@ -62,17 +60,3 @@ def tool_schemas(tools: dict[str, Callable[..., Any]]) -> list[dict[str, Any]]:
 
     adapter: Any = TypeAdapter  # typed for types alone, but takes functions
     return [function_schema(name, tool.__doc__, adapter(tool).json_schema()) for name, tool in tools.items()]
-
-
-@lru_cache(maxsize=8)
-def load_legacy(env_id: str, options: str) -> Any:
-    """Load an environment of before 0.3, once; `options` are its arguments as JSON."""
-    return package("verifiers", "verifiers").load_environment(env_id, **json.loads(options))
-
-
-def legacy_step(messages: Sequence[Any], message: dict[str, Any]) -> tuple[Any, Any]:
-    """Return what the policy wrote as a message, and the step of a trajectory of before 0.3 that ends with it."""
-    types = package("verifiers", "verifiers", "verifiers.types")
-    written = types.AssistantMessage(role="assistant", **message)
-    empty: dict[str, Any] = {"response": None, "tokens": None, "reward": None, "advantage": None, "extras": {}}
-    return written, types.TrajectoryStep(prompt=messages, completion=[written], is_truncated=False, **empty)

@@ -88,7 +88,7 @@ class Case:
     code: str = ""  # or of a file of one's own
     task: dict[str, Any] = field(default_factory=dict)
     version: str | None = None
-    steps: int = 80  # of imitation
+    long: bool = False  # whether the opening is
 
 
 CASES = {
@@ -99,7 +99,7 @@ CASES = {
         ["[3]", "[9]", "[14]"],
         "textarena:open_session",
         task={"env_id": "GuessTheNumber-v0"},
-        steps=200,  # it has a long opening
+        long=True,
     ),
     "skyrl-gym": Case(
         "copied",
@@ -148,7 +148,7 @@ def test_rolled_out_as_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         factory = f"{tmp_path}/own.py:open_session"
     with served(name) as columns:
         task = case.task | columns
-        rolled = roll_out(tmp_path, factory, task, case.actions, case.steps)
+        rolled = roll_out(tmp_path, factory, task, case.actions, case.long)
         counts = rolled.counts
         assert counts["opened"] > 4
         assert case.way == "none" or (counts[case.way] > 0 and rolled.branched > 0), (counts, rolled.branched)
