@@ -128,16 +128,16 @@ def _finish(job: Job) -> None:
 def _kill(job: Job, moment: Moment, seconds: float) -> dict[str, Any]:
     """Kill a run once it is where it is aimed at, and a share of that phase later; returns where it was.
 
-    `seconds` is how long a run takes, for a kill that falls anywhere.
+    `seconds` is how long a run takes. A kill that falls anywhere comes after a share of it, or after the steps of its
+    moment where those are sooner.
     """
-    deadline = time.monotonic() + _LIMIT_SECONDS
-    if moment.phase == "anywhere":
-        time.sleep(moment.share * seconds)
-    else:
-        while not _there(job, moment):
-            if job.code is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the run ended, or never came to {moment}: {job.last_line()}; see {job.output}")
-            time.sleep(_POLL_SECONDS)
+    begun = time.monotonic()
+    anywhere = moment.phase == "anywhere"
+    while not _there(job, moment) and not (anywhere and time.monotonic() - begun > moment.share * seconds):
+        if job.code is not None or time.monotonic() - begun > _LIMIT_SECONDS:
+            raise RuntimeError(f"the run ended, or never came to {moment}: {job.last_line()}; see {job.output}")
+        time.sleep(_POLL_SECONDS)
+    if not anywhere:
         time.sleep(moment.share * _phase_seconds(job.folder, moment.phase))
     job.kill()
     half = [path.name for path in job.folder.glob("**/checkpoints/.step_*")]
@@ -150,7 +150,7 @@ def _there(job: Job, moment: Moment) -> bool:
         return False
     if moment.phase == "save":
         return any(job.folder.glob("checkpoints/.step_*"))
-    return job.phase().startswith(moment.phase)
+    return moment.phase == "anywhere" or job.phase().startswith(moment.phase)
 
 
 def _phase_seconds(folder: Path, phase: str) -> float:
