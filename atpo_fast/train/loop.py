@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 
 import deepspeed
+import torch
 from torch import Tensor
 
 from atpo_fast.adapters import has_adapters, without_adapters
@@ -79,6 +80,7 @@ class Trainer:
         self.checkpoints = Checkpoints(run, run.folder)
         self.alarms: dict[str, str] = {}  # alarms that began with the last step
         if resume_from is None:
+            torch.manual_seed(run.config.seed)  # whether this process has made the cold start or not
             run.logger.truncate_after(-1)
         else:
             self._resume(resume_from)
