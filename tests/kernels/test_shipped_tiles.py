@@ -30,6 +30,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 DTYPES = (HALF, torch.float16, SINGLE)
 # rows, width, words: none a multiple of a tile's, and more than one tile of each
 HEAD, SMALL_HEAD = (1000, 1032, 5003), (131, 72, 259)
+ROWS = ((1, 0), (63, 65), (700, 0), (700, 131))  # tokens, and cached ones before them
 WIDTHS, GROUPS = (16, 64, 80, 96, 128, 256), (1, 2, 3, 4, 5, 7)
 
 
@@ -116,7 +117,7 @@ def test_fused_loss_with_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("width", "group"), [*product(WIDTHS, (4, 7)), *product((128,), GROUPS)])
 def test_attention(width: int, group: int) -> None:
     """Fails if a width or a group of heads goes wrong at the border of a tile of the GPU, also behind a prefix."""
-    for tokens, prefix in ((1, 0), (63, 65), (700, 0), (700, 131)):
+    for tokens, prefix in ROWS:
         check_attention(tokens, width, group, prefix, HALF)
 
 
@@ -174,7 +175,7 @@ def check_candidate(name: str, head: tuple[int, int, int], tokens: int) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_candidates(name: str) -> None:
     """Fails if a candidate would be recommended for being fast and wrong."""
-    check_candidate(name, HEAD, 700)
+    check_candidate(name, HEAD, ROWS[-1][0])
 
 
 @interpreted
