@@ -9,17 +9,20 @@ then changes neither weights nor moments while DeepSpeed's own bookkeeping conti
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
+from deepspeed.runtime import compiler
+from deepspeed.utils import logger, set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -50,7 +53,22 @@ def join_process_group(*, cuda: bool) -> None:
     logger.setLevel(logging.ERROR)  # it warns of GuardedAdamW, which is AdamW
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    _import_muon()
     deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if cuda else "gloo", verbose=False)
+
+
+def _import_muon() -> None:
+    """Import Muon, an optimizer of DeepSpeed's that is not offered here, without marking it for `torch.compile`.
+
+    Every stage of ZeRO imports it when it starts. The marks would load PyTorch's compiler, a second of CPU time a rank.
+    """
+    marking = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # a DeepSpeed that has it elsewhere; only time is lost
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = marking
 
 
 def deepspeed_config(path: str, model: ModelConfig, optim: OptimConfig) -> dict[str, Any]:
@@ -89,8 +107,20 @@ def initialize(
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = make_optimizer(policy, optim, offload=offload.get("device", "none") != "none")
     watch = GradientWatch(policy, optimizer)
+    gather_experts_whole(policy)
     zero, _, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
     return zero, watch
+
+
+def gather_experts_whole(policy: nn.Module) -> None:
+    """Let ZeRO-3 gather the experts of a layer as one module, with all that is inside.
+
+    What is inside may be called once for each expert that has tokens. That is a number of calls of the rank's own, and
+    DeepSpeed, which gathers and prefetches call by call, wants the same ones on all ranks.
+    """
+    for module in policy.modules():
+        if type(module).__name__.endswith("Experts"):
+            set_z3_leaf_module(module, True)
 
 
 # --- use ---------------------------------------------------------------------------------------------------------
