@@ -219,7 +219,8 @@ def _find_pairs(
         for of_inner, of_border in ((block, query[whole]), (full, key[whole]), (tail - full, np.ones(whole.sum(), int)))
     ]
     order = np.lexsort(ranges[1::-1])
-    return _Pairs(*(x[order].astype(np.int32) for x in ranges), query[~whole], key[~whole])
+    full_query, full_key, full_count = (x[order].astype(np.int32) for x in ranges)
+    return _Pairs(full_query, full_key, full_count, query[~whole], key[~whole])
 
 
 def _key_lists(pairs: _Pairs, tokens: int, sizes: BlockSizes) -> tuple[Ints, Ints, Ints, Ints, Ints]:
