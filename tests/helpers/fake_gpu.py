@@ -26,7 +26,7 @@ from atpo_kernels.linear_logprob import launch as head_launch
 from atpo_kernels.linear_turn_policy_loss import launch as fused_launch
 from atpo_kernels.tree_attention import launch as attention_launch
 from atpo_kernels.turn_policy_loss import tiles as loss_tiles
-from tests.helpers import turn_loss_cases
+from tests.helpers import attention_precision, turn_loss_cases
 
 TARGET = "sm_90"
 COMPARISONS = ("assert_within", "assert_no_less_precise", "assert_equal")  # of the tests marked for a GPU
@@ -121,6 +121,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not item.get_closest_marker("gpu"):
             continue
         item.own_markers = [mark for mark in item.own_markers if mark.name != "skipif"]
-        for module in (item.module, turn_loss_cases):  # type: ignore[attr-defined]
+        for module in (item.module, attention_precision, turn_loss_cases):  # type: ignore[attr-defined]
             for name in STAND_INS.keys() & vars(module).keys():
                 setattr(module, name, STAND_INS[name])
