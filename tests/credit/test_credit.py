@@ -275,6 +275,31 @@ def test_leaf_without_reward_is_named() -> None:
         assign_credit([small_tree(), tree])
 
 
+def test_a_discount_reaches_the_outcome_without_rewards_of_turns() -> None:
+    """Fails if the discount is left out where no turn has a reward: an outcome three turns away counts 1/4."""
+    tree = TurnTree([1])
+    last = tree.add_turn(tree.add_turn(tree.add_turn(0, [2]), [2]), [2])
+    near = tree.add_turn(0, [3])
+    for leaf in (last, near):
+        tree.set_reward(leaf, 1.0)
+    assign_credit([tree], leaf_norm=False, discount=0.5)
+    assert tree.values is not None and tree.values[[last, near]].tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(("method", "published"), [("passk", {"k": 4}), ("a2tgpo", {"clip_spread": 0.5})])
+def test_defaults(method: str, published: dict[str, float]) -> None:
+    """Fails if a default is not the published one."""
+    found = []
+    for options in ({}, published):
+        tree = TurnTree([1], question_id="q")
+        for leaf in range(6):
+            tree.set_reward(tree.add_turn(tree.add_turn(0, [2], [-0.1]), [2], [-0.2]), float(leaf % 3))
+        tree.gold_logprob = np.random.default_rng(0).random(len(tree)) - 1
+        assign_credit([tree], method, **options)  # type: ignore[arg-type]
+        found.append([tree.advantages, tree.clip_scale])
+    np.testing.assert_equal(found[0], found[1])
+
+
 @pytest.mark.parametrize(
     "arguments", [{"method": "ppo"}, {"value": "max"}, {"advantage": "gae"}, {"method": "passk", "k": 0}]
 )
