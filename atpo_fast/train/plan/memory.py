@@ -1,4 +1,4 @@
-"""Memory of a rank by component, and the most of it in each phase of a step (docs/performance.md#plan).
+"""Memory of a rank by component, and the most of it in each phase of a step (docs/performance.md#plan-a-run).
 
 What the layers keep for the backward is counted tensor by tensor for a decoder of RMSNorms, rotary attention with
 normalised queries and keys, and a gated MLP. Other architectures keep about as much. The plan is compared with

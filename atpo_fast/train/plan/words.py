@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def cost_lines(config: Config) -> list[str]:
     plan = plan_memory(config, size, ranks=config.ranks, dtype=dtype, on_gpu=on_gpu)
     return [
         _model_line(config, size, dtype),
-        f"memory of a rank: about {_gb(plan.peak)} in the {plan.peak_phase}; `atpo-fast plan` says of what",
+        f"memory of a rank: about {_gb(plan.peak)} in the phase {plan.peak_phase}; `atpo-fast plan` says of what",
         time_line(config, size, dtype=dtype, on_gpu=on_gpu),
     ]
 
@@ -44,17 +45,22 @@ def plan_lines(config: Config, *, ranks: int, memory: float | None, like: Path |
         lines.append(_step_line(config, size, ranks, like))
     else:
         lines.append(time_line(config, size, dtype=dtype, on_gpu=on_gpu))
-    if memory is None:
-        return lines
-    lines.append("")
+    return lines if memory is None else [*lines, "", *_fit_lines(config, plan_of, memory)]
+
+
+def _fit_lines(config: Config, plan_of: Callable[[Config], MemoryPlan], memory: float) -> list[str]:
+    """Say whether a rank fits a device of so many bytes, what does not, and what to change."""
+    plan = plan_of(config)
     if fits(plan, memory):
-        return [*lines, f"fits {_gb(memory)} a device: {plan.peak / memory:.0%} in the {plan.peak_phase}"]
-    lines.append(f"does NOT fit {_gb(memory)} a device: {_gb(plan.peak)} in the {plan.peak_phase}")
-    lines += [f"  {part.name} alone do not fit" for part in plan.components if part.bytes > memory and not part.on_host]
+        return [f"fits {_gb(memory)} a device: {plan.peak / memory:.0%} in the phase {plan.peak_phase}"]
+    lines = [f"does NOT fit {_gb(memory)} a device: {_gb(plan.peak)} in the phase {plan.peak_phase}"]
+    alone = [part.name for part in plan.components if part.bytes > memory and not part.on_host]
+    lines += [f"  too large by itself: {name}" for name in alone]
     advice = advise(config, plan_of, memory)
     changes = " ".join(advice.changes)
     if advice.plan is None:
-        return [*lines, f"no change known here makes it fit, {changes} included: take more ranks or larger devices"]
+        tried = f", {changes} included" if changes else ""
+        return [*lines, f"no change known here makes it fit{tried}: take more ranks or larger devices"]
     host = max(advice.plan.during(phase, on_host=True) for phase in PHASES)
     return [*lines, f"fits with: {changes}", f"  then {_gb(advice.plan.peak)} a device, {_gb(host)} of the host a rank"]
 
