@@ -68,6 +68,11 @@ class ModelConfig:
     each layer, which is more than half of its activations and none of its attention. none (or false): nothing."""
     lora: LoRAConfig = Field(default_factory=LoRAConfig)
     """Adapters."""
+    router_balance_coef: float = Field(default=0.0, ge=0)
+    """Mixtures of experts: weight of the balance of the experts in the loss, as
+    transformers' router_aux_loss_coef; each unique token of the trees counts once. 0: none."""
+    router_z_coef: float = Field(default=0.0, ge=0)
+    """Mixtures of experts: weight of the mean square of the logsumexp of the routers' logits, likewise."""
     liger: Liger = "auto"
     """Use of Liger's RMSNorm, SwiGLU and RoPE. auto: on a GPU, for the architectures that they are known to fit. off:
     never."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from atpo_fast.common.errors import InputError
-from atpo_fast.data.prompts import Message, content_of
+from atpo_fast.data.questions import Message, content_of
 
 if TYPE_CHECKING:  # takes seconds to import, which the tools need not wait for
     from transformers import PreTrainedTokenizerBase

@@ -14,6 +14,7 @@ from typing import Any
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import ColumnsConfig
 from atpo_fast.data.matching import normalise_answer
+from atpo_fast.data.questions import Message, content_of
 from atpo_fast.data.records import Record
 
 QUESTION_NAMES = ("question", "problem")
@@ -31,7 +32,7 @@ ID_NAMES = ("id", "_id", "qid", "idx", "question_id", "QuestionId", "extra_info.
 PARAGRAPH_FIELDS = ("context", "paragraphs", "ctxs")
 """Columns that hold the paragraphs of a question."""
 
-Messages = tuple[dict[str, Any], ...]
+Messages = tuple[Message, ...]
 
 _ALIAS_SEPARATOR = "<|answer_split|>"
 _AFTER_HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
@@ -187,18 +188,11 @@ def _plain_text(value: Mapping[str, Any], name: str) -> str | None:
 
 def _last_question(chat: Messages) -> str | None:
     """Return the last user message, or, as AT2PO writes it, what follows the line "user" of a lone system message."""
-    users = [message.get("content") for message in chat if message["role"] == "user"]
+    users = [content_of(message) for message in chat if message["role"] == "user"]
     if users:
-        return _message_text(users[-1])
-    content = _message_text(chat[-1].get("content")) if chat else None
-    return content.rpartition("\nuser\n")[2] if content is not None and "\nuser\n" in content else None
-
-
-def _message_text(content: Any) -> str | None:
-    """Return the text of a message, whose content may be a list of parts."""
-    if isinstance(content, list):
-        return "\n".join(str(part["text"]) for part in content if isinstance(part, dict) and part.get("text"))
-    return content if isinstance(content, str) else None
+        return users[-1]
+    content = content_of(chat[-1]) if chat else ""
+    return content.rpartition("\nuser\n")[2] if "\nuser\n" in content else None
 
 
 def _texts(value: Any, record: Record, field: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from atpo_fast.common.choices import PromptKind
 from atpo_fast.common.errors import ConfigError, DataError
-from atpo_fast.data.questions import Question
+from atpo_fast.data.questions import Message, Question, content_of
 
 SYSTEM_PROMPT = (
     "You are a helpful assistant. You solve the question you are given step by step, with the wikipedia search tool to "
@@ -35,8 +35,6 @@ SYSTEM_PROMPT = (
     r"At the end of the answer, the exact final answer is enclosed within \boxed{} in latex format."
 )
 QUESTION, TOOLS = "{question}", "{tools}"
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +113,6 @@ PROMPTS: Mapping[PromptKind, Prompt] = {
     "messages": Prompt(messages=True),
 }
 """Prompts by name."""
-
-
-def content_of(message: Message) -> str:
-    """Return the text of a message, whose content may be a list of parts."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return "" if content is None else str(content)
 
 
 def _fill(template: str, question: Question, tools: str, escape: Callable[[str], str]) -> str:

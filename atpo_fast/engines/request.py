@@ -90,11 +90,12 @@ class Completion:
 class EngineCounters:
     """Numbers of tokens of an engine since it was built.
 
-    `prefilled_tokens`: tokens that entered the cache, each counted when it gets its entry; a forest rolled out
-    without eviction has exactly as many as it has unique tokens. `decoded_tokens`: the part of them that was
-    sampled. `cache_hit_tokens`: prompt tokens of requests that were found in the cache. `forwarded_tokens`: tokens
-    really fed through the model, counted at the forward (the last token of a leaf never is). `evicted_tokens`:
-    entries dropped for lack of room while their tree was not released.
+    `prefilled_tokens`: tokens that entered the cache, each counted when it gets its entry. `shared_tokens`: tokens of
+    prompts that had entries already, those of another tree that begins alike (engine `paged`). A forest rolled out
+    without eviction has exactly as many of both together as it has unique tokens. `decoded_tokens`: the part of the
+    first that was sampled. `cache_hit_tokens`: prompt tokens of requests that were found in the cache.
+    `forwarded_tokens`: tokens really fed through the model, counted at the forward (the last token of a leaf never
+    is). `evicted_tokens`: entries dropped for lack of room while their tree was not released.
     """
 
     prefilled_tokens: int = 0
@@ -102,6 +103,7 @@ class EngineCounters:
     cache_hit_tokens: int = 0
     forwarded_tokens: int = 0
     evicted_tokens: int = 0
+    shared_tokens: int = 0
 
     def count_completion(self, prompt: int, cached: int, decoded: int) -> None:
         """Add a completion of `decoded` tokens, `cached` of whose `prompt` tokens were found in the cache."""

@@ -63,39 +63,43 @@ def sample(
 
     Order of truncation: temperature, then the `missing` ids, then top-k, then top-p on what is left (at least one token
     stays). The normaliser of `policy_logprobs` runs over all V ids, the missing ones too, as the trainer's does. Greedy
-    rows (temperature 0) take the arg-max and report `policy_logprobs` at temperature 1.
+    rows (temperature 0) take the arg-max and report `policy_logprobs` at temperature 1. The logits of missing ids are
+    overwritten with minus infinity, which spares a copy of all the others.
     """
     greedy = params.temperature == 0
     logp = torch.log_softmax(_scale(logits, np.where(greedy, 1.0, params.temperature)), dim=-1)
-    possible = _without(logp, missing)
-    likeliest = _without(logits, missing).argmax(dim=-1) if greedy.any() else None
+    _hide(logp, missing)
+    _hide(logits, missing)
+    likeliest = logits.argmax(dim=-1) if greedy.any() else None
     if greedy.all() and likeliest is not None:
-        return _untruncated(likeliest, logp, possible)
+        return _untruncated(likeliest, logp, missing)
     numbers = torch.from_numpy(uniform).to(logits)
-    tokens = _invert_cdf(possible.exp(), numbers)
+    tokens = _invert_cdf(logp.exp(), numbers)
     if likeliest is not None:
         tokens = torch.where(torch.from_numpy(greedy).to(logits.device), likeliest, tokens)
-    draw = _untruncated(tokens, logp, possible)
+    draw = _untruncated(tokens, logp, missing)
     truncated = ((params.top_k > 0) | (params.top_p < 1)) & ~greedy
     if not truncated.any():
         return draw
     index = np.flatnonzero(truncated)
     rows = torch.from_numpy(index).to(logits.device)
     drawn, policy = draw.logprobs.clone(), draw.policy_logprobs
-    tokens[rows], drawn[rows] = _sample_truncated(possible[rows], numbers[rows], params.rows(index))
+    tokens[rows], drawn[rows] = _sample_truncated(logp[rows], numbers[rows], params.rows(index))
     policy[rows] = _pick(logp[rows], tokens[rows])
     return Draw(tokens, drawn, policy)
 
 
-def _without(values: Tensor, missing: Tensor | None) -> Tensor:
-    """Return (R, V) values that are minus infinity for the missing ids; the same tensor where there are none."""
-    return values if missing is None or not len(missing) else values.index_fill(1, missing, float("-inf"))
+def _hide(values: Tensor, missing: Tensor | None) -> None:
+    """Overwrite the columns of the missing ids in (R, V) values with minus infinity."""
+    if missing is not None and len(missing):
+        values.index_fill_(1, missing, float("-inf"))
 
 
-def _untruncated(tokens: Tensor, logp: Tensor, possible: Tensor) -> Draw:
-    """Look up both log-probs of (R,) tokens that were drawn from what is `possible` of `logp`, (R, V) each."""
+def _untruncated(tokens: Tensor, logp: Tensor, missing: Tensor | None) -> Draw:
+    """Look up both log-probs of (R,) tokens in (R, V) `logp`; its normaliser has the missing ids, which are hidden."""
     policy = _pick(logp, tokens)
-    return Draw(tokens, policy if possible is logp else policy - possible.logsumexp(dim=-1), policy)
+    some = missing is not None and len(missing)
+    return Draw(tokens, policy - logp.logsumexp(dim=-1) if some else policy, policy)
 
 
 def candidate_logprobs(
@@ -109,10 +113,11 @@ def candidate_logprobs(
 
     Returns (R, K+1), K the largest count: the candidates in the order of their likelihood, then the drawn token. NaN
     stands from a row's count on, and for a drawn token that is among the candidates. They are those of the distribution
-    of `Draw.policy_logprobs`, whose normaliser they share.
+    of `Draw.policy_logprobs`, whose normaliser they share. The logits of missing ids are overwritten.
     """
+    _hide(logits, missing)
     count = min(int(counts.max()), logits.shape[1] - (0 if missing is None else len(missing)))
-    scaled, ids = torch.topk(_without(logits, missing), count, dim=-1)
+    scaled, ids = torch.topk(logits, count, dim=-1)
     drawn = draw.tokens[:, None]
     heat = torch.from_numpy(np.where(temperature == 0, 1.0, temperature)).to(logits)[:, None]
     normaliser = logits.gather(1, drawn) / heat - draw.policy_logprobs[:, None]

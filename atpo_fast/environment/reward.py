@@ -75,7 +75,7 @@ class LeafScore:
     was read as such. `tool_calls` counts the turns that called a tool, `turns` all turns after the prompt. `overlong`
     is the part of `reward` that the length took, 0 or less. `turn_rewards` is the sum of what the environment gave for
     its turns, beside `reward`. `rewards` holds the task's rewards by name, unweighted.
-    `outcome` says why the reward is what it is, one of OUTCOMES.
+    `outcome` says why the reward is what it is, one of OUTCOMES. `response` is all text after the prompt.
     """
 
     turn: int
@@ -90,6 +90,7 @@ class LeafScore:
     turn_rewards: float = 0.0
     rewards: dict[str, float] = field(default_factory=dict, compare=False)
     outcome: str = field(default="", compare=False)
+    response: str = field(default="", compare=False, repr=False)
 
 
 RIGHT, WRONG, UNREAD = "right", "wrong", "unread"
@@ -235,6 +236,7 @@ def _scores(
             turn_rewards=trajectory.turn_rewards,
             rewards=mine.by_name,
             outcome=outcome(trajectory, tree.turns[trajectory.leaf].finish_reason),
+            response=trajectory.response,
         )
         tree.set_reward(trajectory.leaf, score.reward)
         scores.append(score)

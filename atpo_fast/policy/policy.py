@@ -19,6 +19,7 @@ from atpo_fast.policy.layers import use_liger
 from atpo_fast.policy.opened_rows.prefix import NO_PREFIX, RowPrefix
 from atpo_fast.policy.opened_rows.states import RowStates
 from atpo_fast.policy.plain import as_transformers
+from atpo_fast.policy.router_loss import RouterLoss
 from atpo_fast.recurrent.layers import carry_states
 from atpo_fast.recurrent.segments import Segments
 from atpo_fast.tree.packed_rows import PackedTrees
@@ -40,10 +41,12 @@ class Policy(nn.Module):
             each decoder `layer`, or only its `mlp`.
         liger: `auto` runs RMSNorm, SwiGLU and RoPE of the architectures in `layers.MODEL_TYPES` on Liger's kernels
             where the tensors are on CUDA and liger-kernel is installed; `off` leaves the layers unchanged.
+        router_balance: weight of the balance of the experts in the loss, for mixtures of experts.
+        router_z: weight of the z-loss of their routers.
 
     Raises:
         ValueError: models with layers that trees do not run through, with active dropout, or with virtual tokens of
-            PEFT, and those that the choice of gradient_checkpointing does not suit.
+            PEFT, and those that the choice of gradient_checkpointing or a weight of the routers' losses does not suit.
         TypeError: a head that is not a plain linear layer, such as one with an adapter.
     """
 
@@ -54,6 +57,8 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         gradient_checkpointing: GradientCheckpointing = "none",
         liger: Liger = "auto",
+        router_balance: float = 0.0,
+        router_z: float = 0.0,
     ):
         super().__init__()
         model = plain_model(model)
@@ -68,6 +73,7 @@ class Policy(nn.Module):
             use_liger(model)
         enable_checkpointing(model, gradient_checkpointing)
         self.model = model
+        self.router_loss = RouterLoss(model, router_balance, router_z) if router_balance or router_z else None
         self._windows = [layer.window for layer in describe_layers(model.config)]
         self.skipped_tokens = 0  # left out of backward passes so far, with gradient checkpointing
 
@@ -92,7 +98,12 @@ class Policy(nn.Module):
         if plain:
             return self._plain_logprobs(row)
         hidden = prefix.predicting(self.hidden_states(row, prefix), row.predictor)
-        return self.model.lm_head(hidden, row, objective) if score else hidden
+        if not score:
+            return hidden
+        out = self.model.lm_head(hidden, row, objective)
+        if self.router_loss is not None and isinstance(out, RowLoss):
+            self.router_loss.attach(row, out.loss)
+        return out
 
     def hidden_states(self, row: PackedTrees, prefix: RowPrefix = NO_PREFIX) -> Tensor:
         """Compute the (T, D) final hidden states of a row. Raises ValueError for a row whose prefix is not given."""
@@ -117,7 +128,8 @@ class Policy(nn.Module):
             **structure(row.subtree_end),
         )
         hidden = out.last_hidden_state
-        if self.model.is_gradient_checkpointing and self.model.training and hidden.requires_grad and not prefix.closing:
+        leaves_out = self.model.is_gradient_checkpointing and self.model.training and self.router_loss is None
+        if leaves_out and hidden.requires_grad and not prefix.closing:
             hidden.register_hook(lambda gradient: self._observe(tokens, gradient))
         return hidden[0]
 

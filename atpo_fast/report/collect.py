@@ -179,7 +179,9 @@ def _outcome_facts(summary: dict[str, Any], records: list[dict[str, Any]]) -> li
         facts.append(("Tree overlap", f"{summary['overlap']:.1%} of flat tokens saved"))
     unique, prefilled = summary.get("unique_tokens"), summary.get("prefilled_tokens")
     if isinstance(unique, int) and isinstance(prefilled, int):
-        facts.append(("Tokens", f"{unique:,} unique, {prefilled:,} prefilled"))
+        shared = summary.get("shared_tokens") or 0
+        among = f", {shared:,} shared among questions" if shared else ""
+        facts.append(("Tokens", f"{unique:,} unique, {prefilled:,} prefilled{among}"))
     return facts
 
 

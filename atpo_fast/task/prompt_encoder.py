@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from atpo_fast.data.chat_templates import render, reply_opening
-from atpo_fast.data.prompts import NO_TOOLS, Message, Prompt, ToolDescriptions
-from atpo_fast.data.questions import Question
+from atpo_fast.data.prompts import NO_TOOLS, Prompt, ToolDescriptions
+from atpo_fast.data.questions import Message, Question
 from atpo_fast.environment.escaping import Escaper
 from atpo_fast.environment.tags import protocol_tags
 

@@ -110,7 +110,13 @@ def _policy(run: Run, checkpoint: Path | None) -> Policy:
     model = build_model(start, run.task.tokenizer, seed)
     if adapted:
         model = with_adapters(model, config.lora, seed, checkpoint)
-    return Policy(model, gradient_checkpointing=config.gradient_checkpointing, liger=config.liger)
+    return Policy(
+        model,
+        gradient_checkpointing=config.gradient_checkpointing,
+        liger=config.liger,
+        router_balance=config.router_balance_coef,
+        router_z=config.router_z_coef,
+    )
 
 
 def _finished(run: Run, folder: Path) -> bool:

@@ -15,7 +15,6 @@ from atpo_fast.common.errors import StopRequested
 from atpo_fast.common.files import free_name, replacing
 from atpo_fast.config import Config, RolloutConfig, as_dict
 from atpo_fast.data.questions import Question
-from atpo_fast.environment.decoding import decode_actions, decode_observations
 from atpo_fast.evaluation.answers import (
     FAILED,
     AnsweredQuestion,
@@ -206,14 +205,14 @@ def _answer(
     scored = score(run, [mine[index] for index, _ in trees], [tree for _, tree in trees], validation=True)
     samples = 1 if greedy else run.config.eval.samples
     places = [run.rank + index * run.world for index, _ in trees]
-    finished = [(place, _answered(run, name, one, samples)) for place, one in zip(places, scored, strict=True)]
+    finished = [(place, _answered(name, one, samples)) for place, one in zip(places, scored, strict=True)]
     parts = run.gather([finished], run.world)
     return [answered for _, answered in sorted((one for part in parts for one in part), key=itemgetter(0))]
 
 
-def _answered(run: Run, name: str, scored: ScoredTree, samples: int) -> AnsweredQuestion:
+def _answered(name: str, scored: ScoredTree, samples: int) -> AnsweredQuestion:
     """Return a question with the samples of its tree; chains that failed and left no leaf count as wrong."""
-    found = [_sample(run, scored, number) for number in range(len(scored.scores))][:samples]
+    found = [_sample(scored, number) for number in range(len(scored.scores))][:samples]
     return AnsweredQuestion(
         set=name,
         id=scored.question.id,
@@ -223,10 +222,9 @@ def _answered(run: Run, name: str, scored: ScoredTree, samples: int) -> Answered
     )
 
 
-def _sample(run: Run, scored: ScoredTree, number: int) -> Sample:
+def _sample(scored: ScoredTree, number: int) -> Sample:
     leaf, tree = scored.scores[number], scored.tree
-    turns, tokenizer = [tree.turns[n] for n in tree.path(leaf.turn)[1:]], run.task.tokenizer
-    texts = zip(decode_actions(tokenizer, turns), decode_observations(tokenizer, turns), strict=True)
+    turns = [tree.turns[n] for n in tree.path(leaf.turn)[1:]]
     written = sum(len(turn.action_ids) for turn in turns)
     return Sample(
         answer=leaf.answer,
@@ -239,5 +237,5 @@ def _sample(run: Run, scored: ScoredTree, number: int) -> Sample:
         tool_calls=leaf.tool_calls,
         tokens=written,
         response_tokens=written + sum(len(turn.observation_ids) for turn in turns),
-        response="".join(action + observation for action, observation in texts),
+        response=leaf.response,
     )

@@ -46,7 +46,7 @@ from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import Forest, as_forest
 from atpo_fast.tree.storage import append_trees
 
-TOTALS = ("unique", "flat", "trained", "prefilled", "decoded", "cache_hit", "pruned", "skipped_backward")
+TOTALS = ("unique", "flat", "trained", "prefilled", "shared", "decoded", "cache_hit", "pruned", "skipped_backward")
 
 
 class Trainer:

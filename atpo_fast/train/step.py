@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from atpo_fast.objective import Objective
+from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import Pass
 from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_fast.policy.opened_rows.run import run_passes
@@ -33,6 +34,9 @@ def accumulate(
     DeepSpeed averages gradients over ranks, hence the factor.
     """
     world = dist.get_world_size()
+    policy: Policy = zero.module
+    if policy.router_loss is not None:
+        policy.router_loss.begin(rows)
 
     def learn(row: PackedTrees, prefix: RowPrefix, last: bool) -> None:
         zero.set_gradient_accumulation_boundary(last)
@@ -77,6 +81,8 @@ def optimizer_step(
         return out.loss
 
     accumulate(zero, rows, passes, row_loss, timer)
+    if zero.module.router_loss is not None:
+        metrics.add_router_loss(zero.module.router_loss.total)
     if mismatch is not None:
         mismatch.settle()
     apply_gradients(zero, watch, timer)

@@ -32,6 +32,7 @@ class TrainState:
             "steps": self.step,
             "optimizer_steps": self.optimizer_steps,
             "prefilled_tokens": int(totals.get("prefilled", 0)),
+            "shared_tokens": int(totals.get("shared", 0)),
             "decoded_tokens": int(totals.get("decoded", 0)),
             "cache_hit_tokens": int(totals.get("cache_hit", 0)),
             "unique_tokens": int(totals.get("unique", 0)),

@@ -11,6 +11,7 @@ from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.tree.packed_rows import PackedTrees
 
 MAX_METRICS = ("ratio_max",)  # of these the largest counts, not the mean
+PER_STEP = ("loss", "router_loss")  # sums over the rows of a step
 
 
 class MetricMean:
@@ -35,6 +36,10 @@ class MetricMean:
                 self._sums[name] = self._sums.get(name, torch.zeros_like(weighted)) + weighted
         self._sums["loss"] = self._sums.get("loss", torch.zeros_like(tokens)) + loss.detach().to(torch.float64)
 
+    def add_router_loss(self, loss: Tensor) -> None:
+        """Add this rank's part of the routers' losses in a step, () float64."""
+        self._sums["router_loss"] = self._sums.get("router_loss", torch.zeros_like(loss)) + loss
+
     def step_taken(self, grad_norm: float | None) -> None:
         """Count an optimizer step, and note its gradient norm where it is known."""
         self._steps += 1
@@ -47,13 +52,13 @@ class MetricMean:
         if self._tokens is None:
             return out
         names, peaks = sorted(self._sums), sorted(self._maxima)
-        sums = torch.stack([self._sums[n] for n in names] + [self._tokens]).cpu()
+        sums = torch.stack([self._sums[n].to(self._tokens.device) for n in names] + [self._tokens]).cpu()
         maxima = torch.tensor([float(self._maxima[n]) for n in peaks], dtype=torch.float64)
         reduce_over_ranks(sums)
         reduce_over_ranks(maxima, dist.ReduceOp.MAX)
         tokens = max(float(sums[-1]), 1.0)
         for name, value in zip(names, sums[:-1].tolist(), strict=True):
-            out[name] = value / max(self._steps, 1) if name == "loss" else value / tokens
+            out[name] = value / max(self._steps, 1) if name in PER_STEP else value / tokens
         return out | dict(zip(peaks, maxima.tolist(), strict=True))
 
 

@@ -45,6 +45,8 @@ def load_policy(config: Config, start: Path | str, checkpoint: Path | None = Non
         temperature=config.rollout.temperature,
         gradient_checkpointing=config.model.gradient_checkpointing,
         liger=config.model.liger,
+        router_balance=config.model.router_balance_coef,
+        router_z=config.model.router_z_coef,
     )
 
 

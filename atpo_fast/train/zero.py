@@ -9,16 +9,19 @@ then changes neither weights nor moments while DeepSpeed's own bookkeeping conti
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.utils import logger
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
@@ -50,7 +53,22 @@ def join_process_group(*, cuda: bool) -> None:
     logger.setLevel(logging.ERROR)  # it warns of GuardedAdamW, which is AdamW
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    _import_muon()
     deepspeed.init_distributed(dist_backend="cpu:gloo,cuda:nccl" if cuda else "gloo", verbose=False)
+
+
+def _import_muon() -> None:
+    """Import Muon, an optimizer of DeepSpeed's that is not offered here, without marking it for `torch.compile`.
+
+    Every stage of ZeRO imports it when it starts. The marks would load PyTorch's compiler, a second of CPU time a rank.
+    """
+    marking = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        with suppress(ImportError):  # a DeepSpeed that has it elsewhere; only time is lost
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = marking
 
 
 def deepspeed_config(path: str, model: ModelConfig, optim: OptimConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from atpo_fast.commands.cli import main
 from atpo_fast.config import load_config
@@ -15,6 +16,7 @@ from atpo_fast.evaluation.answers import read_answers
 from atpo_fast.task import load_task
 from atpo_fast.train.evaluate import answer_header, answering_config
 from atpo_fast.train.from_config import build_model
+from tests.helpers.completions_server import CompletionsServer
 from tests.helpers.forked_runs import start_command
 from tests.helpers.runs import TINY
 
@@ -96,6 +98,21 @@ def test_answers_of_another_model_are_put_aside(tiny: Tiny, evaluated: tuple[Pat
     assert (folder / "other.1.jsonl").read_bytes() == earlier
     header, answered = read_answers(folder / "other.jsonl")
     assert header is not None and header["samples"] == 1 and len(answered) == 1
+
+
+def test_a_server_gives_the_answers_of_the_paged_engine(tiny: Tiny) -> None:
+    """Fails if an evaluation needs what only the engine in its own process has, or if engines answer otherwise."""
+    options = ["eval.sets={}", "data.max_eval_questions=3"]
+    run(tiny, "--name", "paged", *options)
+    with CompletionsServer(
+        lambda: AutoModelForCausalLM.from_pretrained(tiny["model"]), AutoTokenizer.from_pretrained(tiny["model"])
+    ) as server:
+        run(tiny, "--name", "server", *options, "engine.name=server", f"engine.urls=[{server.url}]")
+        assert server.bodies
+    folder = tiny["folder"] / "run" / "eval"
+    (first, paged), (second, served) = (read_answers(folder / f"{name}.jsonl") for name in ("paged", "server"))
+    assert len(paged) == 3 and served == paged
+    assert first is not None and second is not None and first["config_digest"] != second["config_digest"]
 
 
 def test_what_answers_depend_on_is_in_the_header(tiny: Tiny, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from atpo_fast.common.errors import InputError
 from atpo_fast.data.chat_templates import ChatTemplateError, render, reply_opening, template_shows_tools
-from atpo_fast.data.prompts import PROMPTS, Message, Prompt
-from atpo_fast.data.questions import Question
+from atpo_fast.data.prompts import PROMPTS, Prompt
+from atpo_fast.data.questions import Message, Question
 from atpo_fast.data.tokenizers import train_bpe
 
 QUESTION = Question(id="q", text="Where is it?", answers=("here",))

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import Config, DataConfig, ModelConfig, TaskConfig
 from atpo_fast.data.decontamination import normalise_question
-from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT, content_of
-from atpo_fast.data.questions import Passage, Question
+from atpo_fast.data.prompts import PROMPTS, SYSTEM_PROMPT
+from atpo_fast.data.questions import Passage, Question, content_of
 from atpo_fast.data.readers import read_passages, read_questions
 from atpo_fast.data.tokenizers import train_bpe
 from atpo_fast.environment.extraction import EXTRACTIONS

@@ -14,8 +14,10 @@ import pytest
 
 from atpo_fast.common.errors import DataError
 from atpo_fast.config import ColumnsConfig
+from atpo_fast.data.chat_templates import render
 from atpo_fast.data.questions import Question
 from atpo_fast.data.readers import read_passages, read_question_files, read_questions
+from atpo_fast.data.tokenizers import train_bpe
 
 SYSTEM = {"role": "system", "content": "Be good."}
 USER = {"role": "user", "content": "What is 2+2"}
@@ -66,6 +68,21 @@ def test_keys_that_parquet_filled_in_are_not_part_of_a_chat(tmp_path: Path) -> N
     question = one(write(tmp_path / "q.parquet", rows))
     assert question.messages == (USER, called, {"role": "user", "content": "And?"})
     assert question.text == "And?"
+
+
+@pytest.mark.parametrize("name", ["parts.parquet", "parts.jsonl"])
+def test_parts_of_a_message_are_one_text(name: str, tmp_path: Path) -> None:
+    """Fails if the question has another text than the prompt that a chat template writes of its parts, or if a text
+    that Parquet filled in becomes the word None."""
+    parts = [{"type": "text", "text": "What is "}, {"type": "image", "url": "a.png"}, {"type": "text", "text": "2+2"}]
+    question = one(write(tmp_path / name, [{"prompt": [{"role": "user", "content": parts}], "answer": "4"}]))
+    assert question.text == "What is 2+2"
+    tokenizer = train_bpe([question.text], 300)
+    tokenizer.chat_template = (  # as Gemma 3 and Llama 3.2 have it
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+    assert render(question.messages, tokenizer) == question.text
 
 
 @pytest.mark.parametrize("name", ["trl.parquet", "trl.jsonl"])

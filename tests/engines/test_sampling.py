@@ -49,7 +49,7 @@ def test_distribution_equals_brute_force(
     possible[missing] = -np.inf
     expected = brute_force(possible, temperature, top_k, top_p)
     grid = (np.arange(2000) + 0.5) / 2000  # evenly spaced uniforms: frequencies are exact to 1/2000 per token
-    given = torch.from_numpy(logits).expand(len(grid), -1)
+    given = torch.from_numpy(logits).repeat(len(grid), 1)
     draw = sample(given, grid, table(len(grid), temperature, top_k, top_p), torch.tensor(missing, dtype=torch.int64))
     tokens = draw.tokens.numpy()
     frequencies = np.bincount(tokens, minlength=20) / len(grid)
@@ -82,11 +82,11 @@ def test_rows_with_different_parameters_do_not_mix() -> None:
 def test_missing_ids_are_neither_the_likeliest_nor_candidates() -> None:
     """Fails if a greedy row, or a list of candidates, has an id for which there is no token."""
     logits, missing = torch.tensor([[1.0, 0.5, 9.0, 0.0]]), torch.tensor([2])
-    draw = sample(logits, np.zeros(1), table(1, temperature=0.0), missing)
+    draw = sample(logits.clone(), np.zeros(1), table(1, temperature=0.0), missing)
     assert draw.tokens.item() == 0
     torch.testing.assert_close(draw.policy_logprobs, torch.log_softmax(logits, -1)[:, 0])
     torch.testing.assert_close(draw.logprobs, torch.log_softmax(logits[:, [0, 1, 3]], -1)[:, 0])
-    listed = candidate_logprobs(logits, draw, np.zeros(1), np.array([4]), missing)
+    listed = candidate_logprobs(logits.clone(), draw, np.zeros(1), np.array([4]), missing)
     torch.testing.assert_close(listed[0, :3], torch.log_softmax(logits, -1)[0, [0, 1, 3]])
     assert listed.shape == (1, 4) and listed[0, 3].isnan()
 

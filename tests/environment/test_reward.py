@@ -52,6 +52,7 @@ def test_right_answer_after_a_search(tokenizer: PreTrainedTokenizerFast) -> None
     assert score == LeafScore(
         turn=2, reward=1.0, em=1.0, f1=1.0, format_ok=True, tool_calls=1, turns=2, answer="the Eiffel Tower"
     )
+    assert score.response == SEARCH + format_result("x") + ANSWER
 
 
 @pytest.mark.parametrize(

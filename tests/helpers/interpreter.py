@@ -11,6 +11,8 @@ A test module of kernels begins with `import interpreter  # noqa: F401` and make
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,12 @@ stock_fma = InterpreterBuilder.create_fma
 stock_reduce = ReduceOps.apply_impl
 stock_argument = stock._implicit_cvt
 stock_launch = stock.GridExecutor.__call__
+stock_patch = stock._patch_lang
+numpy_scalar = cache(stock._get_np_dtype)
+
+PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
+"""Where the interpreter puts its own operations in place of the language's."""
+EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def is_bfloat16(handle: TensorHandle) -> bool:
@@ -118,6 +126,63 @@ def on_cpu(value: Any) -> Any:
     return value.numbers if isinstance(value, Elsewhere) else value
 
 
+def numpy_type(kind: tl.dtype) -> np.dtype:
+    """Numpy's type of a scalar, a block or pointers. Stock: writes a table of them to look one up."""
+    return np.dtype(np.uint64) if kind.scalar.is_ptr() else numpy_scalar(kind.scalar)
+
+
+def check_overflow(left: tl.tensor, right: tl.tensor, operation: Callable[..., Any]) -> None:
+    """Checks narrow integers for overflow. Stock: the same in operations of the language, at many times the cost."""
+    kind = left.type.scalar
+    if kind.int_bitwidth >= 64:
+        return
+    exact = EXACT[operation.__name__](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+    assert kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value(), (
+        f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
+    )
+
+
+@cache
+def interpreted_operations() -> list[tuple[Any, str, Any]]:
+    """Find what the interpreter puts into the language: (where, name, operation)."""
+    before = [dict(vars(place)) for place in PATCHED]
+    stock_patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    found = [
+        (place, name, value)
+        for place, old in zip(PATCHED, before, strict=True)
+        for name, value in vars(place).items()
+        if old.get(name) is not value
+    ]
+    for place, name, _ in found:
+        old = before[PATCHED.index(place)]
+        setattr(place, name, old[name]) if name in old else delattr(place, name)
+    return found
+
+
+class InterpretedLanguage:
+    """The language while a kernel runs. Stock: patched from the ground up by every function that a kernel calls."""
+
+    running = False
+
+    def __init__(self, function: Callable[..., Any]):
+        self._before: list[tuple[Any, str, Any]] = []
+        if InterpretedLanguage.running:  # the kernel that calls this function has done it
+            return
+        InterpretedLanguage.running = True
+        for place, name, operation in interpreted_operations():
+            self._before.append((place, name, vars(place).get(name)))
+            setattr(place, name, operation)
+
+    def restore(self) -> None:
+        """Put the language's own operations back, when the kernel has ended."""
+        for place, name, operation in self._before:
+            if operation is None:
+                delattr(place, name)
+            else:
+                setattr(place, name, operation)
+        InterpretedLanguage.running = False
+
+
 def repair() -> None:
     """Put the functions above in place of the interpreter's."""
     InterpreterBuilder.cast_impl = cast
@@ -127,6 +192,9 @@ def repair() -> None:
     ReduceOps.apply_impl = reduce
     stock._implicit_cvt = argument
     stock.GridExecutor.__call__ = launch
+    stock._patch_lang = InterpretedLanguage
+    stock._get_np_dtype = numpy_type
+    stock.interpreter_semantic.binary_op_sanitize_overflow_impl = check_overflow
 
 
 if INTERPRETED:

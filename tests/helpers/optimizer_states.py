@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def write_states(folder: Path) -> None:
             save_file(after, case / "after.safetensors")
             (case / "steps.json").write_text(json.dumps(steps))
         engine.destroy()
+    assert "torch._inductor.compile_fx" not in sys.modules, "starting ZeRO has loaded PyTorch's compiler"
 
 
 def continue_states(folder: Path) -> None:

@@ -4,6 +4,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import triton
@@ -68,6 +70,19 @@ def arithmetic_kernel(source, out, N: tl.constexpr, OPERATION: tl.constexpr):
     elif OPERATION == "scan":
         x = tl.associative_scan(x, 0, larger_magnitude)
     tl.store(out + i, x)
+
+
+@triton.jit
+def offset_kernel(source, out, by, count, N: tl.constexpr, OPERATION: tl.constexpr):
+    i = tl.arange(0, N)
+    offset = tl.load(source + i, mask=i < count, other=0)
+    if OPERATION == "add":
+        offset = offset + by
+    elif OPERATION == "sub":
+        offset = offset - by
+    else:
+        offset = offset * by
+    tl.store(out + i, offset)
 
 
 @triton.jit
@@ -214,3 +229,28 @@ def test_flattened_loops_and_cumulative_sums() -> None:
     out = torch.empty_like(source)
     loop_kernel[(1,)](source, out, 4, 8)
     assert torch.equal(out, source.cumsum(0) * 6)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("operation", ["add", "sub", "mul"])
+def test_overflow_is_found(operation: str) -> None:
+    """Fails if the cheap check misses an offset that leaves 32 bits at either end, or refuses the last that fits."""
+    largest = 2**31 - 1
+    numbers, by = {"add": (largest - 3, 1), "sub": (-largest + 2, 1), "mul": (largest // 3 - 2, 3)}[operation]
+    source = torch.full((4,), numbers, dtype=torch.int32)
+    source += torch.arange(4, dtype=torch.int32) * (-1 if operation == "sub" else 1)
+    out = torch.empty_like(source)
+    offset_kernel[(1,)](source, out, by, 3, 4, operation)  # the first three fit
+    with pytest.raises(triton.runtime.errors.InterpreterError, match=f"overflow detected for operation {operation}"):
+        offset_kernel[(1,)](source, out, by, 4, 4, operation)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_language_is_its_own_again(fails: bool) -> None:
+    """Fails if a kernel leaves the interpreter's operations in the language: nothing could be compiled after it."""
+    source = torch.ones(16, dtype=torch.bfloat16 if fails else torch.float32)
+    with pytest.raises(triton.runtime.errors.InterpreterError) if fails else nullcontext():
+        arithmetic_kernel[(1,)](source, torch.empty_like(source), 16, "sum")
+    operations = interpreter.interpreted_operations()
+    assert operations and not any(vars(place).get(name) is value for place, name, value in operations)

@@ -16,11 +16,13 @@ from atpo_fast.engines.paged.kv_cache import CacheNode, PrefixCache
 from atpo_fast.engines.paged.model import PagedModel
 from atpo_fast.engines.paged.prefill import fill, path_slots
 from atpo_fast.engines.paged.requests import InFlight, RequestTable, Rows, widen
+from atpo_fast.engines.paged.shared_prompts import SharedPrompt, SharedPrompts
 from atpo_fast.engines.sampling import Draw, candidate_logprobs, sample, uniforms
 from atpo_fast.engines.stops import StopMatcher, StopTable
 from atpo_fast.recurrent.segments import Segments
 
 Ints = NDArray[np.int64]
+Span = tuple[TurnKey, int, int]  # key of a turn, where its tokens start and end on the path
 
 _ADMISSION_SHARE = 8  # admit when this share (1/n) of the batch is idle: prefill in few, large passes
 # Padded keys gathered at once: on CPU as many as stay in its caches, on GPU as many as are small beside a model.
@@ -50,6 +52,7 @@ class ContinuousBatch:
         self.table = RequestTable()
         self.rows: Rows | None = None
         self.stops = StopMatcher()
+        self._shared = SharedPrompts()
         self._submitted = 0
 
     @property
@@ -61,6 +64,9 @@ class ContinuousBatch:
         """Queue a request; `prompt` (p,) holds its token ids."""
         self.waiting.append(InFlight(request, prompt, self._submitted, self.stops.add(stops)))
         self._submitted += 1
+        key, _, end = _spans(request)[0]
+        if key not in self.cache.nodes:
+            self._shared.add(key, prompt[:end])
 
     def step(self) -> list[tuple[TurnKey, Completion]]:
         """Admit what fits and decode one token of every row; return the requests that this finished."""
@@ -111,7 +117,7 @@ class ContinuousBatch:
 
     def _reserve(self, entry: InFlight, spare: int, new: dict[CacheNode, None]) -> bool:
         """Pin the request's path and give every token a slot if that leaves `spare` slots; return whether it does."""
-        prompt, spans = entry.prompt, _spans(entry.request)
+        prompt, spans = entry.prompt, self._spans_in_cache(entry)
         known = [node for key, _, _ in spans if (node := self.cache.nodes.get(key)) is not None]
         self.cache.pin(known)
         missing = len(prompt) - sum(len(node.slots) for node in known) + spare
@@ -134,6 +140,19 @@ class ContinuousBatch:
         entry.parent, entry.carried = parent, self.cache.allocate_state()
         self.cache.counters.cache_hit_tokens += len(prompt) - (self.cache.counters.prefilled_tokens - counted)
         return True
+
+    def _spans_in_cache(self, entry: InFlight) -> list[Span]:
+        """List the spans of a request's turns; what its prompt shares with other trees is a span of its own."""
+        spans = _spans(entry.request)
+        key, _, end = spans[0]
+        root = self.cache.nodes.get(key)
+        if root is not None:
+            shared, start = None if root.parent is None else root.parent.key, root.start
+        else:
+            beginning = self._shared.beginning(entry.prompt[:end])
+            shared = None if beginning is None else (SharedPrompt(beginning.tobytes()), 0)
+            start = 0 if beginning is None else len(beginning)
+        return spans if shared is None else [(shared, 0, start), (key, start, end), *spans[1:]]
 
     def _rows(self, admitted: list[InFlight]) -> Rows:
         """Build the rows of newly admitted requests, whose paths are filled."""
@@ -305,7 +324,7 @@ class ContinuousBatch:
         return "length" if stop is None else "stop"
 
     def _too_large(self, entry: InFlight, needed: int) -> ValueError:
-        states, spans = self.cache.states, len(_spans(entry.request))
+        states, spans = self.cache.states, len(self._spans_in_cache(entry))
         if states is not None and spans + 1 > states.limit:
             return ValueError(
                 f"turn {entry.request.turn_key} needs {spans + 1} states (of the turns on its path and its own), but "
@@ -322,7 +341,7 @@ def _pick(tokens: Tensor, rows: Ints) -> Tensor:
     return tokens if len(rows) == len(tokens) else tokens[torch.from_numpy(rows).to(tokens.device)]
 
 
-def _spans(request: Request) -> list[tuple[TurnKey, int, int]]:
+def _spans(request: Request) -> list[Span]:
     """List key, start and end of the turns on a request's path that have tokens."""
     starts = [0, *(part.end for part in request.path)]
     return [(part.key, start, part.end) for part, start in zip(request.path, starts, strict=False) if part.end > start]

@@ -4,7 +4,8 @@ See docs/design.md#prefix-sharing.
 
 A cache node holds the slots of one turn's tokens (its action and its observation) and is named by the turn's key, so
 chains, siblings and expansion rounds that pass through a turn share its entries whatever their tokens are. Where layers
-have a state it also holds the slot of the one after its tokens, from which those that continue the turn start.
+have a state it also holds the slot of the one after its tokens, from which those that continue the turn start. What
+the prompts of several trees begin with is a node of its own, above their roots.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from atpo_fast.engines.base import EngineCounters, TurnKey
+from atpo_fast.engines.paged.shared_prompts import SharedPrompt
 from atpo_fast.engines.paged.states import START, StatePool
 
 Slots = NDArray[np.int64]
@@ -123,6 +125,7 @@ class PrefixCache:
         self.counters = counters
         self.nodes: dict[TurnKey, CacheNode] = {}
         self._trees: dict[Hashable, set[TurnKey]] = {}
+        self._users: dict[TurnKey, int] = {}  # of each shared beginning: number of trees below it
         self._evictable = 0  # number of slots of nodes that nobody has pinned
         self._unpinned = 0  # number of these nodes
         self._clock = 0
@@ -159,6 +162,11 @@ class PrefixCache:
         """Add a new node, whose slots then belong to the cache."""
         self.nodes[node.key] = node
         self._trees.setdefault(node.key[0], set()).add(node.key)
+        if isinstance(node.key[0], SharedPrompt):
+            self._users[node.key] = 0
+        elif (above := self._beginning_above(node)) is not None:
+            self.counters.shared_tokens += node.start if self._users[above] else 0
+            self._users[above] += 1
         self._evictable += 0 if node.pins else len(node.slots)
         self._unpinned += not node.pins
         self.touch(node)
@@ -194,14 +202,17 @@ class PrefixCache:
             ancestor.used = self._clock
 
     def release_tree(self, tree: Hashable) -> None:
-        """Forget the nodes of one tree; none of them may be pinned."""
+        """Forget the nodes of one tree, none of which may be pinned, and beginnings that it shared with none left."""
         for key in self._trees.pop(tree, set()):
             self._free(self.nodes.pop(key))
+        for key in [key for key, users in self._users.items() if not users]:
+            self._drop(self.nodes[key])
 
     def clear(self) -> None:
         """Forget everything and drop the pool's tensors."""
         self.nodes.clear()
         self._trees.clear()
+        self._users.clear()
         self._evictable = self._unpinned = 0
         self.pool.clear()
         if self.states is not None:
@@ -234,5 +245,12 @@ class PrefixCache:
         """Take back the slots of a node that nobody has pinned."""
         self._evictable -= len(node.slots)
         self._unpinned -= 1
+        self._users.pop(node.key, None)
+        if (above := self._beginning_above(node)) is not None:
+            self._users[above] -= 1
         self.pool.release(node.slots)
         self.release_state(node.state)
+
+    def _beginning_above(self, node: CacheNode) -> TurnKey | None:
+        """Return the shared beginning that a tree's root continues; None for any other node."""
+        return node.parent.key if node.parent is not None and node.parent.key in self._users else None

@@ -74,7 +74,7 @@ def accumulate_gradients(policy: Policy, rows: Sequence[PackedTrees], objective:
         objective: the loss.
 
     Returns:
-        The () loss of all rows, float64, detached.
+        The () loss of all rows, float64, detached, without the losses of routers.
     """
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
 
@@ -83,5 +83,7 @@ def accumulate_gradients(policy: Policy, rows: Sequence[PackedTrees], objective:
         loss.backward()
         total.add_(loss.detach())
 
+    if policy.router_loss is not None:
+        policy.router_loss.begin(rows)
     run_passes(policy, rows, plan_passes([rows])[0], policy.device, learn)
     return total
