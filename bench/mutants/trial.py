@@ -26,7 +26,8 @@ from typing import Any
 from bench.mutants.mutate import Mutant
 from bench.mutants.parts import ROOT, Part, module_name
 
-_OWN = ("atpo_fast", "atpo_kernels", "tests", "bench")
+_FRESH = ("atpo_fast", "atpo_kernels", "tests")  # imported by each fork, so that all users of a module get its fault
+_OWN = (*_FRESH, "bench")
 _WITHOUT = ("cacheprovider", "benchmark", "unraisableexception", "threadexception")
 _OPTIONS = ("-x", "-q", *(word for name in _WITHOUT for word in ("-p", f"no:{name}")))
 _FIRST_CPU_SECONDS = 900  # of the tests without a fault, traced
@@ -148,7 +149,7 @@ def _confine(cpu_seconds: int) -> None:
 class _Watch:
     """A plugin for pytest that runs tests in a given order and notes their CPU time and the first failure."""
 
-    def __init__(self, order: Sequence[str] = (), at_test: Callable[[str], None] | None = None) -> None:
+    def __init__(self, order: Sequence[str] = (), at_test: Callable[[str], object] | None = None) -> None:
         self.place = {test: number for number, test in enumerate(order)}
         self.at_test = at_test
         self.seconds: dict[str, float] = {}
@@ -199,6 +200,8 @@ def _faulty(file: Path, mutant: Mutant, tests: Sequence[str]) -> tuple[int, dict
     """Run tests with a fault until one fails; answers with its name."""
     import pytest
 
+    for name in [name for name in sys.modules if name.split(".")[0] in _FRESH]:
+        del sys.modules[name]
     sys.meta_path.insert(0, MutatedModule(module_name(file), file, mutant.tree()))
     watch = _Watch(tests)
     files = sorted({test.split("::")[0] for test in tests})
