@@ -3,13 +3,14 @@
     python -m bench [--quick] [--list] [--cases ...]   measure cases, a record each in bench/results/
     python -m bench report               write bench/results/RESULTS.md and its plots from the records
     python -m bench resources            compile every kernel, write bench/kernels/RESOURCES.md
-    python -m bench quickstart-seeds     train the quickstart with several seeds
+    python -m bench quickstart-seeds     train a quickstart with several seeds
     python -m bench streaming            compare the schedules of rollouts
     python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
     python -m bench threads              measure how long waiting threads should spin
     python -m bench real-model           compare engine and update with Hugging Face on a model of real size
     python -m bench memory               what `atpo-fast plan` tells beside what was held
     python -m bench hybrid               the update of models with recurrent layers: trees against flat rows
+    python -m bench host-batches         batches of other trainers, flat and with common prompts merged
     python -m bench training-run RUN     record a training with a real model, its curve and its evaluations
     python -m bench.methods              compare the methods, about an hour (`make compare`)
     python -m bench.gpu_day              the first quarter of an hour on a GPU: docs/gpu_day.md
@@ -37,6 +38,7 @@ COMMANDS = {
     "real-model": "bench.systems.real_model",
     "hybrid": "bench.systems.hybrid",
     "memory": "bench.systems.memory",
+    "host-batches": "bench.packing.host_batches",
     "training-run": "bench.systems.training_run",
 }
 

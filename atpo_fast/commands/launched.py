@@ -124,6 +124,8 @@ def run_process(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
             with run.progress:
                 return verb.work(run, arguments)
         finally:
+            if run.task.sessions is not None:
+                run.task.sessions.close()  # not at the exit of Python, when nothing can start a thread any more
             run.logger.close()
     except Exception as error:
         code = exit_code(error)

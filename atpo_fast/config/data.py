@@ -81,23 +81,22 @@ class RoomsConfig:
     """The embedded world of rooms, keys and locked doors (used when data.source is `rooms`)."""
 
     colours: int = Field(default=8, ge=3, le=12)
-    """Number of colours of keys and doors."""
+    """Number of colours of keys, doors and treasures."""
     keys: int = Field(default=3, ge=2)
     """Number of keys in a room, and of doors; one of them leads on."""
     shown: int = Field(default=2, ge=1)
     """Number of the keys that a look shows."""
     max_doors: int = Field(default=3, ge=1)
     """Largest number of doors on the way to the treasury; the smallest is 1."""
-    treasures: int = Field(default=40, ge=2)
-    """Number of names of treasures."""
     train_questions: int = Field(default=2000, ge=1)
     """Number of training questions."""
     eval_questions: int = Field(default=200, ge=1)
     """Number of evaluation questions."""
     demonstrations: int = Field(default=4000, ge=1)
     """Number of scripted demonstrations for the cold start."""
-    good_fraction: float = Field(default=0.2, ge=0, le=1)
-    """Share of demonstrations that follow the right strategy; the rest follow poor ones."""
+    haste: float = Field(default=0.75, ge=0, le=1)
+    """Probability with which the player of the demonstrations takes the first key in sight, or names the first
+    treasure, without regard to what it is asked for; otherwise it does what is right."""
     door_reward: float = 0.0
     """Reward of the turn that opens a right door, beside the outcome."""
     seed: int = 0

@@ -22,7 +22,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
-from deepspeed.utils import logger
+from deepspeed.utils import logger, set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -107,8 +107,20 @@ def initialize(
     offload = settings.get("zero_optimization", {}).get("offload_optimizer", {})
     optimizer = make_optimizer(policy, optim, offload=offload.get("device", "none") != "none")
     watch = GradientWatch(policy, optimizer)
+    gather_experts_whole(policy)
     zero, _, _, _ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
     return zero, watch
+
+
+def gather_experts_whole(policy: nn.Module) -> None:
+    """Let ZeRO-3 gather the experts of a layer as one module, with all that is inside.
+
+    What is inside may be called once for each expert that has tokens. That is a number of calls of the rank's own, and
+    DeepSpeed, which gathers and prefetches call by call, wants the same ones on all ranks.
+    """
+    for module in policy.modules():
+        if type(module).__name__.endswith("Experts"):
+            set_z3_leaf_module(module, True)
 
 
 # --- use ---------------------------------------------------------------------------------------------------------

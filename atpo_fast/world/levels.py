@@ -1,19 +1,22 @@
 """Questions about the rooms (`rooms.py`), a tokenizer for them, and scripted demonstrations for the cold start.
 
-As in the world of questions, demonstrations teach the format and copying, and follow mostly poor strategies, so that
-reinforcement learning has something to find. A thought is what is left to do and what was seen last:
+The player of the demonstrations knows the rules and moves by them, but is often in haste: it takes the first key in
+sight, or names the first treasure, whatever it is asked for. So the cold start teaches the format, the moves and
+copying, and leaves the choices to reinforcement learning. The right choice is the rarer one, so greedy decoding finds
+the gem as rarely as sampling does, and neither depends on how far imitation has come. A thought is what is left to do
+and what was seen last:
 
     <think> red then blue</think><act> look</act>
     <think> red then blue</think><act> take red</act>
     <think> red then blue</think><act> open red</act>
     ...
-    <think> gem w3</think><answer> \\boxed{ w3 }</answer>
+    <think> gem green</think><answer> \\boxed{ green }</answer>
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,11 +48,8 @@ _FRAME = (  # every text of the rooms and of their environment, names left out
     CALL_LIMIT_NOTICE,
     "Tool(act) was not called: nothing is between its tags. has opening tag missing failed",
 )
-# Poor strategies and their shares among the demonstrations that are not right.
-# hasty: takes the first key that it sees. glass: answers with the glass. blind: answers with a colour at once.
-# wrong_order: goes for the last door first.
-_POOR = {"hasty": 0.35, "glass": 0.35, "blind": 0.1, "wrong_order": 0.2}
-_LOOKS = 2  # looks after which the wrong order takes what it sees
+_WORDS = re.compile(r"\w+")
+_TREASURES = re.compile(r"(gem|glass) (\w+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def _level(config: RoomsConfig, name: str, doors: int, rng: np.random.Generator)
         others = [other for other in colours if other != colour]
         keys = [colour, *(str(other) for other in rng.choice(others, size=config.keys - 1, replace=False))]
         rooms.append([keys[i] for i in rng.permutation(len(keys))])
-    gem, glass = (f"w{i}" for i in rng.choice(config.treasures, size=2, replace=False))
+    gem, glass = (str(colour) for colour in rng.choice(colours, size=2, replace=False))
     record = {"doors": way, "rooms": rooms, "gem": gem, "glass": glass}
     record |= {"shown": config.shown, "door_reward": config.door_reward}
     text = f"Open {' then '.join(way)}."
@@ -87,9 +87,9 @@ def _level(config: RoomsConfig, name: str, doors: int, rng: np.random.Generator)
 def make_rooms_tokenizer(config: RoomsConfig, action: str) -> PreTrainedTokenizerFast:
     """Make a word-level tokenizer of the rooms, in which the tags around an `action` are one token each."""
     tags = (*TAGS, open_tag(action), close_tag(action))
-    names = [*_COLOURS[: config.colours], *(f"w{i}" for i in range(config.treasures))]
     words = [piece for text in _FRAME for piece in split_words(text, tags)]
-    return word_level_tokenizer([*words, *(text for name in names for text in (f" {name}", name))], tags)
+    colours = _COLOURS[: config.colours]
+    return word_level_tokenizer([*words, *(text for colour in colours for text in (f" {colour}", colour))], tags)
 
 
 def play_levels(
@@ -99,87 +99,73 @@ def play_levels(
     encode_prompt: Callable[[Question, str], list[int]],
     action: str,
 ) -> list[TurnTree]:
-    """Make `config.demonstrations` chains over training questions, a share `config.good_fraction` of them right.
+    """Make `config.demonstrations` chains over training questions, by a player of `config.haste`.
 
     Args:
         encode_prompt: function from a question and the opening of its session to the tokens of the prompt.
         action: name of the tag around an action.
     """
     rng = np.random.default_rng([config.seed, 1])
-    play = _Play(tokenizer, encode_prompt, action)
-    demonstrations = []
-    for i in range(config.demonstrations):
-        question = levels.train[i % len(levels.train)]
-        poor = str(rng.choice(list(_POOR), p=list(_POOR.values())))
-        strategy = "good" if rng.random() < config.good_fraction else poor
-        demonstrations.append(play.chain(question, strategy, seed=int(rng.integers(2**31))))
-    return demonstrations
+    player = _Player(tokenizer, encode_prompt, action, config.haste, rng)
+    return [player.play(levels.train[i % len(levels.train)]) for i in range(config.demonstrations)]
 
 
-class _Play:
-    """A strategy played in real sessions, turn by turn."""
+class _Player:
+    """Plays in real sessions, turn by turn, at each decision in haste or with care."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, encode_prompt: Callable[[Question, str], list[int]], action: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encode_prompt: Callable[[Question, str], list[int]],
+        action: str,
+        haste: float,
+        rng: np.random.Generator,
     ) -> None:
         self._tokenizer, self._encode_prompt, self._action = tokenizer, encode_prompt, action
+        self._haste, self._rng = haste, rng
 
-    def chain(self, question: Question, strategy: str, seed: int) -> TurnTree:
-        """Play one demonstration."""
-        session = open_session(question.record, seed)
+    def play(self, question: Question) -> TurnTree:
+        """Play one demonstration, to an answer or into a pit."""
+        session = open_session(question.record, seed=int(self._rng.integers(2**31)))
         assert session.opening is not None
-        meta = {"question": question.text, "answers": list(question.answers), "strategy": strategy}
+        meta = {"question": question.text, "answers": list(question.answers)}
         tree = TurnTree(self._encode_prompt(question, session.opening), question_id=question.id, meta=meta)
-        left, seen, turn, looks = list(question.record["doors"]), session.opening, 0, 0
-        if strategy == "wrong_order":
-            left.reverse()
-        held: str | None = None
-        while left and strategy != "blind":
-            act = f"open {held}" if held else _choose(left[0], _keys(seen), strategy, looks)
-            looks = looks + 1 if act == "look" else 0
+        left, seen, turn = list(question.record["doors"]), session.opening, 0
+        while left:
+            act = self._act(left[0], seen)
             result = session.step(act)
+            thought = f"<think> {' then '.join(left)}</think>"
             turn = tree.add_turn(
                 turn,
-                self._encode(
-                    f"<think> {' then '.join(left)}</think>{open_tag(self._action)} {act}{close_tag(self._action)}"
-                ),
+                self._encode(f"{thought}{open_tag(self._action)} {act}{close_tag(self._action)}"),
                 observation_ids=self._encode(format_result(result.text)),
                 tool=self._action,
             )
             if result.done:
                 return tree
-            if act.startswith("take"):
-                held = act.removeprefix("take ")
-            elif held:
-                held, left = None, left[1:]
             seen = result.text
-        known, answer = _answer(question, seen, strategy)
-        ids = self._encode(f"<think> {known}</think><answer> \\boxed{{ {answer} }}</answer>")
+            left = left[act.startswith("open") :]
+        kind, colour = self._treasure(seen)
+        ids = self._encode(f"<think> {kind} {colour}</think><answer> \\boxed{{ {colour} }}</answer>")
         tree.add_turn(turn, [*ids, self._tokenizer.eos_token_id], finish_reason="eos")
         return tree
 
+    def _act(self, wanted: str, seen: str) -> str:
+        """Open the door of the key in hand; else take a key, or look again."""
+        if seen.startswith("Held"):
+            return f"open {_WORDS.findall(seen)[1]}"
+        keys = _WORDS.findall(seen)[1:]
+        if self._in_haste():
+            return f"take {keys[0]}"
+        return f"take {wanted}" if wanted in keys else "look"
+
+    def _treasure(self, seen: str) -> tuple[str, str]:
+        """Return what the player takes for the gem, and its colour."""
+        treasures: list[tuple[str, str]] = _TREASURES.findall(seen)
+        return treasures[0] if self._in_haste() else next(one for one in treasures if one[0] == "gem")
+
+    def _in_haste(self) -> bool:
+        return bool(self._rng.random() < self._haste)
+
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
-
-
-def _keys(seen: str) -> Sequence[str]:
-    return seen.removeprefix("Keys: ").removesuffix(".").split()
-
-
-def _choose(wanted: str, keys: Sequence[str], strategy: str, looks: int) -> str:
-    """Return what a strategy does in a room where it has no key."""
-    given_up = strategy == "wrong_order" and looks >= _LOOKS and wanted not in keys
-    if strategy == "hasty" or given_up:
-        return f"take {keys[0]}"
-    return f"take {wanted}" if wanted in keys else "look"
-
-
-def _answer(question: Question, seen: str, strategy: str) -> tuple[str, str]:
-    """Return what a strategy knows at the end, and its answer."""
-    if strategy == "blind":
-        colour = question.record["doors"][0]
-        return colour, colour
-    kind = "glass" if strategy == "glass" else "gem"
-    found = re.search(rf"{kind} (\w+)", seen)
-    assert found is not None, seen
-    return f"{kind} {found[1]}", found[1]

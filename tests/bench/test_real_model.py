@@ -19,7 +19,7 @@ def test_every_part_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     real_model.main([*options, "--dtype", "float32", "--results", str(tmp_path)])
     record = json.loads((tmp_path / "cpu" / "real_model.json").read_text())
     results = record["results"]
-    for part in ("decode", "tree"):
+    for part in ("decode", "tree", "questions"):
         assert not results[part]["failed"] and {"generate", "ours"} <= results[part].keys()
         assert results[part]["ours"]["new_tokens_per_s"] > 0
     update = results["update"]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from atpo_fast.commands import launcher
-from atpo_fast.commands.cli import LAUNCHED
+from atpo_fast.commands.cli import LAUNCHED, main
 from atpo_fast.commands.doctor import Environment, Requirement, find_problems, inspect_environment, render
 from atpo_fast.commands.model_folder import find_model, model_to_use, newest_model
 from atpo_fast.common.manifest import write_manifest
@@ -40,16 +40,35 @@ def run_cli(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """The same in this process, which has imported what it needs; a traceback of the program fails the test."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        try:
+            code = main(list(arguments))
+        except SystemExit as ended:  # argparse's
+            assert isinstance(ended.code, int)
+            code = ended.code
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return call
+
+
 # --- help and dry runs -------------------------------------------------------------------------------------------
 
 
-def test_help_lists_every_verb_and_each_has_an_example() -> None:
+def test_help_lists_every_verb_and_each_has_an_example(cli: Cli) -> None:
     # Fails if a verb has no help of its own or an example that does not start with it.
     listed = run_cli("--help")
     assert listed.returncode == 0
     for verb in ("cold-start", "train", "eval", "rollout", "report", "retriever", "export", "env"):
         assert re.search(rf"\n    {verb}\s", listed.stdout)
-        alone = run_cli(verb, "--help")
+        alone = cli(verb, "--help")
         assert alone.returncode == 0
         assert f"example: atpo-fast {verb}" in alone.stdout
 
@@ -122,9 +141,9 @@ def test_options_reach_the_launched_processes() -> None:
         (["export", "no/such/run", "target"], "no/such/run"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(arguments: list[str], message: str) -> None:
+def test_bad_input_is_one_message_and_exit_code_2(cli: Cli, arguments: list[str], message: str) -> None:
     # Fails if a fault shows as a traceback, goes to stdout, or ends with another code.
-    done = run_cli(*arguments)
+    done = cli(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -257,6 +257,25 @@ def test_question_with_one_leaf(method: str, terms: int) -> None:
     assert twice.advantages[1] == 0
 
 
+def test_a_question_of_two_has_a_baseline() -> None:
+    """Fails if reinforce++ leaves out the baseline of small questions: equal rewards then beat the other question's."""
+    trees = [TurnTree([1], question_id=question) for question in ("1", "2")]
+    for tree, rewards in zip(trees, ((0.0, 1.0), (1.0, 1.0)), strict=True):
+        for reward in rewards:
+            tree.set_reward(tree.add_turn(0, [2]), reward)
+    assign_credit(trees, "reinforce++")
+    assert leaf_advantages(trees[1]) == [0.0, 0.0] and leaf_advantages(trees[0])[1] > 0.5
+
+
+def test_entropies_without_bound() -> None:
+    """Fails if siblings are weighed by exp(H) itself, which overflows."""
+    tree = TurnTree([1])
+    for nll, reward in ((1000.0, 1.0), (1000.0, 0.0), (0.0, 0.0)):
+        tree.set_reward(tree.add_turn(0, [2], [-nll]), reward)
+    assign_credit([tree], leaf_norm=False)
+    assert tree.values is not None and tree.values[0] == 0.5
+
+
 def test_deep_chain() -> None:
     """Fails when values are computed by recursion (Python's limit is 1,000 levels)."""
     tree = TurnTree([1])

@@ -85,6 +85,14 @@ def test_logprobs_are_those_of_a_separate_forward(engine: VLLMEngine) -> None:
     check_logprobs(make_model(), trees, 1e-4)
 
 
+def test_more_prompts_than_one_forward_takes(engine: VLLMEngine) -> None:
+    """Fails if a prompt of a request with a seed is prefilled in pieces, after which vLLM on a CPU cannot go on."""
+    trees = roots(30, lengths=(240, 260))
+    asks = [request(tree, f"t{i}", 0, 1, SamplingParams(max_new_tokens=2), i) for i, tree in enumerate(trees)]
+    assert sum(len(ask.prompt_ids) for ask in asks) > 4096
+    assert all(1 <= len(answer.token_ids) <= 2 for answer in engine.generate(asks))
+
+
 def test_greedy_decoding_is_that_of_the_paged_engine(engine: VLLMEngine) -> None:
     params = SamplingParams(max_new_tokens=12, temperature=0.0, stop=("é",))
     other = PagedEngine(make_model(), TOKENIZER, cache_tokens=10_000)

@@ -21,25 +21,19 @@ from atpo_fast.policy.opened_rows.plan import plan_passes
 from atpo_fast.telemetry import PhaseTimer
 from atpo_fast.train.step import accumulate
 from atpo_fast.train.zero import GradientWatch, GuardedAdamW, join_process_group
-from tests.helpers.families import VOCAB, make
-from tests.helpers.hybrid_models import DENSE, in_float64, make_hybrid
+from tests.helpers.families import FAMILIES, VOCAB, make
+from tests.helpers.hybrid_models import in_float64
 from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
 
-WINDOWED: dict[str, GradientCheckpointing] = {"gemma2": "layer", "gemma4-small": "mlp"}
-"""Families with windows, caps and shared keys, and the checkpointing of their case at stage 3."""
 ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
 """Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
 
-HYBRID_CASES: tuple[tuple[int, str, GradientCheckpointing], ...] = (
-    (0, "4096", "none"),
-    (3, "4096", "none"),
-    (3, "deep", "layer"),
-)
-"""Of models with layers that have a state: ZeRO stage, row budget and checkpointing.
+WITH_STATES = ("qwen3_5", "lfm2", "granitemoehybrid")
+"""A family for each kind of state."""
 
-In float64 experts are run one after the other, those that have tokens, and DeepSpeed wants the same calls on all ranks.
-"""
 
+ALONE = "stage0"
+"""End of the names of the cases with which others are compared, and which one rank computes."""
 
 Compute = Callable[[int, int], dict[str, np.ndarray]]
 """From rank and number of ranks to the whole gradients of a case."""
@@ -123,17 +117,16 @@ def cases() -> Iterator[tuple[str, Compute]]:
     plain += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
     for stage, tied, budget, choice in plain:
         yield f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}", partial(gradients, stage, tied, budget, choice)
-    for family, (stage, budget, choice) in itertools.product(DENSE, HYBRID_CASES):
-        yield f"{family}_stage{stage}_{budget}_{choice}", partial(exact, make_hybrid, family, stage, budget, choice)
-    for family, choice in WINDOWED.items():
-        yield f"{family}_stage0", partial(exact, make, family, 0, "4096", "none")
-        yield f"{family}_stage3", partial(exact, make, family, 3, "deep", choice)
+    for family, about in FAMILIES.items():
+        yield f"{family}_{ALONE}", partial(exact, family, 0, "4096", "none")
+        yield f"{family}_stage3_deep", partial(exact, family, 3, "deep", about.checkpointing[0])
+    for family in WITH_STATES:
+        yield f"{family}_stage3", partial(exact, family, 3, "4096", "none")
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         yield f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}", partial(module_gradients, stage, tied, inside)
 
 
 def exact(
-    make_model: Callable[[str], PreTrainedModel],
     family: str,
     stage: int,
     budget: str,
@@ -143,4 +136,4 @@ def exact(
 ) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch of a model of some family, in float64."""
     with in_float64():
-        return model_gradients(make_model(family), stage, budget, choice, rank, world)
+        return model_gradients(make(family), stage, budget, choice, rank, world)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from atpo_fast.common.choices import GradientCheckpointing
 from tests.helpers.hybrid_models import SIZES as HYBRID_SIZES
 from tests.helpers.hybrid_models import VOCAB, hybrid_config
 
@@ -28,7 +29,7 @@ class Family:
     config: Callable[[], PretrainedConfig]
     about: str
     """What its layers are, beside what the table's other columns say."""
-    checkpointing: tuple[str, ...] = ("layer", "mlp")
+    checkpointing: tuple[GradientCheckpointing, ...] = ("layer", "mlp")
     """What works of model.gradient_checkpointing."""
 
 

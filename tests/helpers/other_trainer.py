@@ -10,6 +10,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 
+from atpo_fast.train.zero import gather_experts_whole
 from atpo_kernels import FusedLinearTurnPolicyLoss
 from atpo_kernels.hosts.plain import LossHead
 
@@ -36,6 +37,7 @@ class OtherPolicy(nn.Module):
 
 def start_engine(model: nn.Module, optimizer: torch.optim.Optimizer, stage: int) -> Any:
     """A DeepSpeed engine that partitions every parameter, however small."""
+    gather_experts_whole(model)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

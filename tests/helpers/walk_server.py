@@ -1,4 +1,4 @@
-"""A small environment of OpenEnv, and its server on this machine."""
+"""A small environment of OpenEnv, its server on this machine, and sessions of its harness."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from openenv.core.client_types import StepResult
 from openenv.core.env_server import create_app
 from openenv.core.env_server.interfaces import Environment
+from openenv.core.env_server.mcp_types import Tool
 from openenv.core.env_server.types import Action, Observation, State
+from openenv.core.harness import ResourceSessionFactory, StepEnvSessionAdapter
 
 
 class Move(Action):
@@ -42,6 +45,40 @@ class Walk(Environment):
     @property
     def state(self) -> State:
         return State()
+
+
+class Walks(ResourceSessionFactory[StepEnvSessionAdapter]):
+    """Walks in this process, as sessions of OpenEnv's harness."""
+
+    def create(self, task: Any, seed: int | None = None, episode_id: str | None = None) -> StepEnvSessionAdapter:
+        schema = {"type": "object", "properties": {"direction": {"type": "string"}}, "required": ["direction"]}
+        return StepEnvSessionAdapter(
+            LocalClient(),
+            task=task,
+            seed=seed,
+            tool_specs=[Tool(name="move", description="Move.", input_schema=schema)],
+            action_builder=lambda name, arguments: Move(**arguments),
+            initial_messages_builder=lambda result, state: [{"role": "user", "content": result.observation.text}],
+        )
+
+
+class LocalClient:
+    """The client that the harness's adapter drives."""
+
+    def __init__(self) -> None:
+        self.environment = Walk()
+        self.closed = False
+
+    def reset(self, **arguments: Any) -> StepResult[Place]:
+        place = self.environment.reset(**arguments)
+        return StepResult(place, place.reward, place.done)
+
+    def step(self, action: Move) -> StepResult[Place]:
+        place = self.environment.step(action)
+        return StepResult(place, place.reward, place.done)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.helpers.distributed_gradients import HYBRID_CASES, WINDOWED, write_gradients
+from tests.helpers.distributed_gradients import ALONE, WITH_STATES, write_gradients
+from tests.helpers.families import FAMILIES
 from tests.helpers.forked_runs import fork_ranks
-from tests.helpers.hybrid_models import DENSE
 
 pytestmark = pytest.mark.distributed
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.distributed
 def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
     """Gradients of every case on 1 and on 2 ranks, by file stem."""
     folder = tmp_path_factory.mktemp("gradients")
-    for ranks in (1, 2):
-        fork_ranks(write_gradients, ranks, folder)
+    fork_ranks(write_gradients, 1, folder)
+    fork_ranks(write_gradients, 2, folder, f"(?!({'|'.join(FAMILIES)})_{ALONE}).*")
     fork_ranks(write_gradients, 3, folder, "stage3_tied1_.*_none")
     return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
@@ -56,21 +56,21 @@ def test_checkpointing_under_partitioning(
         assert_same(gradients[f"stage3_tied{tied}_budget{budget}_{choice}_ranks{ranks}"], reference, budget, ranks)
 
 
+# Every family, in rows that continue others and with checkpointing; experts, windows, capped logits, layers that share
+# keys. Fails if a gradient depends on where weights lie, on how trees are cut, or on which rank a token's experts run.
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families_under_partitioning(gradients: dict[str, dict[str, np.ndarray]], family: str) -> None:
+    for ranks in (1, 2):
+        found = gradients[f"{family}_stage3_deep_ranks{ranks}"]
+        assert_same(found, gradients[f"{family}_{ALONE}_ranks1"], ranks, tolerance=1e-9)
+
+
 # Layers with a state use the weights of their convolution without calling it: partitioned, those must be gathered too.
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", WITH_STATES)
 def test_layers_with_a_state_under_partitioning(gradients: dict[str, dict[str, np.ndarray]], family: str) -> None:
-    reference = gradients[f"{family}_stage0_4096_none_ranks1"]
-    for (stage, budget, choice), ranks in itertools.product(HYBRID_CASES, (1, 2)):
-        found = gradients[f"{family}_stage{stage}_{budget}_{choice}_ranks{ranks}"]
-        assert_same(found, reference, budget, ranks, tolerance=1e-9)
-
-
-# Fails if windows, capped logits or keys that layers share depend on where weights lie, or on how trees are cut.
-@pytest.mark.parametrize("family", list(WINDOWED))
-def test_windows_under_partitioning(gradients: dict[str, dict[str, np.ndarray]], family: str) -> None:
-    reference = gradients[f"{family}_stage0_ranks1"]
-    for stage, ranks in itertools.product((0, 3), (1, 2)):
-        assert_same(gradients[f"{family}_stage{stage}_ranks{ranks}"], reference, stage, ranks, tolerance=1e-9)
+    for ranks in (1, 2):
+        found = gradients[f"{family}_stage3_ranks{ranks}"]
+        assert_same(found, gradients[f"{family}_{ALONE}_ranks1"], ranks, tolerance=1e-9)
 
 
 # The same for FusedLinearTurnPolicyLoss in the head of another trainer, called in the policy's forward or after it: a

@@ -7,9 +7,37 @@ from pathlib import Path
 from atpo_fast.tree.storage import read_trees
 from tests.helpers.runs import records, run, write_config
 
+# Rooms that note in a file what is opened, and closed by a thread of the loop.
+NOTING = """
+import asyncio
+import copy
+from pathlib import Path
+
+from atpo_fast.world.rooms import RoomsSession
+
+NOTES = Path(__file__).with_name("notes.txt")
+
+
+def note(word):
+    with NOTES.open("a") as file:
+        file.write(word + " ")
+
+
+class Noting(RoomsSession):
+    def fork(self):
+        note("opened")
+        return copy.copy(self)
+
+    async def close(self):
+        await asyncio.to_thread(note, "closed")
+
+
+def open_session(task, seed):
+    note("opened")
+    return Noting(task, seed)
+"""
 ROOMS = (
     "data.source=rooms",
-    "environment.factory=atpo_fast.world.rooms:open_session",
     "rooms.train_questions=12",
     "rooms.eval_questions=3",
     "rooms.demonstrations=64",
@@ -22,8 +50,11 @@ ROOMS = (
 
 
 def test_a_run_in_the_rooms(tmp_path: Path) -> None:
-    """Fails if sessions do not reach the trainer, or their numbers the metrics and the report."""
-    run(write_config(tmp_path), *ROOMS)
+    """Fails if sessions do not reach the trainer, or their numbers the metrics and the report, or if any stays open."""
+    (tmp_path / "noting.py").write_text(NOTING)
+    run(write_config(tmp_path), *ROOMS, f"environment.factory={tmp_path}/noting.py:open_session")
+    notes = (tmp_path / "notes.txt").read_text().split()
+    assert notes.count("opened") == notes.count("closed") > 10
     metrics = records(tmp_path / "run", "train")[1]
     assert metrics["session/opened"] > 0 and metrics["session/live"] > 0 and metrics["session/hung"] == 0
     assert {"session/forks_copy", "session/mismatches", "reward/session", "time/rollout/open"} <= metrics.keys()

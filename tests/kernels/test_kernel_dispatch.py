@@ -39,14 +39,23 @@ def test_choices_need_no_pytorch() -> None:
     run("import sys; sys.modules['torch'] = None; from atpo_kernels.choices import Aggregation, Reduction")
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_public_names_are_functions(operator: str) -> None:
+FOLDERS_FIRST = """
+import importlib, inspect, sys
+import torch  # once for all
+for operator in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "atpo_kernels"]:
+        del sys.modules[name]
+    importlib.import_module(f"atpo_kernels.{operator}.tiles")
+    exec(f"from atpo_kernels import {operator} as function")
+    inspect.signature(function).parameters["impl"]
+"""
+
+
+def test_public_names_are_functions() -> None:
     """Fails if a folder hides the function of its name, also where the folder is imported before the function."""
-    assert inspect.isfunction(getattr(atpo_kernels, operator))
-    run(
-        f"import inspect, atpo_kernels.{operator}.tiles; from atpo_kernels import {operator}; "
-        f"inspect.signature({operator}).parameters['impl']"
-    )
+    for operator in OPERATORS:
+        assert inspect.isfunction(getattr(atpo_kernels, operator))
+    run(FOLDERS_FIRST, *OPERATORS)
 
 
 def test_every_operator_has_the_same_files() -> None:
@@ -57,10 +66,10 @@ def test_every_operator_has_the_same_files() -> None:
         assert names == {"__init__", "reference", "torch_impl", "kernels", "launch", "tiles"}, operator
 
 
-def run(code: str) -> None:
+def run(code: str, *arguments: str) -> None:
     """Run code in an interpreter of its own, in which nothing has been imported."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=True)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

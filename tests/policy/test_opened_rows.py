@@ -186,6 +186,7 @@ def test_how_often_tokens_are_forwarded_and_what_is_held(choice: GradientCheckpo
         forwarded.append(inputs[0].shape[-2])
         held.append(sum(type(x) is OpenedRow for x in gc.get_objects()))
 
+    gc.freeze()  # what is there already is not looked through at every forward
     policy.model.model.layers[0].mlp.register_forward_hook(count)
     policy.model.lm_head.register_forward_hook(lambda _, inputs, __: scored.append(len(inputs[0])))
     accumulate_gradients(policy, rows, TURN)
@@ -198,6 +199,7 @@ def test_how_often_tokens_are_forwarded_and_what_is_held(choice: GradientCheckpo
     assert max(held) <= 1 + max(row.depth for row in rows)
     gc.collect()
     assert not any(type(x) is OpenedRow for x in gc.get_objects())
+    gc.unfreeze()
 
 
 def test_scores_are_those_of_one_row() -> None:

@@ -23,6 +23,7 @@ SUPPORTED = Version("0.24"), Version("0.33")
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # the launcher has shared out the cores
 _CPU_BLOCK = 32
+_CPU_BATCHED_TOKENS = 4096  # of one forward, unless a path is longer
 _SMALL_SHARE = 0.01  # of the device's memory: vLLM checks that it is free; the cache's size is given in bytes
 
 
@@ -75,6 +76,9 @@ def llm_options(
     if block is not None:
         options["block_size"] = block
     if cpu:
+        # A prompt whose prefill is cut draws a token that vLLM takes back from the request's generator, which on a CPU
+        # cannot go back ("CPU Generator does not use offset").
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_positions, _CPU_BATCHED_TOKENS)}
         options["async_scheduling"] = False
     if truncates:
         options["logits_processors"] = ["atpo_fast.engines.vllm.worker:Truncation"]

@@ -12,8 +12,8 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NoReturn
 
-from atpo_fast.environment.adapters.common import as_text, column, function_schema, package
-from atpo_fast.environment.adapters.verifiers_parts import empty_trace, nodes, open_tools
+from atpo_fast.environment.adapters.common import as_text, column, package
+from atpo_fast.environment.adapters.verifiers_parts import empty_trace, nodes, open_tools, tool_schemas
 from atpo_fast.environment.session import Message, Result, Session
 
 
@@ -21,14 +21,10 @@ class VerifiersSession(Session):
     """A session over one rollout of a task, which `begin` sets up."""
 
     def __init__(self, task: Any, trace: Any, runtime: Any, tools: dict[str, Callable[..., Any]]):
-        from pydantic import TypeAdapter
-
         self._task, self._trace, self._runtime, self._functions = task, trace, runtime, tools
         self._prompt = task.data.prompt_text
         self.opening = self._prompt or None
-        adapter: Any = TypeAdapter  # typed for types alone, but takes functions
-        parameters = {name: adapter(tool).json_schema() for name, tool in tools.items()}
-        self.tools = [function_schema(name, tool.__doc__, parameters[name]) for name, tool in tools.items()]
+        self.tools = tool_schemas(tools)
         self._calls: list[tuple[Any, str]] = []
 
     @classmethod
@@ -56,8 +52,7 @@ class VerifiersSession(Session):
         self._calls.append((call, text))
         self._trace.nodes = nodes(self._prompt, self._calls)
         stops = [hook for hook in self._task.hooks("stop") if hook_boundary(hook, allow_trace=True) is Trace]
-        held = [await call_hook(stop, {Trace: self._trace}) for stop in stops]
-        return Result(text, done=any(held))
+        return Result(text, done=any([await call_hook(stop, {Trace: self._trace}) for stop in stops]))
 
     async def score(self, transcript: list[Message]) -> float:  # type: ignore[override]
         """Finish the task, and add up its weighted rewards."""

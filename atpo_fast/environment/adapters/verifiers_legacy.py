@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
-from functools import lru_cache
 from typing import Any
 
 from atpo_fast.environment.adapters.common import as_text, column, function_schema, package
+from atpo_fast.environment.adapters.verifiers_legacy_parts import load_environment, new_step
 from atpo_fast.environment.session import Message, Result, Session
 
 
@@ -56,10 +56,7 @@ class LegacyVerifiersSession(Session):
         return Result(as_text(answer), step["reward"], self._state["final_env_response"] is not None)
 
     async def _write(self, message: dict[str, Any]) -> Any:
-        types = package("verifiers", "verifiers", "verifiers.types")
-        written = types.AssistantMessage(role="assistant", **message)
-        empty: dict[str, Any] = {"response": None, "tokens": None, "reward": None, "advantage": None, "extras": {}}
-        step = types.TrajectoryStep(prompt=self._messages, completion=[written], is_truncated=False, **empty)
+        written, step = new_step(self._messages, message)
         await self._env.add_trajectory_step(self._state, step)
         self._messages = [*self._messages, written]
         return step
@@ -72,14 +69,9 @@ class LegacyVerifiersSession(Session):
 
 async def open_session(task: dict[str, Any], seed: int) -> LegacyVerifiersSession:
     """Set up the state of the row that the record names."""
-    env = _load(column(task, "env_id"), json.dumps(task.get("env_options", {})))
+    env = load_environment(column(task, "env_id"), json.dumps(task.get("env_options", {})))
     client = package("verifiers", "verifiers").ClientConfig(api_base_url="http://nowhere.invalid")
     state = await env.init_state(env.get_dataset()[column(task, "row")], client, "policy")
     for of_a_client in ("client", "usage", "usage_tracker"):  # the policy writes here; these could not be copied
         state.pop(of_a_client, None)
     return LegacyVerifiersSession(env, await env.setup_state(state) or state, task["question"])
-
-
-@lru_cache(maxsize=8)
-def _load(env_id: str, options: str) -> Any:
-    return package("verifiers", "verifiers").load_environment(env_id, **json.loads(options))

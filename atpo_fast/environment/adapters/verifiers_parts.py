@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from atpo_fast.environment.adapters.common import function_schema
+
 
 def empty_trace(task: Any) -> tuple[Any, Any]:
     """Return a trace of a task without messages, and a subprocess runtime that is not started yet."""
@@ -50,3 +52,11 @@ async def open_tools(task: Any, state: Any) -> dict[str, Callable[..., Any]]:
         for tool in discover_decorated(toolset, "tool"):
             tools[prefix + (tool.tool_name or tool.__name__)] = tool
     return tools
+
+
+def tool_schemas(tools: dict[str, Callable[..., Any]]) -> list[dict[str, Any]]:
+    """Describe tools in OpenAI's form, by their type hints and docstrings."""
+    from pydantic import TypeAdapter
+
+    adapter: Any = TypeAdapter  # typed for types alone, but takes functions
+    return [function_schema(name, tool.__doc__, adapter(tool).json_schema()) for name, tool in tools.items()]

@@ -55,7 +55,7 @@ def model_size(config: Config) -> ModelSize:
         return _gguf_size(file)
     sizes = model_sizes(config.model)
     if path is None:
-        words = {"world": config.world.entities + 64, "rooms": 2 * (config.rooms.treasures + config.rooms.colours) + 80}
+        words = {"world": config.world.entities + 64, "rooms": 2 * config.rooms.colours + 80}
         sizes.vocab_size = words.get(config.data.source, config.model.vocab_size)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sizes)

@@ -15,14 +15,13 @@ from tests.helpers.adapter_sessions import Caller, caller
 pytest.importorskip("openenv.core", reason="openenv is not installed")
 
 from fastmcp import FastMCP
-from openenv.core.client_types import StepResult
 from openenv.core.env_server import create_app
 from openenv.core.env_server.mcp_environment import MCPEnvironment
-from openenv.core.env_server.mcp_types import CallToolAction, CallToolObservation, Tool
+from openenv.core.env_server.mcp_types import CallToolAction, CallToolObservation
 from openenv.core.env_server.types import Action, Observation, State
-from openenv.core.harness import ResourceSessionFactory, StepEnvSessionAdapter, TrainingTrace, TrainingTurn
+from openenv.core.harness import TrainingTrace, TrainingTurn
 
-from tests.helpers.walk_server import Move, Place, Walk, served, served_walk
+from tests.helpers.walk_server import Walks, served, served_walk
 
 
 class Drawers(MCPEnvironment):
@@ -102,40 +101,6 @@ def test_tools_of_an_mcp_environment() -> None:
         assert texts == ["2 things", "3 things"]
         assert "too large" in call.calls(session, ("put", {"thing": "elephant"}))[0].text
         call(session.close())
-
-
-class Walks(ResourceSessionFactory[StepEnvSessionAdapter]):
-    """Walks in this process, as sessions of OpenEnv's harness."""
-
-    def create(self, task: Any, seed: int | None = None, episode_id: str | None = None) -> StepEnvSessionAdapter:
-        schema = {"type": "object", "properties": {"direction": {"type": "string"}}, "required": ["direction"]}
-        return StepEnvSessionAdapter(
-            LocalClient(),
-            task=task,
-            seed=seed,
-            tool_specs=[Tool(name="move", description="Move.", input_schema=schema)],
-            action_builder=lambda name, arguments: Move(**arguments),
-            initial_messages_builder=lambda result, state: [{"role": "user", "content": result.observation.text}],
-        )
-
-
-class LocalClient:
-    """The client that the harness's adapter drives."""
-
-    def __init__(self) -> None:
-        self.environment = Walk()
-        self.closed = False
-
-    def reset(self, **arguments: Any) -> StepResult[Place]:
-        place = self.environment.reset(**arguments)
-        return StepResult(place, place.reward, place.done)
-
-    def step(self, action: Move) -> StepResult[Place]:
-        place = self.environment.step(action)
-        return StepResult(place, place.reward, place.done)
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def test_resource_session() -> None:

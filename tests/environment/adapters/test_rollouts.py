@@ -1,17 +1,27 @@
-"""Real environments rolled out as trees from the command line, by each of the three ways of forking.
+"""A real environment of each protocol rolled out as trees from the command line.
 
-The observations of every path have to be those of a session that went this path alone.
+    .venv-environments/games/bin/python -m pytest tests/environment/adapters/test_rollouts.py -s
+
+prints how the sessions of each branched. The observations of every path have to be those of a session that goes this
+path alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.helpers.environment_runs import Rolled, roll_out
+from tests.helpers import adapter_sessions
+from tests.helpers.environment_runs import Action, played_alone, roll_out
+
+ADAPTERS = "atpo_fast.environment.adapters"
+LIMIT = 64  # tokens of a result, and so at least as many characters
 
 CALCULATOR = """
 import gem.envs
@@ -26,61 +36,139 @@ def open_session(task, seed):
     return GemSession(ToolEnvWrapper(make("rg:chain_sum"), [PythonCodeTool()], max_tool_uses=2), seed)
 """
 
-
-def acted(path: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The actions on a path that the environment answered, and its answers; others answer what is no action."""
-    answered = [(text, answer) for text, answer in path[1:] if "<act>" in text and "<result>" in answer]
-    return [(text, answer) for text, answer in answered if "was not called" not in answer]
+SHOP = """
+from atpo_fast.environment.adapters import trl
 
 
-def check_counts(rolled: Rolled, way: str) -> None:
-    counts = rolled.counts
-    assert counts[way] > 0 and rolled.branched > 0, (counts, rolled.branched)
-    others = {"native", "copied", "by replay"} - {way}
-    assert all(counts[other] == 0 for other in others) and counts["mismatches"] == counts["lost"] == 0, counts
+class Shop:
+    def reset(self, **row):
+        self.coins = 9
+        return "You have 9 coins."
+
+    def buy(self, price: int) -> str:
+        \"\"\"
+        Buy something.
+
+        Args:
+            price: how many coins
+        \"\"\"
+        self.coins -= price
+        return f"{self.coins} coins left"
+
+    def get_reward(self):
+        return float(self.coins == 0)
+
+
+open_session = trl.sessions_of(Shop)
+"""
+
+HARNESS = """
+from atpo_fast.environment.adapters import openenv_harness
+from tests.helpers.walk_server import Walks
+
+open_session = openenv_harness.sessions_of(Walks())
+"""
+
+BOXES = """
+from atpo_fast.environment.adapters import verifiers
+from tests.helpers.verifiers_task import BoxData, BoxTask
+
+open_session = verifiers.sessions_of([BoxTask(BoxData(goal=goal, prompt="Fill the box.")) for goal in (3, 5)])
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An environment, and by which way its sessions are forked."""
+
+    way: str  # none: there is nothing to fork
+    package: str
+    actions: list[Action]
+    factory: str = ""  # of an adapter
+    code: str = ""  # or of a file of one's own
+    task: dict[str, Any] = field(default_factory=dict)
+    version: str | None = None
+    long: bool = False  # whether the opening is
+
+
+CASES = {
+    "gem": Case("native", "gem", ["<python>print(1+1)</python>", "<python>print(7)</python>"], code=CALCULATOR),
+    "textarena": Case(
+        "copied",
+        "textarena",
+        ["[3]", "[9]", "[14]"],
+        "textarena:open_session",
+        task={"env_id": "GuessTheNumber-v0"},
+        long=True,
+    ),
+    "skyrl-gym": Case(
+        "copied",
+        "skyrl_gym",
+        ["#### 3", "it is 5", "#### 12"],
+        "skyrl_gym:open_session",
+        task={"env_class": "gsm8k_multi_turn", "max_turns": 3, "reward_spec": {"ground_truth": "4"}},
+    ),
+    "reasoning-gym": Case(
+        "none", "reasoning_gym", ["4", "12"], "reasoning_gym:open_session", task={"dataset": "chain_sum"}
+    ),
+    # Needs no package of its own; once is enough.
+    "trl": Case("copied", "gem", [("buy", '{"price": 2}'), ("buy", '{"price": 3}')], code=SHOP),
+    "openenv": Case(
+        "by replay", "openenv.core", ["left", "right"], "openenv:open_session", task={"action_field": "direction"}
+    ),
+    "openenv-harness": Case("by replay", "openenv.core", [("move", "left"), ("move", "right")], code=HARNESS),
+    "verifiers": Case(
+        "by replay",
+        "verifiers",
+        [("coins_put", '{"count": 1}'), ("coins_put", '{"count": 2}')],
+        code=BOXES,
+        task={"task": 0},
+        version="0.4",
+    ),
+    "verifiers-legacy": Case(
+        "copied",
+        "verifiers.envs",
+        ["1", "2", "4"],
+        "verifiers_legacy:open_session",
+        task={"env_id": "legacy-verifiers-environment", "row": 1},
+    ),
+}
 
 
 @pytest.mark.slow(reason="teaches a model and rolls out with it")
-def test_gem_by_native_forks(tmp_path: Path) -> None:
-    """Fails if branches count each other's tool calls: the notice of the last one comes with the second on a path."""
-    pytest.importorskip("gem", reason="gem-llm is not installed")
-    (tmp_path / "calculator.py").write_text(CALCULATOR)
-    actions = ["<python>print(1+1)</python>", "<python>print(7)</python>"]
-    rolled = roll_out(tmp_path, f"{tmp_path}/calculator.py:open_session", {}, actions)
-    check_counts(rolled, "native")
-    for path in rolled.paths:
-        answers = [answer for text, answer in acted(path) if re.search(r"<python>\S+</python>", text)]
-        for number, answer in enumerate(answers):
-            assert ("Code execution" in answer) == (number < 2), path
-            cut = "Traceback" in answer  # too long for a result: the notice at its end is left out
-            assert cut or ("maximum number of tool use" in answer) == (number == 1), path
+@pytest.mark.parametrize("name", CASES)
+def test_rolled_out_as_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Fails if a branch sees what its siblings did, or sessions are forked in another way than the table says."""
+    case = CASES[name]
+    pytest.importorskip(case.package, minversion=case.version, reason=f"{name} is not installed")
+    monkeypatch.syspath_prepend(str(Path(adapter_sessions.__file__).parent))
+    factory = f"{ADAPTERS}.{case.factory}"
+    if case.code:
+        (tmp_path / "own.py").write_text(case.code)
+        factory = f"{tmp_path}/own.py:open_session"
+    with served(name) as columns:
+        task = case.task | columns
+        rolled = roll_out(tmp_path, factory, task, case.actions, case.long)
+        counts = rolled.counts
+        assert counts["opened"] > 4
+        assert case.way == "none" or (counts[case.way] > 0 and rolled.branched > 0), (counts, rolled.branched)
+        others = {"native", "copied", "by replay"} - {case.way}
+        assert all(counts[other] == 0 for other in others) and counts["mismatches"] == counts["lost"] == 0, counts
+        pairs = played_alone(factory, task, rolled)
+    assert len(pairs) > 20
+    for pair in pairs:
+        recorded, alone = (re.sub(r"line \d+", "line", text) for text in pair)  # of a script that GEM writes
+        cut = len(recorded) >= LIMIT and alone.startswith(recorded.removesuffix("\n</result>"))
+        assert recorded == alone or cut, (recorded, alone)
 
 
-@pytest.mark.slow(reason="teaches a model and rolls out with it")
-def test_skyrl_gym_by_copies(tmp_path: Path) -> None:
-    """Fails if branches count each other's turns: the environment asks otherwise before the last turn of a path."""
-    pytest.importorskip("skyrl_gym", reason="skyrl-gym is not installed")
-    task = {"env_class": "gsm8k_multi_turn", "max_turns": 3, "reward_spec": {"ground_truth": "4"}}
-    factory = "atpo_fast.environment.adapters.skyrl_gym:open_session"
-    rolled = roll_out(tmp_path, factory, task, ["#### 3", "it is 5", "#### 12"])
-    check_counts(rolled, "copied")
-    for path in rolled.paths:
-        last = ["Now provide only" in answer for _, answer in acted(path)]
-        assert last[:2] == [False, True][: len(last[:2])], path
-
-
-@pytest.mark.slow(reason="teaches a model and rolls out with it")
-def test_openenv_by_replay(tmp_path: Path) -> None:
-    """Fails if a replayed session is not where its path says: every step moves by one."""
-    pytest.importorskip("openenv.core", reason="openenv is not installed")
+@contextlib.contextmanager
+def served(name: str) -> Iterator[dict[str, str]]:
+    """Serve what an environment needs; yields the columns that say where."""
+    if name != "openenv":
+        yield {}
+        return
     from tests.helpers.walk_server import served_walk
 
-    factory = "atpo_fast.environment.adapters.openenv:open_session"
     with served_walk() as address:
-        task = {"base_url": address, "action_field": "direction"}
-        rolled = roll_out(tmp_path, factory, task, ["left", "right"])
-    check_counts(rolled, "by replay")
-    for path in rolled.paths:
-        places = [int(place) for _, text in path for place in re.findall(r"at (-?\d+)", text)]
-        moves = [1 if "right" in text else -1 for text, answer in acted(path) if "at " in answer]
-        assert [b - a for a, b in pairwise(places)] == moves, path
+        yield {"base_url": address}

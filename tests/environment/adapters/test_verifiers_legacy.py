@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ def task(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_multi_turn_environment(task: dict[str, Any]) -> None:
     """Fails if the row or the question is mistaken, turn rewards, ends or the last answer of the environment are lost,
-    a copy counts its sibling's turns, or scoring changes the state."""
+    a copy counts its sibling's turns, scoring changes the state, or the environment takes Ctrl-C from the run."""
+    handler = signal.getsignal(signal.SIGINT)
     with caller() as call:
         session = call(verifiers_legacy.open_session(task, 0))
         assert session.opening == "Guess." and session.tools == []
+        assert signal.getsignal(signal.SIGINT) is handler
         first = call.steps(session, "1")[0]
         assert (first.text, first.reward, first.done) == ("guess 1 is wrong", -0.1, False)
         twin = copy.deepcopy(session)
