@@ -12,6 +12,8 @@
     python -m bench hybrid               the update of models with recurrent layers: trees against flat rows
     python -m bench host-batches         batches of other trainers, flat and with common prompts merged
     python -m bench training-run RUN     record a training with a real model, its curve and its evaluations
+    python -m bench soak                 train under faults drawn from a seed, about an hour of two busy cores
+    python -m bench kills                kill a training at ten random moments, compare it with an unbroken one
     python -m bench.methods              compare the methods, about an hour (`make compare`)
     python -m bench.gpu_day              the first quarter of an hour on a GPU: docs/gpu_day.md
 
@@ -40,6 +42,8 @@ COMMANDS = {
     "memory": "bench.systems.memory",
     "host-batches": "bench.packing.host_batches",
     "training-run": "bench.systems.training_run",
+    "soak": "bench.soak.soak",
+    "kills": "bench.soak.kills",
 }
 
 

@@ -14,12 +14,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from atpo_fast.commands.hostfile import start_nodes
 from atpo_fast.commands.nodes import add_node_arguments, follow_input, nodes_of
 from atpo_fast.commands.verb import Verb, no_arguments
-from atpo_fast.common.errors import AtpoError, StopRequested, exit_code, in_words, is_lost_rank
+from atpo_fast.common.errors import AtpoError, ConfigError, StopRequested, exit_code, in_words, is_lost_rank
 from atpo_fast.common.log import set_up_logging
 from atpo_fast.config import dump_config, load_config, read_deepspeed
 from atpo_fast.config.arithmetic import batch_arithmetic
@@ -96,6 +97,8 @@ def _launch(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
             print(*cost_lines(config), sep="\n")
         return 0
     read_deepspeed(config)
+    if Path(config.run_dir).exists() and not Path(config.run_dir).is_dir():
+        raise ConfigError(f"run_dir={config.run_dir}: is a file; name a folder, which may be new")
     options = verb.options(arguments)
     if arguments.hostfile is not None:
         words = [verb.name, *options, "--config", arguments.config, *arguments.overrides]

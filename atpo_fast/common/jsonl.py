@@ -39,7 +39,7 @@ def append_records(path: Path | str, records: Iterable[Record]) -> None:
     back to its former length.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file, which the error names, cannot be written.
     """
     path = Path(path)
     lines = b"".join(_encode(record) for record in records)
@@ -50,9 +50,10 @@ def append_records(path: Path | str, records: Iterable[Record]) -> None:
         try:
             while lines:
                 lines = lines[file.write(lines) :]
-        except OSError:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 file.truncate(start)
+            error.filename = str(path)  # of a full disk the system says only that it is full
             raise
 
 

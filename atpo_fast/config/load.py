@@ -111,6 +111,8 @@ def _read_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Settings]:
         return [settings]
     if not isinstance(base.value, str):
         raise ConfigError(f"{base.origin}: {BASE}={base.value!r}: must be the path of a configuration")
+    if not (path.parent / base.value).is_file():
+        raise ConfigError(f"{base.origin}: {BASE}={base.value}: there is no such file in {path.parent.resolve()}")
     return [*_read_layers(path.parent / base.value, (*above, path.resolve())), settings]
 
 
@@ -183,7 +185,8 @@ def _leaves(loader: Loader, node: yaml.Node, name: str, origin: str, lines: bool
             yield from _leaves(loader, value_node, join(name, key), origin, lines)
     elif _value(loader, node, where, name) is not None:  # an empty section keeps its defaults
         what = f"{name} is a section: give" if name else "the configuration must be a mapping of"
-        raise ConfigError(f"{where}: {what} {join(name, 'key')}: value, not {node.value!r}")
+        given = "a list" if isinstance(node.value, list) else repr(node.value)
+        raise ConfigError(f"{where}: {what} {join(name, 'key')}: value, not {given}")
 
 
 def _value(loader: Loader, node: yaml.Node, where: str, name: str) -> Any:

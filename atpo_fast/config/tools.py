@@ -62,7 +62,7 @@ class ToolsConfig:
     builtin: list[BuiltinTool] = Field(default_factory=lambda: list[BuiltinTool](["search"]))
     """Built-in tools offered, each called by its tag."""
     functions: list[str] = Field(default_factory=list)
-    """More tools: typed Python functions (or tool objects) as package.module:function."""
+    """More tools: typed Python functions (or tool objects) as package.module:function or path/to/file.py:function."""
     mcp: list[MCPServerConfig] = Field(default_factory=list)
     """More tools: those of MCP servers (needs the extra mcp)."""
     call_limit: int = Field(default=6, ge=1)

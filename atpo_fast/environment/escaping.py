@@ -20,8 +20,9 @@ class Escaper:
     """A function from text to text in which a tokenizer finds neither a tag nor one of its added tokens.
 
     Escaped are the tags of think, answer, result, search, python and `tools`, and the tokens of `reserved_tokens`; also
-    in what the tokenizer's normaliser makes of the text, where full-width brackets may become plain ones. Any other
-    text comes back as it is. `unescape_tags` reverses what was escaped without the normaliser's help.
+    in what the tokenizer's normaliser makes of the text, where full-width brackets may become plain ones. Halves of a
+    surrogate pair, which no tokenizer takes, are joined or become U+FFFD. Any other text comes back as it is.
+    `unescape_tags` reverses what was escaped without the normaliser's help.
 
     Args:
         tokenizer: the tokenizer that will encode the text.
@@ -40,6 +41,8 @@ class Escaper:
 
     def __call__(self, text: str) -> str:
         """Return `text` with its tags and added tokens escaped. Linear in the text."""
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = self._reserved.escape(text)
         if self._normalizer is None:
             return text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+from atpo_fast.common.errors import ConfigError
 from atpo_fast.environment.arguments import ArgumentError, JsonSchema, SchemaArguments, TypedArguments
+from atpo_fast.environment.own_code import load_own
 
 
 class ToolError(Exception):
@@ -56,28 +57,17 @@ class FunctionTool:
         return self.function(**arguments)
 
 
-def load_tool(path: str) -> Callable[[str], Any]:
-    """Load the tool at `package.module:name`: a function, a tool object, or a class that makes one.
+def load_tool(reference: str) -> Callable[[str], Any]:
+    """Load a tool of the user's own: a function, a tool object, or a class that makes one.
 
     Raises:
-        ValueError: nothing callable is there; the message says what is missing.
+        ConfigError: nothing callable is there; the message says what is missing.
     """
-    where = f"tools.functions: {path!r}"
-    module_name, colon, attributes = path.partition(":")
-    if not (module_name and colon and attributes):
-        raise ValueError(f"{where}: must look like package.module:function")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"{where}: {error}; is the folder of the module on PYTHONPATH?") from error
-    for attribute in attributes.split("."):
-        if not hasattr(found, attribute):
-            raise ValueError(f"{where}: {found!r} has no {attribute!r}")
-        found = getattr(found, attribute)
+    found = load_own(reference, "tools.functions")
     if inspect.isclass(found):
         found = found()
     if not callable(found):
-        raise ValueError(f"{where}: {found!r} cannot be called")
+        raise ConfigError(f"tools.functions={reference}: {found!r} cannot be called")
     return as_tool(found)
 
 

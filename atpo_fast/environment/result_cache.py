@@ -51,7 +51,10 @@ class ResultCache:
             with self._lock:
                 self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise ValueError(f"the cache of tool results {self.path} cannot be used: {error}") from error
+            raise ValueError(
+                f"tools.cache={self.path}: the cache of tool results cannot be used ({error}); name a new file, or one "
+                "that a run has written as its cache"
+            ) from error
 
     def get(self, key: bytes) -> str | None:
         """Return the answer under a key, or None."""
@@ -206,6 +209,9 @@ class CachedTool:
         return blake2b(text.encode(), digest_size=20).digest()
 
 
+_FORM = 'it must be a JSON object {"query": "result", ...}, in a file .json or .json.gz'
+
+
 def read_published_cache(path: str | Path) -> dict[str, str]:
     """Read the search cache that the published code writes: a JSON object `{query: formatted result}`, `.gz` or not.
 
@@ -217,7 +223,7 @@ def read_published_cache(path: str | Path) -> dict[str, str]:
         data = path.read_bytes()
         content = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"search cache {path}: {error}") from error
+        raise ValueError(f"tools.published_cache={path}: cannot be read ({error}); {_FORM}") from error
     if not isinstance(content, dict) or not all(isinstance(text, str) for text in content.values()):
-        raise ValueError(f'search cache {path}: must be a JSON object {{"query": "result", ...}}')
+        raise ValueError(f"tools.published_cache={path}: {_FORM}")
     return {query: text for query, text in content.items() if text.strip()}

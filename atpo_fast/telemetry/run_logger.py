@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from atpo_fast.common.jsonl import append_records, keep_records, plain, read_records
+from atpo_fast.common.jsonl import Record, append_records, keep_records, plain, read_records
 from atpo_fast.config import Config, as_dict
 
 _LOG = logging.getLogger(__name__)
@@ -19,8 +19,8 @@ TREES_FILE = "trees.jsonl"
 _NON_FINITE = {"nan", "inf", "-inf"}
 
 
-class _Sink(Protocol):
-    """A destination of metric records: a file or a tracker."""
+class _Tracker(Protocol):
+    """A program that shows metrics."""
 
     def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None: ...
 
@@ -30,8 +30,9 @@ class _Sink(Protocol):
 class RunLogger:
     """The metric records of a run; every method does nothing on ranks that are not `is_main`.
 
-    A record is `{"phase": "cold_start" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. Once the
-    logger exists, a failure to write (a full disk, a lost connection) is reported once on stderr and never raised.
+    A record is `{"phase": "cold_start" | "train" | "eval", "step": int, "time": Unix seconds, ...metrics}`. A failure
+    to log (a full disk, a lost connection) is told on stderr when it begins, and does not raise. Records and trees that
+    a full disk does not take wait, and are written with the next ones, or by `settle`.
 
     Args:
         run_dir: the run's folder, created if it does not exist.
@@ -45,65 +46,92 @@ class RunLogger:
 
     def __init__(self, run_dir: Path | str, config: Config, *, is_main: bool = True):
         self.run_dir = Path(run_dir)
-        self._sinks: dict[str, _Sink] = {}
+        self._files: dict[str, _JsonLines] = {}
+        self._trackers: dict[str, _Tracker] = {}
         self._failed: set[str] = set()
         if not is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks[METRICS_FILE] = _JsonLines(self.run_dir / METRICS_FILE)
+        self._files = {name: _JsonLines(self.run_dir / name) for name in (METRICS_FILE, TREES_FILE)}
         if config.logging.tensorboard:
-            self._sinks["TensorBoard"] = _TensorBoard(self.run_dir / "tensorboard")
+            self._trackers["TensorBoard"] = _TensorBoard(self.run_dir / "tensorboard")
         if config.logging.wandb_project:
-            self._sinks["Weights & Biases"] = _WandB(config.logging.wandb_project, self.run_dir, as_dict(config))
+            self._trackers["Weights & Biases"] = _WandB(config.logging.wandb_project, self.run_dir, as_dict(config))
 
     def log(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None:
         """Write one record. Values: numbers, strings, one-element tensors (taken as float)."""
         values = {name: plain(value) for name, value in metrics.items()}
-        for name, sink in self._sinks.items():
-            self._guarded(name, partial(sink.write, phase, step, values))
+        if self._files:
+            record = {"phase": phase, "step": int(step), "time": time.time(), **values}
+            self._guarded(METRICS_FILE, partial(self._files[METRICS_FILE].append, [record]))
+        for name, tracker in self._trackers.items():
+            self._guarded(name, partial(tracker.write, phase, step, values))
+
+    def log_trees(self, records: Sequence[Record]) -> None:
+        """Append records of trees (`tree_record`) to trees.jsonl."""
+        if self._files:
+            self._guarded(TREES_FILE, partial(self._files[TREES_FILE].append, records))
+
+    def settle(self) -> None:
+        """Write what still waits. Raises OSError when there is still no room."""
+        for file in self._files.values():
+            file.settle()
 
     def truncate_after(self, step: int, phases: Sequence[str] = ("train", "eval")) -> None:
         """Remove what was written for later steps than `step`, the step of the checkpoint being resumed.
 
         Drops the records of `phases` from metrics.jsonl, and the later trees from trees.jsonl. A start from
         nothing is `truncate_after(-1, ("cold_start", "train", "eval"))`. TensorBoard hides overtaken points by itself.
+
+        Raises:
+            OSError: a file cannot be written; going on would log its steps twice.
         """
-        if METRICS_FILE not in self._sinks:
-            return
-        self._keep(METRICS_FILE, lambda record: record.get("phase") not in phases or record.get("step", 0) <= step)
-        self._keep(TREES_FILE, lambda record: record.get("step", 0) <= step)
+        if self._files:
+            self._keep(METRICS_FILE, lambda record: record.get("phase") not in phases or record.get("step", 0) <= step)
+            self._keep(TREES_FILE, lambda record: record.get("step", 0) <= step)
 
     def close(self) -> None:
-        """Finish the trackers; the logger writes nothing afterwards."""
-        for name, sink in self._sinks.items():
+        """Write what still waits and finish the trackers; the logger writes nothing afterwards."""
+        for name, file in self._files.items():
+            self._guarded(name, file.settle)
+        for name, sink in self._trackers.items():
             self._guarded(name, sink.close)
-        self._sinks = {}
+        self._files, self._trackers = {}, {}
 
-    def _keep(self, file: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+    def _keep(self, file: str, keep: Callable[[Record], bool]) -> None:
         path = self.run_dir / file
         if path.exists():
-            self._guarded(file, lambda: keep_records(path, keep))
+            keep_records(path, keep)
 
     def _guarded(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # whatever a tracker raises, the run goes on
             if name not in self._failed:
-                self._failed.add(name)
-                _LOG.warning("logging to %s of %s failed (%s); training goes on", name, self.run_dir, error)
+                waits = "; what it lacks is written when there is room" if name in self._files else ""
+                _LOG.warning("logging to %s of %s failed (%s); training goes on%s", name, self.run_dir, error, waits)
+            self._failed.add(name)
+        else:
+            self._failed.discard(name)
 
 
 class _JsonLines:
-    """The sink that appends records to metrics.jsonl, one a line."""
+    """A file of JSON lines, to which records are appended at once; those that it cannot take wait for the next time."""
 
     def __init__(self, path: Path):
         self._path = path
+        self._waiting: list[Record] = []
 
-    def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None:
-        append_records(self._path, [{"phase": phase, "step": int(step), "time": time.time(), **metrics}])
+    def append(self, records: Sequence[Record]) -> None:
+        """Append records after those that wait. Raises OSError; then they all wait."""
+        self._waiting += records
+        self.settle()
 
-    def close(self) -> None:
-        """Do nothing: the file is not kept open between records."""
+    def settle(self) -> None:
+        """Append the records that wait. Raises OSError; then they wait on."""
+        if self._waiting:
+            append_records(self._path, self._waiting)
+            self._waiting = []
 
 
 class _TensorBoard:

@@ -144,7 +144,7 @@ class Checkpoints:
         optimizer = OptimizerState(zero)
         described = state | {"ranks": run.world, "moments": optimizer.steps}
         partial, later = partial_path(final), run.config.train.async_save
-        self._together(final, lambda: _begin(partial) if run.is_main else None)
+        self._together(final, lambda: _begin(run, partial) if run.is_main else None)
         jobs = [self._model_files(policy, copied=later), _state_files(optimizer, run.rank, copied=later)]
         adapters = gather_adapters(policy, is_main=run.is_main)
         if run.is_main:
@@ -244,7 +244,8 @@ def _evaluated_em(checkpoint: Path) -> float | None:
         return None
 
 
-def _begin(partial: Path) -> None:
+def _begin(run: Run, partial: Path) -> None:
+    run.logger.settle()  # a checkpoint says that its steps are recorded
     for remains in partial.parent.glob(partial_path(partial.parent / "step_*").name):  # of killed runs
         shutil.rmtree(remains, ignore_errors=True)
     for name in ("hf", FOLDER):

@@ -44,7 +44,7 @@ from atpo_fast.train.update_metrics import MetricMean, Mismatch
 from atpo_fast.train.weights import load_policy, trained_line
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import Forest, as_forest
-from atpo_fast.tree.storage import append_trees
+from atpo_fast.tree.storage import tree_record
 
 TOTALS = ("unique", "flat", "trained", "prefilled", "shared", "decoded", "cache_hit", "pruned", "skipped_backward")
 
@@ -329,7 +329,8 @@ class Trainer:
         run.progress.step_done(self.state.step, train.steps, metrics)
         self._tell(metrics)
         if run.is_main and train.save_trees:
-            append_trees(run.folder / "trees.jsonl", trained[: train.save_trees], self.state.step, run.task.tokenizer)
+            shown = trained[: train.save_trees]
+            run.logger.log_trees([tree_record(tree, self.state.step, run.task.tokenizer) for tree in shown])
 
     def _tell(self, metrics: dict[str, float]) -> None:
         """Say why a step had no update, and which alarms have begun."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from atpo_fast.common.jsonl import append_records, iterate_records, plain, read_
 from atpo_fast.tree import parquet
 from atpo_fast.tree.turn_tree import CLIP_RANGES, SCORES, Floats, TokenIds, Turn, TurnTree, stored_fields
 
+T = TypeVar("T")
 Texts = list[tuple[str, str]]  # (action, observation) of every turn of a tree
 
 ACTION_CHARS = 8000
@@ -29,22 +29,11 @@ class Decoder(Protocol):
         ...
 
 
-def append_trees(path: Path | str, trees: Sequence[TurnTree], step: int, tokenizer: Decoder) -> None:
-    """Append one line per tree to a trees.jsonl: decoded text and numbers of every turn, for people to read.
-
-    Long texts are cut in the middle. A failure to write (full disk) is a warning, not an error: a run never dies of it.
-    """
-    records = [tree_record(tree, step, tokenizer) for tree in trees]
-    try:
-        append_records(path, records)
-    except OSError as error:
-        warnings.warn(
-            f"search trees cannot be written to {path} ({error}); training continues", RuntimeWarning, stacklevel=2
-        )
-
-
 def tree_record(tree: TurnTree, step: int, tokenizer: Decoder) -> dict[str, Any]:
-    """Make the line of one tree: question_id, meta, step, turns."""
+    """Make the line of one tree in a trees.jsonl: question_id, meta, step, and text and numbers of every turn.
+
+    It is for people to read: long texts are cut in the middle.
+    """
     texts = _texts(tree, tokenizer, (ACTION_CHARS, OBSERVATION_CHARS))
     turns = [_turn_record(tree, index, *text) for index, text in enumerate(texts)]
     return {"question_id": tree.question_id, "meta": tree.meta, "step": int(step), "turns": turns}
@@ -111,8 +100,7 @@ def read_forest(path: Path | str) -> list[TurnTree]:
 
 def iterate_forest(path: Path | str) -> Iterator[TurnTree]:
     """Yield the trees of `read_forest` one by one, for forests that are larger than memory."""
-    records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
-    return (tree_from_json(record) for record in records)
+    return (_made(tree_from_json, record, path) for record in _records(path))
 
 
 def forest_questions(path: Path | str) -> Counter[str]:
@@ -133,13 +121,25 @@ def read_forest_texts(path: Path | str, count: int) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: as `read_forest`.
     """
-    records = parquet.iterate(path) if is_parquet(path) else iterate_records(path)
-    return [_readable(record) for record in islice(records, count)]
+    return [_made(_readable, record, path) for record in islice(_records(path), count)]
 
 
 def is_parquet(path: Path | str) -> bool:
     """Tell whether a forest of this name is a folder of Parquet files."""
     return Path(path).suffix == ".parquet"
+
+
+def _records(path: Path | str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a forest."""
+    return parquet.iterate(path) if is_parquet(path) else iterate_records(path)
+
+
+def _made(make: Callable[[dict[str, Any]], T], record: dict[str, Any], path: Path | str) -> T:
+    """Make something of a record; an error names the file."""
+    try:
+        return make(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; `atpo-fast rollout` writes such files") from error
 
 
 def _forest_record(tree: TurnTree, texts: Texts | None) -> dict[str, Any]:

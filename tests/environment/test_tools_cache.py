@@ -152,7 +152,7 @@ def test_the_size_is_bounded(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database" * 1000)
-    with pytest.raises(ValueError, match=r"cache of tool results .*text cannot be used: file is not a database"):
+    with pytest.raises(ValueError, match=r"text: the cache of tool results cannot be used \(file is not a database"):
         ResultCache(tmp_path / "text")
     with pytest.raises(ValueError, match="cannot be used"):
         ResultCache(tmp_path / "text" / "below")
@@ -187,7 +187,7 @@ def test_the_published_cache_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["[1]", '{"a": 1}', "{", ""])
 def test_bad_published_caches(tmp_path: Path, text: str) -> None:
     (tmp_path / "search.json").write_text(text)
-    with pytest.raises(ValueError, match=r"search cache .*search\.json"):
+    with pytest.raises(ValueError, match=r"tools\.published_cache=.*search\.json"):
         read_published_cache(tmp_path / "search.json")
     (tmp_path / "search.json.gz").write_text(text)
     with pytest.raises(ValueError, match=r"search\.json\.gz"):

@@ -195,6 +195,25 @@ def test_harmless_text_is_untouched(kind: str) -> None:
         assert Escaper(TOKENIZERS[kind])(text) == text
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_halves_of_characters(kind: str) -> None:
+    """Fails if JSON's escapes of half a character, in a page or a question, end a roll-out in a TypeError."""
+    escape = Escaper(TOKENIZERS[kind])
+    assert escape("a \ud83d\ude00 \udc00 b \ud83d") == "a 😀 \ufffd b \ufffd"
+    TOKENIZERS[kind].encode(escape("\ud83d"))
+
+
+def test_special_tokens_that_look_like_text() -> None:
+    """Fails if a special token of letters, or of two characters, is written by a page."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level().backend_tokenizer, eos_token="eos", additional_special_tokens=["<>"]
+    )
+    for text in ("the eos of videos", "a<>b"):
+        ids = tokenizer.encode(Escaper(tokenizer)(text), add_special_tokens=False)
+        assert not set(ids) & set(tokenizer.all_special_ids)
+        assert set(tokenizer.encode(text, add_special_tokens=False)) & set(tokenizer.all_special_ids)
+
+
 def test_a_passage_of_markers() -> None:
     """Fails (by never ending) if escaping what the normaliser makes takes quadratic time."""
     tokenizer = TOKENIZERS["nfkc"]

@@ -251,7 +251,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_functions_from_yaml(module: str, tmp_path: Path) -> None:
     """Fails if a user cannot add a tool without touching the code."""
     (tmp_path / "run.yaml").write_text(
-        f"tools:\n  builtin: [python]\n  functions: ['{module}:double', '{module}:Greet']\n"
+        f"tools:\n  builtin: [python]\n  functions: ['{module}:double', '{tmp_path}/{module}.py:Greet']\n"
         "  concurrency: {double: 2}\n  timeouts: {python: 20}\n"
     )
     config = load_config(tmp_path / "run.yaml").tools
@@ -264,9 +264,10 @@ def test_functions_from_yaml(module: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("user_tools.double", "must look like package.module:function"),
-        ("no_such_module:f", "No module named 'no_such_module'; is the folder of the module on PYTHONPATH"),
-        ("user_tools:treble", "has no 'treble'"),
+        ("user_tools.double", "must look like package.module:name or path/to/file.py:name"),
+        ("no_such_module:f", "there is no module 'no_such_module' in the working directory"),
+        ("user_tools:treble", "has no 'treble'; it has double, Greet, Group, number"),
+        ("none.py:f", "there is no file none.py"),
         ("user_tools:number", "3 cannot be called"),
     ],
 )

@@ -146,8 +146,11 @@ def run_attention(dtype: torch.dtype) -> None:
     q = torch.zeros(tokens, 14, 64, dtype=dtype).requires_grad_()
     k, v = (torch.zeros(prefix + tokens, 2, 64, dtype=dtype).requires_grad_() for _ in range(2))
     end = shifted(random_row(tokens, 50, tokens))
-    out = tree_attention(q, k, v, end, impl="triton")
-    torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+    sinks = torch.zeros(14, dtype=dtype).requires_grad_()
+    options: list[dict[str, Any]] = [{}, {"window": random.randint(1, 400), "softcap": random.random(), "sinks": sinks}]
+    for more in options:
+        out = tree_attention(q, k, v, end, impl="triton", **more)
+        torch.autograd.grad(out, (q, k, v, *([sinks] if more else [])), torch.zeros_like(out))
 
 
 OPERATORS: list[Callable[[torch.dtype], None]] = [run_head, run_fused, run_loss, run_attention]

@@ -39,8 +39,11 @@ Compute = Callable[[int, int], dict[str, np.ndarray]]
 """From rank and number of ranks to the whole gradients of a case."""
 
 
-def forest() -> list[TurnTree]:
-    """Five trees with branches, an empty observation and unequal rewards."""
+def forest(unequal: int = 5) -> list[TurnTree]:
+    """Five trees with branches, an empty observation and unequal rewards, or only so many with unequal ones.
+
+    Trees whose leaves all earn the same are filtered: they have no gradient.
+    """
     rng = np.random.default_rng(0)
     trees = []
     for t in range(5):
@@ -49,16 +52,16 @@ def forest() -> list[TurnTree]:
             inner = tree.add_turn(0, rng.integers(0, VOCAB, 4 + c), -rng.random(4 + c), rng.integers(0, VOCAB, c * 3))
             for leaf in range(2):
                 n = tree.add_turn(inner, rng.integers(0, VOCAB, 3 + leaf), -rng.random(3 + leaf))
-                tree.set_reward(n, float(rng.integers(0, 2)))
+                tree.set_reward(n, float(rng.integers(0, 2)) if t < unequal else 1.0)
         trees.append(tree)
     assign_credit(trees, method="at2po")
     return trees
 
 
 def gradients(
-    stage: int, tied: bool, budget: str, choice: GradientCheckpointing, rank: int, world: int
+    stage: int, tied: bool, budget: str, choice: GradientCheckpointing, rank: int, world: int, unequal: int = 5
 ) -> dict[str, np.ndarray]:
-    """Whole gradients of one mini-batch of a Qwen3 model."""
+    """Whole gradients of one mini-batch of a Qwen3 model, with so many trees of unequal rewards."""
     torch.manual_seed(1)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = Qwen3Config(
@@ -69,11 +72,17 @@ def gradients(
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    return model_gradients(Qwen3ForCausalLM(config), stage, budget, choice, rank, world)
+    return model_gradients(Qwen3ForCausalLM(config), stage, budget, choice, rank, world, unequal)
 
 
 def model_gradients(
-    model: PreTrainedModel, stage: int, budget: str, choice: GradientCheckpointing, rank: int, world: int
+    model: PreTrainedModel,
+    stage: int,
+    budget: str,
+    choice: GradientCheckpointing,
+    rank: int,
+    world: int,
+    unequal: int = 5,
 ) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch after the last backward."""
     policy = Policy(model, gradient_checkpointing=choice).train()
@@ -82,12 +91,12 @@ def model_gradients(
     engine = start_engine(policy, optimizer, stage)
     objective = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
     max_tokens, max_prefix = ROWS[budget]
-    rows = pack_trees(forest(), objective, max_tokens, max_prefix=max_prefix)
+    rows = pack_trees(forest(unequal), objective, max_tokens, max_prefix=max_prefix)
     assert (max(row.depth for row in rows) > 0) == (budget == "deep")
     spread = spread_rows(rows, world)
     passes = plan_passes(spread)[rank]
     accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
-    assert (policy.skipped_tokens > 0) == (choice != "none")
+    assert (policy.skipped_tokens > 0) == (choice != "none" and bool(spread[rank]))
     out = whole_gradients(policy.model, stage)
     engine.destroy()
     return out
@@ -117,6 +126,13 @@ def cases() -> Iterator[tuple[str, Compute]]:
     plain += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
     for stage, tied, budget, choice in plain:
         yield f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}", partial(gradients, stage, tied, budget, choice)
+    filtered: list[tuple[int, str, GradientCheckpointing]]
+    filtered = [(0, "4096", "none"), *((3, budget, "layer") for budget in ROWS)]
+    for stage, budget, choice in filtered:
+        yield (
+            f"filtered_stage{stage}_budget{budget}_{choice}",
+            partial(gradients, stage, True, budget, choice, unequal=1),
+        )
     for family, about in FAMILIES.items():
         yield f"{family}_{ALONE}", partial(exact, family, 0, "4096", "none")
         yield f"{family}_stage3_deep", partial(exact, family, 3, "deep", about.checkpointing[0])

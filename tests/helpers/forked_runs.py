@@ -33,9 +33,13 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTE
 class ForkedProcess:
     """A function in a fork, with the manners of `subprocess.Popen`; its output goes to a file."""
 
-    def __init__(self, function: Callable[..., int], *arguments: Any, limit_bytes: int | None = None):
-        self._output = tempfile.NamedTemporaryFile("r", prefix="forked-")  # noqa: SIM115  # lives as long as this
-        self._process = SERVER.Process(target=_call, args=(function, arguments, self._output.name, limit_bytes))
+    def __init__(
+        self, function: Callable[..., int], *arguments: Any, limit_bytes: int | None = None, output: Path | None = None
+    ):
+        self._file = tempfile.NamedTemporaryFile("r", prefix="forked-")  # noqa: SIM115  # lives as long as this
+        self._output = output or Path(self._file.name)
+        self._output.touch()
+        self._process = SERVER.Process(target=_call, args=(function, arguments, str(self._output), limit_bytes))
         self._process.start()
 
     @property
@@ -60,13 +64,13 @@ class ForkedProcess:
         self._process.join(timeout)
         if self.returncode is None:
             self._process.kill()
-            raise TimeoutError(f"still running after {timeout} s:\n{Path(self._output.name).read_text()[-3000:]}")
-        return Path(self._output.name).read_text(), None
+            raise TimeoutError(f"still running after {timeout} s:\n{self._output.read_text()[-3000:]}")
+        return self._output.read_text(), None
 
 
-def start_command(*words: str, limit_bytes: int | None = None) -> ForkedProcess:
+def start_command(*words: str, limit_bytes: int | None = None, output: Path | None = None) -> ForkedProcess:
     """`atpo-fast` with some words, its ranks as forks of it."""
-    return ForkedProcess(_command, words, limit_bytes=limit_bytes)
+    return ForkedProcess(_command, words, limit_bytes=limit_bytes, output=output)
 
 
 def fork_ranks(function: Callable[..., object], ranks: int, *arguments: Any) -> None:

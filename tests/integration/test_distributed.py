@@ -20,7 +20,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, n
     folder = tmp_path_factory.mktemp("gradients")
     fork_ranks(write_gradients, 1, folder)
     fork_ranks(write_gradients, 2, folder, f"(?!({'|'.join(FAMILIES)})_{ALONE}).*")
-    fork_ranks(write_gradients, 3, folder, "stage3_tied1_.*_none")
+    fork_ranks(write_gradients, 3, folder, "stage3_tied1_.*_none|stage3_.*_(layer|mlp)|filtered_stage3_.*")
     return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
 
@@ -44,6 +44,14 @@ def test_gradient_of_uneven_ranks(gradients: dict[str, dict[str, np.ndarray]]) -
         assert_same(gradients[f"stage3_tied1_budget{budget}_none_ranks3"], reference, budget)
 
 
+# Of five questions four are filtered, as all their trajectories earn the same: ranks without a row, some or all of the
+# passes of which are empty, must neither hang nor count, and the mean is over what is left.
+def test_gradient_of_ranks_whose_questions_are_filtered(gradients: dict[str, dict[str, np.ndarray]]) -> None:
+    reference = gradients["filtered_stage0_budget4096_none_ranks1"]
+    for budget, ranks in itertools.product(("4096", "40", "deep"), (1, 2, 3)):
+        assert_same(gradients[f"filtered_stage3_budget{budget}_layer_ranks{ranks}"], reference, budget, ranks)
+
+
 # Layers, or their MLPs, computed again over some of the tokens only, inside a backward in which parameters are gathered
 # and released.
 @pytest.mark.parametrize("choice", ["layer", "mlp"])
@@ -52,7 +60,7 @@ def test_checkpointing_under_partitioning(
     gradients: dict[str, dict[str, np.ndarray]], tied: int, budget: str, choice: str
 ) -> None:
     reference = gradients[f"stage0_tied{tied}_budget4096_none_ranks1"]
-    for ranks in (1, 2):
+    for ranks in (1, 2, 3):
         assert_same(gradients[f"stage3_tied{tied}_budget{budget}_{choice}_ranks{ranks}"], reference, budget, ranks)
 
 

@@ -29,6 +29,7 @@ class Noting(RoomsSession):
         return copy.copy(self)
 
     async def close(self):
+        await asyncio.sleep(2)  # the last sessions are still closing when the command ends
         await asyncio.to_thread(note, "closed")
 
 

@@ -15,7 +15,7 @@ from atpo_fast.config import Config, save_config
 from atpo_fast.report import build_report
 from atpo_fast.report.build import embeddable_json
 from atpo_fast.telemetry import RunLogger
-from atpo_fast.tree.storage import append_trees
+from atpo_fast.tree.storage import tree_record
 from atpo_fast.tree.turn_tree import TurnTree
 
 NASTY = "<search>x</search></script><script>alert(1)</script><!-- & \u2028 {{data}} {{style}}"
@@ -64,7 +64,7 @@ def write_run(folder: Path) -> None:
         times = {"time/rollout": 3.0, "time/rollout/generate": 2.0, "time/eval": 1.0, "time/eval/rollout": 0.5}
         metrics = {"reward/mean": step / 10, "policy/grad_norm": float("nan") if step == 5 else 1.0, "own/metric": 1.0}
         logger.log("train", step, metrics | times)
-        append_trees(folder / "trees.jsonl", [make_tree(f"q{step}-{i}") for i in range(5)], step, OneText())
+        logger.log_trees([tree_record(make_tree(f"q{step}-{i}"), step, OneText()) for i in range(5)])
     logger.log("eval", 10, {"eval/em": 0.75, "eval/questions": 200})
     save_config(Config(run_dir=str(folder)), folder / "config.yaml")
     summary = {"cold_start_em": 0.25, "final_em": 0.75, "train_seconds": 3725, "overlap": 0.4}

@@ -122,19 +122,42 @@ def test_truncation_drops_later_steps_of_the_resumed_phases(tmp_path: Path) -> N
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
-def test_full_disk_warns_once_and_leaves_whole_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # fails if a full disk raises into the training loop, floods stderr, or leaves half a record before later ones
+def test_what_a_full_disk_does_not_take_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # fails if a full disk raises into the training loop, floods stderr, leaves half a record before later ones, or if
+    # what it did not take is lost, doubled or written out of order; or if the next full disk is not told
     set_up_logging()
-    logger = RunLogger(tmp_path, Config())
+    logger, path = RunLogger(tmp_path, Config()), tmp_path / "metrics.jsonl"
     logger.log("train", 1, {"reward/mean": 0.5})
-    size = (tmp_path / "metrics.jsonl").stat().st_size
+    size = path.stat().st_size
     with files_no_larger_than(size + 20):
-        logger.log("train", 2, {"reward/mean": 0.5})
-        logger.log("train", 3, {"reward/mean": 0.5})
-    assert (tmp_path / "metrics.jsonl").stat().st_size == size
-    logger.log("train", 4, {"reward/mean": 0.5})
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 4]
+        for step in (2, 3):
+            logger.log("train", step, {"reward/mean": 0.5})
+            logger.log_trees([{"step": step, "turns": ["long"] * 100}])
+        with pytest.raises(OSError, match=r"metrics\.jsonl"):
+            logger.settle()
+    assert path.stat().st_size == size
     assert capsys.readouterr().err.count("warning: logging to metrics.jsonl") == 1
+    logger.log("train", 4, {"reward/mean": 0.5})
+    logger.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+    assert [r["step"] for r in read_records(tmp_path / "trees.jsonl")] == [2, 3]
+    again = RunLogger(tmp_path, Config())
+    again.log("train", 5, {})
+    for _ in range(2):
+        with files_no_larger_than(size):
+            again.log("train", 6, {})
+        again.log("train", 7, {})
+    assert capsys.readouterr().err.count("warning: logging to metrics.jsonl") == 2
+
+
+def test_resuming_on_a_full_disk_stops(tmp_path: Path) -> None:
+    # fails if later steps stay in the file, which would be logged a second time
+    logger = RunLogger(tmp_path, Config())
+    for step in (1, 2):
+        logger.log("train", step, {"reward/mean": 0.5})
+    with files_no_larger_than(20), pytest.raises(OSError, match=r"metrics\.jsonl"):
+        logger.truncate_after(1)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_tensorboard_events_hold_the_scalars(tmp_path: Path) -> None:

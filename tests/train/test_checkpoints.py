@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,8 @@ def test_a_manifest_stays_in_its_folder(tmp_path: Path) -> None:
 
 
 # A flipped checkpoint was trained on in silence (EM fell from 1 to 0), and a planted pickle was executed. Fails when
-# either happens, when the run does not go back to the checkpoint before, or does not repeat its steps to the digit.
+# either happens, when the run does not go back to the checkpoint before, or does not repeat its steps to the digit, or
+# when it needs the cold start, which is damaged too, for that.
 def test_a_run_falls_back_to_the_checkpoint_before(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     newest = tmp_path / "run/checkpoints/step_000003"
@@ -85,15 +87,30 @@ def test_a_run_falls_back_to_the_checkpoint_before(whole: Path, tmp_path: Path) 
     for name in ("deepspeed/state/mp_rank_00_model_states.pt", "state/more.pt"):
         (before / name).parent.mkdir(parents=True, exist_ok=True)
         (before / name).write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
+    flip(tmp_path / "run/cold_start/model.safetensors")
     (tmp_path / "run/summary.json").unlink()
     output = run(write_config(tmp_path), EXACT)
     assert "CHECKPOINT DAMAGED" in output and "rank_00000_000.safetensors has changed" in output
     assert "resumed from" in output and "step_000002" in output
     assert not (tmp_path / "executed").exists()
     assert damage(newest) is None
-    for name, value in records(whole, "train")[3].items():
+    assert_same(records(tmp_path / "run", "train")[3], records(whole, "train")[3])
+
+
+# Fails when RL begins with a cold start that is cut or flipped, or the one that is made again is another.
+def test_a_damaged_cold_start_is_made_again(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "cold_start", tmp_path / "run/cold_start")
+    flip(tmp_path / "run/cold_start/model.safetensors")
+    output = run(write_config(tmp_path), EXACT, "train.steps=1")
+    assert "COLD START DAMAGED" in output and "model.safetensors has changed" in output
+    assert_same(records(tmp_path / "run", "train")[1], records(whole, "train")[1])
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """All values but times are equal to the digit."""
+    for name, value in expected.items():
         if not name.startswith(("time", "rate/")):
-            assert records(tmp_path / "run", "train")[3][name] == value, name
+            assert found[name] == value, name
 
 
 # Fails when a run begins again, and overwrites what is left of itself, because every checkpoint is damaged.

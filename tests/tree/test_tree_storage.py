@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from atpo_fast.common.jsonl import append_records
 from atpo_fast.tree.storage import (
     ACTION_CHARS,
     append_forest,
-    append_trees,
     read_forest,
     read_trees,
     tree_from_json,
+    tree_record,
     tree_to_json,
 )
 from atpo_fast.tree.turn_tree import TurnTree
@@ -55,13 +57,18 @@ def test_damaged_tree_is_named() -> None:
             tree_from_json(data)
 
 
+def written(folder: Path, tree: TurnTree, step: int = 1) -> dict[str, Any]:
+    """The record of a tree, from its file."""
+    append_records(folder / "trees.jsonl", [tree_record(tree, step, Letters())])
+    return read_trees(folder / "trees.jsonl")[0]
+
+
 def test_readable_record(tmp_path: Path) -> None:
     # fails if text is decoded from the wrong tokens or a number belongs to another turn
     tree = make_tree()
     tree.values = np.arange(5.0, dtype=np.float64)
     tree.advantages = np.arange(5.0, dtype=np.float64) - 2
-    append_trees(tmp_path / "trees.jsonl", [tree], 4, Letters())
-    record = read_trees(tmp_path / "trees.jsonl")[0]
+    record = written(tmp_path, tree, step=4)
     assert record["question_id"] == "q1" and record["step"] == 4 and record["meta"]["question"] == "Who?"
     root, search, good, bad, failed = record["turns"]
     assert root["observation"] == "Who?" and root["parent"] == -1 and root["nll"] is None
@@ -89,8 +96,7 @@ def test_trajectory_credit_is_shown_on_leaves_only(tmp_path: Path) -> None:
     # fails if inner turns show an advantage they do not have
     tree = make_tree()
     tree.leaf_advantages = np.array([math.nan, math.nan, 1.0, -1.0, 0.5])
-    append_trees(tmp_path / "trees.jsonl", [tree], 1, Letters())
-    turns = read_trees(tmp_path / "trees.jsonl")[0]["turns"]
+    turns = written(tmp_path, tree)["turns"]
     assert [turn["advantage"] for turn in turns] == [None, None, 1.0, -1.0, 0.5]
 
 
@@ -98,12 +104,5 @@ def test_long_text_is_cut_in_the_middle(tmp_path: Path) -> None:
     # fails if a runaway turn fills the disk, or if the cut hides how the turn ended
     tree = TurnTree(encode("Q"), question_id="q")
     tree.add_turn(0, encode("a" * ACTION_CHARS + "THE END"))
-    append_trees(tmp_path / "trees.jsonl", [tree], 1, Letters())
-    text = read_trees(tmp_path / "trees.jsonl")[0]["turns"][1]["text"]
+    text = written(tmp_path, tree)["turns"][1]["text"]
     assert text.endswith("THE END") and "7 characters cut" in text and len(text) < ACTION_CHARS + 100
-
-
-def test_disk_failure_is_a_warning(tmp_path: Path) -> None:
-    # fails if trees for the report can kill a run
-    with pytest.warns(RuntimeWarning, match="training continues"):
-        append_trees(tmp_path, [make_tree()], 1, Letters())  # a folder cannot be appended to
