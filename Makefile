@@ -8,7 +8,7 @@
 # make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
 # make fuzz        try damaged files, odd texts, requests and configurations, some minutes
 # make coverage    run all tests and report which lines of the packages they run
-# make mutants     put small faults into loss, credit, packing and reward; the tests have to notice nine of ten (hours)
+# make mutants     put small faults into loss, credit, packing and reward; the tests have to notice nine of ten (10 minutes)
 # make docs        build the documentation into site/, strictly
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
 # make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
