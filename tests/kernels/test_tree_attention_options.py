@@ -25,11 +25,13 @@ FORK = row_of([30, 60, 5, 20, 7], [0, 1, 1, 1, 0])
 
 @pytest.fixture(params=[True, False], ids=["descriptors", "pointers"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to load what a loop runs over, and more workers than pieces, so that key blocks are cut."""
+    """Both ways to load what a loop runs over, more workers than pieces, so that key blocks are cut, and gradients of
+    sinks in several blocks of queries."""
     tiles = (Tile(32, 16, 4, 1, 1), Tile(32, 16, 4, 1, 1), Tile(32, 32, 4, 1, 1))
     small = Tiles(*tiles, descriptors=request.param)
     monkeypatch.setattr(launch, "tiles_for", lambda *_: small)
     monkeypatch.setattr(launch, "processors", lambda _: 100)
+    monkeypatch.setattr(launch, "SINK_QUERIES", 16)
 
 
 # of blocks of 16 keys and of 32, and of paths of 95 tokens: within one, at their borders, over several, over all
