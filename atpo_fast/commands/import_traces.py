@@ -55,7 +55,8 @@ def _episode(record: dict[str, Any], source: Path, number: int) -> Episode | Non
     try:
         return read_verifiers(record) if "nodes" in record else read_openenv(record, f"record {number}")
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{source}: record {number}: neither a trace of verifiers nor of OpenEnv ({error!r})") from error
+        where = f"{source}: record {number}"
+        raise ValueError(f"{where}: neither a trace of verifiers nor of OpenEnv ({error!r})") from error
 
 
 IMPORT = Verb(

@@ -42,7 +42,9 @@ PARTS = {
     ),
     "credit": Part(("atpo_fast/credit/*.py",), ("tests/credit",), every=3),
     "packing": Part(
-        ("atpo_fast/packing/*.py", "atpo_fast/objective/*.py"), ("tests/packing", "tests/objective", "tests/policy/test_opened_rows.py"), every=4
+        ("atpo_fast/packing/*.py", "atpo_fast/objective/*.py"),
+        ("tests/packing", "tests/objective", "tests/policy/test_opened_rows.py"),
+        every=4,
     ),
     "reward": Part(
         (
