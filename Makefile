@@ -5,10 +5,10 @@
 # make test-environments   install environments of other projects beside .venv, then the tests of their adapters
 # make bench       measure everything on this machine; tables and plots in bench/results/RESULTS.md
 # make compare     run the methods against each other, about an hour on 2 cores; table in bench/results/METHODS.md
-# make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, a minute and a half
+# make rehearse    rehearse the day on a GPU (docs/gpu_day.md) on this machine's CPU, three minutes
 # make fuzz        try damaged files, odd texts, requests and configurations, some minutes
 # make coverage    run all tests and report which lines of the packages they run
-# make mutants     put small faults into loss, credit, packing and reward; the tests have to notice nine of ten (hours)
+# make mutants     put small faults into loss, credit, packing and reward; the tests have to notice nine of ten (10 minutes)
 # make docs        build the documentation into site/, strictly
 # make resources   compile every kernel, without a GPU, and write what it takes to bench/kernels/RESOURCES.md
 # make resources-check   the same without writing: fails if a kernel spills on sm_90 or does not fit, or the table is old
@@ -91,6 +91,7 @@ mutants: .venv/installed-dev
 
 rehearse: .venv/installed-dev
 	$(BIN)/python -m pytest -m rehearsal tests/bench/test_gpu_day.py $(ARGS)
+	TRITON_INTERPRET= $(BIN)/python -m pytest -p tests.helpers.fake_gpu -m gpu tests/kernels
 
 # The pictures and the tables of the options are made from records and code. Only Material's notice is switched off.
 docs: .venv/installed-docs

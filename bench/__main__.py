@@ -8,6 +8,7 @@
     python -m bench retrieval            measure retrieval on the real data in $ATPO_DATA
     python -m bench threads              measure how long waiting threads should spin
     python -m bench real-model           compare engine and update with Hugging Face on a model of real size
+    python -m bench memory               what `atpo-fast plan` tells beside what was held
     python -m bench hybrid               the update of models with recurrent layers: trees against flat rows
     python -m bench host-batches         batches of other trainers, flat and with common prompts merged
     python -m bench training-run RUN     record a training with a real model, its curve and its evaluations
@@ -38,6 +39,7 @@ COMMANDS = {
     "threads": "bench.systems.threads",
     "real-model": "bench.systems.real_model",
     "hybrid": "bench.systems.hybrid",
+    "memory": "bench.systems.memory",
     "host-batches": "bench.packing.host_batches",
     "training-run": "bench.systems.training_run",
     "soak": "bench.soak.soak",

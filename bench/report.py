@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.attention.report import SECTION as ATTENTION
+from bench.attention.report import WINDOWS
 from bench.cases import CPU_GOALS, EXPECTED, GPU_GOALS
 from bench.core.records import RESULTS, read_records, slug
 from bench.core.verdicts import Record, judge
@@ -19,7 +20,7 @@ from bench.head.report import SECTIONS as HEAD
 from bench.packing.report import SECTION as PACKING
 from bench.update.report import SECTIONS as UPDATE
 
-_TREES = (*UPDATE, ATTENTION, PACKING)
+_TREES = (*UPDATE, ATTENTION, WINDOWS, PACKING)
 SECTIONS = (*_TREES, *HEAD)
 _PREAMBLE = (
     "Peak memory is what torch's allocator held beyond the inputs, gradients included; scratch is without them. "

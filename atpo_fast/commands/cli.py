@@ -13,6 +13,7 @@ from atpo_fast.commands.evaluate import COMPARE, EVALUATE
 from atpo_fast.commands.export import EXPORT
 from atpo_fast.commands.import_traces import IMPORT
 from atpo_fast.commands.methods import METHODS_VERB
+from atpo_fast.commands.plan import PLAN
 from atpo_fast.commands.report import REPORT
 from atpo_fast.commands.retriever import RETRIEVER
 from atpo_fast.commands.rollout import ROLLOUT
@@ -21,7 +22,7 @@ from atpo_fast.common.errors import exit_code, in_words
 from atpo_fast.common.log import set_up_logging
 
 LAUNCHED = (TRAIN, COLD_START, EVALUATE, ROLLOUT)
-LOCAL = (COMPARE, PREPARE, REPORT, IMPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
+LOCAL = (PLAN, COMPARE, PREPARE, REPORT, IMPORT, RETRIEVER, EXPORT, METHODS_VERB, DOCTOR)
 VERBS = (*(verb.as_verb() for verb in LAUNCHED), *LOCAL)
 
 

@@ -35,7 +35,7 @@ def import_traces(arguments: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{source}: no such file; name the JSON lines that verifiers or OpenEnv recorded")
     if out.exists():
         raise ValueError(f"--out {out}: is there already; choose another name")
-    read = [_episode(record, f"{source}: record {number}") for number, record in enumerate(iterate_records(source), 1)]
+    read = [_episode(record, source, number) for number, record in enumerate(iterate_records(source), 1)]
     episodes = [episode for episode in read if episode is not None]
     if not episodes:
         raise ValueError(f"{source}: none of its {len(read)} records has a reward and tokens to learn from")
@@ -49,12 +49,13 @@ def import_traces(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _episode(record: dict[str, Any], where: str) -> Episode | None:
+def _episode(record: dict[str, Any], source: Path, number: int) -> Episode | None:
     from atpo_fast.tree.traces import read_openenv, read_verifiers
 
     try:
-        return read_verifiers(record) if "nodes" in record else read_openenv(record, where)
+        return read_verifiers(record) if "nodes" in record else read_openenv(record, f"record {number}")
     except (KeyError, TypeError, IndexError) as error:
+        where = f"{source}: record {number}"
         raise ValueError(f"{where}: neither a trace of verifiers nor of OpenEnv ({error!r})") from error
 
 

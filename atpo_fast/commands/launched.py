@@ -92,7 +92,7 @@ def _launch(verb: LaunchedVerb, arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dump_config(config), batch_arithmetic(config), sep="\n")
         if verb.tells_cost:
-            from atpo_fast.commands.cost import cost_lines
+            from atpo_fast.train.plan import cost_lines
 
             print(*cost_lines(config), sep="\n")
         return 0

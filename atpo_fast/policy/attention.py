@@ -52,7 +52,7 @@ class RowBlocks:
         query: Tensor,  # (T, Hq, d)
         key: Tensor,  # (T, Hkv, d)
         window: int | None,
-        plain_scores: bool,
+        softcap: float | None,
     ) -> AttentionBlocks:
         """Return the lists for tensors of these shapes.
 
@@ -64,7 +64,7 @@ class RowBlocks:
                 f"layer {layer} attends with sliding_window={window}, but its configuration says "
                 f"{self._windows[layer]}: this architecture is not supported on trees"
             )
-        shape = (query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device, window, plain_scores)
+        shape = (query.shape[1], key.shape[1], query.shape[2], query.dtype, query.device, window, softcap)
         if shape not in self._made:
             heads, key_heads, width, dtype, device, *_ = shape
             self._made[shape] = make_attention_blocks(
@@ -76,7 +76,7 @@ class RowBlocks:
                 device=device,
                 prefix=self._prefix,
                 window=window,
-                plain_scores=plain_scores,
+                softcap=softcap,
             )
         return self._made[shape]
 
@@ -114,7 +114,7 @@ def _tree_attention_forward(
         raise ValueError(f"attention over trees has no dropout, but this layer asks for {dropout}")
     layer = cast(int, module.layer_idx)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    blocks = tree_blocks.of(layer, q, k, sliding_window, s_aux is None and softcap is None)
+    blocks = tree_blocks.of(layer, q, k, sliding_window, softcap)
     if row_prefix is not None:
         k, v = row_prefix.extend(layer, k, v)
     out = tree_attention(

@@ -44,7 +44,7 @@ from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy
 from atpo_fast.train.optimizer_state import FOLDER, OptimizerState, StoredState
 from atpo_fast.train.run import Run
-from atpo_fast.train.weights import gather_adapters, gather_weights, write_adapters, write_model
+from atpo_fast.train.weights import export_model, gather_adapters, gather_weights, write_adapters, write_model
 
 _LOG = logging.getLogger(__name__)
 _FILE_BYTES = 1 << 30  # of a file of optimizer state
@@ -145,16 +145,30 @@ class Checkpoints:
         described = state | {"ranks": run.world, "moments": optimizer.steps}
         partial, later = partial_path(final), run.config.train.async_save
         self._together(final, lambda: _begin(run, partial) if run.is_main else None)
-        jobs = [_state_files(optimizer, run.rank, copied=later)]
-        weights = gather_weights(policy, is_main=run.is_main)
+        jobs = [self._model_files(policy, copied=later), _state_files(optimizer, run.rank, copied=later)]
         adapters = gather_adapters(policy, is_main=run.is_main)
         if run.is_main:
-            jobs.append(lambda folder: write_model(policy, run.task.tokenizer, weights, folder / "hf"))
             jobs += [lambda folder: write_adapters(policy, adapters, folder / "adapter")] if adapters else []
             jobs += [more] if more is not None else []
         self._pending = _Pending(final, described, self._submit(partial, jobs, later))
         if not later:
             self.settle(wait=True)
+
+    def _model_files(self, policy: Policy, *, copied: bool) -> Files:
+        """Return what writes the model, on the main rank; `copied`: as it is now, else a collective to be done first.
+
+        Every rank has to do it before anything that may fail on one of them alone.
+        """
+        run = self._run
+        if not copied:
+            return lambda folder: export_model(policy, run.task.tokenizer, folder / "hf", is_main=run.is_main)
+        weights = gather_weights(policy, is_main=run.is_main)
+
+        def write(folder: Path) -> None:
+            if run.is_main:
+                write_model(policy, run.task.tokenizer, weights.items(), folder / "hf")
+
+        return write
 
     def settle(self, *, wait: bool) -> None:
         """Let a checkpoint appear whose files are written, on all ranks; `wait` for them or come back later.

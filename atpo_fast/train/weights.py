@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import deepspeed
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +27,9 @@ from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy, load_model
 
 _BUCKET_BYTES = 256 << 20
+_SHARD_BYTES = 1 << 30
+_WEIGHTS = "model.safetensors"
+_LAYER = re.compile(r".*?\.layers\.\d+\.")
 
 
 def load_policy(config: Config, start: Path | str, checkpoint: Path | None = None) -> Policy:
@@ -91,10 +97,18 @@ def _gathered(weights: Iterable[Weight], bucket_bytes: int) -> Iterator[tuple[st
 
 
 def export_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_main: bool) -> None:
-    """Write Hugging Face safetensors, config and tokenizer; every rank calls, the main one writes."""
-    weights = gather_weights(policy, is_main=is_main)
-    if is_main:
-        write_model(policy, tokenizer, weights, folder)
+    """Write Hugging Face safetensors, config and tokenizer; every rank calls, the main one writes.
+
+    The main rank holds a shard at a time, not the model. Where it fails to write, it first goes on to take part in what
+    the other ranks do.
+    """
+    weights = whole_parameters(policy)
+    try:
+        if is_main:
+            write_model(policy, tokenizer, weights, folder)
+    finally:
+        for _ in weights:
+            pass
 
 
 def gather_weights(policy: Policy, *, is_main: bool) -> dict[str, Tensor]:
@@ -115,18 +129,60 @@ def _on_main(named: Iterable[tuple[str, Tensor]], is_main: bool) -> dict[str, Te
     return weights
 
 
-def write_model(policy: Policy, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path) -> None:
-    """Write gathered weights as Hugging Face safetensors, with the policy's config and the tokenizer."""
-    policy.model.save_pretrained(folder, state_dict=_with_tied(policy, weights))
+def write_model(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Write weights as Hugging Face safetensors, a shard at a time, with the policy's config and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Path] = []
+    for shard in _shards(weights, shard_bytes):
+        part = folder / f".part_{len(shards):05d}"
+        policy.model.save_pretrained(part, state_dict=shard)
+        shards.append(part)
+    _join_shards(shards, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _shards(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Yield copies of weights in the host's memory, in shards of about so many bytes that cut no decoder layer.
+
+    A layer stays whole because some architectures store its weights joined in another way than they compute with them.
+    """
+    shard: dict[str, Tensor] = {}
+    filled, layer = 0, ""
+    for name, tensor in weights:
+        found = _LAYER.match(name)
+        here = found.group() if found else name
+        if filled >= limit and here != layer:
+            yield shard
+            shard, filled = {}, 0
+        shard[name], layer = tensor.to("cpu", copy=True), here
+        filled += tensor.nbytes
+    yield shard
+
+
+def _join_shards(parts: list[Path], folder: Path) -> None:
+    """Move the files of shards, a folder each, into one, with the index that Hugging Face reads several by."""
+    places: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else _WEIGHTS
+        with safe_open(part / _WEIGHTS, "pt") as file:
+            places |= dict.fromkeys(file.keys(), name)
+        size += (part / _WEIGHTS).stat().st_size
+        (part / _WEIGHTS).replace(folder / name)
+        for path in part.iterdir():  # the configuration, the same beside every shard
+            path.replace(folder / path.name)
+        part.rmdir()
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (folder / f"{_WEIGHTS}.index.json").write_text(json.dumps(index, indent=1))
 
 
 def write_adapters(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
     """Write gathered adapters as PEFT does."""
     save_adapters(policy.model.peft_config[ADAPTER], weights, folder)
-
-
-def _with_tied(policy: Policy, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if policy.model.config.tie_word_embeddings and "lm_head.weight" not in state:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state

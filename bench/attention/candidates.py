@@ -46,7 +46,7 @@ def changed(name: str) -> Iterator[None]:
     """Take a candidate's tiles while active; sizes of blocks, and so the lists, stay as they are."""
     launch: Any = import_module("atpo_kernels.tree_attention.launch")
     try:
-        launch.tiles_for = lambda target, dtype, width: CHANGES[name].of(tiles_for(target, dtype, width))
+        launch.tiles_for = lambda *given: CHANGES[name].of(tiles_for(*given))
         yield
     finally:
         launch.tiles_for = tiles_for

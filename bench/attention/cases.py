@@ -13,6 +13,8 @@ STAR = 24576  # 32 answers of 512 tokens to a prompt of 8,192
 CPU_ROW = 2048
 CANDIDATES = ("key_stages_3", "key_partial_2", "partial_1")
 """Our own implementation with other tiles: see `candidates.py`."""
+WINDOWS = {f"window_{size}": size for size in (128, 512)}
+"""Our own implementation over a window, beside full attention of the same row; 128 is that of gpt-oss."""
 _PLAIN = (("tree", "published"), ("variant", ""))
 
 
@@ -28,8 +30,8 @@ class AttentionCase(Case):
     dtype: str = "bfloat16"
     tree: Literal["published", "star"] = "published"
     """A tree of the published search, or one prompt, a third of the row, with 32 answers."""
-    variant: Literal["", "kernels"] = ""
-    """"kernels": ours beside itself with other tiles; see `candidates.py`."""
+    variant: Literal["", "kernels", "windows"] = ""
+    """"kernels": ours beside itself with other tiles; see `candidates.py`. "windows": beside itself over windows."""
 
     def small(self) -> AttentionCase:
         """Shrink the row and the heads."""
@@ -38,7 +40,7 @@ class AttentionCase(Case):
     @property
     def bench(self) -> str:
         """Kind of the case's records: the name of the operator."""
-        return "tree_attention_candidates" if self.variant else "tree_attention"
+        return "tree_attention" + {"": "", "kernels": "_candidates", "windows": "_windows"}[self.variant]
 
     @property
     def name(self) -> str:
@@ -52,12 +54,19 @@ class AttentionCase(Case):
         return {key: value for key, value in super().fields().items() if (key, value) not in _PLAIN}
 
 
+def windows_beside_full(case: AttentionCase) -> AttentionCase:
+    """Set windows beside the full attention of a case."""
+    return replace(case, variant="windows", peers=tuple(WINDOWS), quick=False)
+
+
 def for_device(kind: str) -> list[AttentionCase]:
     """List the cases of "cuda" or "cpu"."""
     if kind == "cpu":
         heads = HEADS["qwen3-0.6b, 1.7b"]
         base = AttentionCase(row_tokens=CPU_ROW, heads=heads, dtype="float32", peers=("sdpa", "causal"))
-        return [base, replace(base, mode="forward"), replace(base, row_tokens=2 * CPU_ROW)]
+        longer = replace(base, row_tokens=2 * CPU_ROW)
+        windows = windows_beside_full(longer)
+        return [base, replace(base, mode="forward"), longer, windows, replace(windows, mode="forward")]
     peers = ("flex", "flex_flash", "flex_static", "flex_dense", "areal", "causal", "causal_fa3", "causal_fa4")
     main, other = HEADS["qwen3-4b"], HEADS["qwen3-0.6b, 1.7b"]
     gradient = [AttentionCase(row_tokens=tokens, heads=main, peers=peers, quick=True) for tokens in ROWS]
@@ -66,4 +75,5 @@ def for_device(kind: str) -> list[AttentionCase]:
     small = AttentionCase(row_tokens=ROWS[0] // 2, heads=main, peers=(*peers, "sdpa"))
     star = replace(small, row_tokens=STAR, tree="star", peers=peers)
     candidates = replace(gradient[1], variant="kernels", peers=CANDIDATES, quick=False)
-    return [*gradient, *rest, small, replace(small, mode="forward"), star, candidates]
+    windows = windows_beside_full(gradient[1])
+    return [*gradient, *rest, small, replace(small, mode="forward"), star, candidates, windows]

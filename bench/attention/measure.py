@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atpo_kernels.tree_attention.reference import key_positions
 from bench.attention.candidates import CHANGES, changed
 from bench.attention.cases import AttentionCase
 from bench.attention.peers import ATTENTION, Attention, Heads
@@ -69,13 +70,18 @@ class Problem:
         return (4 if self.mode == "forward" else 14) * pairs * self.heads.heads * self.heads.head_dim
 
     @torch.no_grad()
-    def errors(self, results: tuple[Tensor, ...], causal: bool) -> dict[str, dict[str, float]]:
+    def errors(
+        self, results: tuple[Tensor, ...], causal: bool, window: int | None = None
+    ) -> dict[str, dict[str, float]]:
         """Compare output and gradient of q with float64 for some queries, relative to the largest and mean value."""
         q, k, v = (x.detach() for x in self.operands)
         group = self.heads.heads // self.heads.key_heads
         at = torch.linspace(0, len(q) - 1, min(_CHECKED, len(q)), device=self.device).long()
         key = torch.arange(len(q), device=self.device)
         sees = (key <= at[:, None]) & (causal | (at[:, None] < self.subtree_end))  # (C, T)
+        if window is not None:
+            position = key_positions(self.subtree_end, 0)
+            sees &= position[at, None] - position < window
         found: dict[str, list[tuple[Tensor, Tensor]]] = {"out": [], "query_gradient": []}
         for head in range(self.heads.heads):
             keys, values = (x[:, head // group].double() for x in (k, v))
@@ -128,9 +134,10 @@ def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
     tokens = problem.row.num_tokens
     counted = {"unique": tokens, "flat": problem.row.flat_tokens}
     pairs = visible_pairs(problem.host_end)
+    windowed = {name: visible_pairs(problem.host_end, ATTENTION[name].window) for name in case.implementations}
 
     def first(name: str, call: Call) -> dict[str, Any]:
-        found = problem.errors(call(), causal=name.startswith("causal"))
+        found = problem.errors(call(), name.startswith("causal"), ATTENTION[name].window)
         results, peak = peak_bytes(call, device)
         kept = sum(x.numel() * x.element_size() for x in results[1:])
         measured = {"errors": found, "peak_bytes": peak, "gradient_bytes": kept, "host_ms": call.host_ms}
@@ -138,12 +145,13 @@ def measure(case: AttentionCase, device: str, seconds: float) -> dict[str, Any]:
 
     def about(name: str) -> dict[str, Any]:
         peer = ATTENTION[name]
-        return {"note": peer.note, "same_work": peer.same_work, "version": package_version(name)}
+        seen = {} if peer.window is None else {"pairs": windowed[name]}
+        return {"note": peer.note, "same_work": peer.same_work, "version": package_version(name)} | seen
 
     entries, _, _ = side_by_side(_makers(case, problem), first, about, device, seconds)
     for name, entry in entries.items():
         if "ms" in entry:
-            done = tokens * (tokens + 1) // 2 if name.startswith("causal") else pairs
+            done = tokens * (tokens + 1) // 2 if name.startswith("causal") else windowed[name]
             entry["tflops"] = problem.flops(done) / entry["ms"]["p50"] / 1e9
             if entry["same_work"]:
                 entry["tokens_per_s"] = {layout: 1000 * n / entry["ms"]["p50"] for layout, n in counted.items()}

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from atpo_kernels import make_attention_blocks, tree_attention
 from atpo_kernels.tree_attention.reference import tree_mask
 from bench.attention.candidates import CHANGES
+from bench.attention.cases import WINDOWS
 from bench.attention.flex import make_flex_mask
 from bench.attention.sdpa import tree_attention_sdpa
 from bench.attention.xformers import tree_attention_xformers
@@ -59,19 +60,25 @@ class Peer:
     """Whether it takes rows without branches only."""
     same_work: bool = True
     note: str = ""
+    window: int | None = None
 
 
-def _tree_attention(impl: str) -> Attention:
+def _tree_attention(impl: str, window: int | None = None) -> Attention:
     def prepare(subtree_end: Tensor, heads: Heads, device: torch.device) -> Any:
         q, k, d, dtype = heads
         return make_attention_blocks(
-            subtree_end, query_heads=q, key_heads=k, head_dim=d, dtype=dtype, device=device, impl=impl
+            subtree_end, query_heads=q, key_heads=k, head_dim=d, dtype=dtype, device=device, impl=impl, window=window
         )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, subtree_end: Tensor, blocks: Any) -> Tensor:
-        return tree_attention(q, k, v, subtree_end, blocks=blocks, impl=impl)
+        return tree_attention(q, k, v, subtree_end, window=window, blocks=blocks, impl=impl)
 
     return Attention(prepare, attend)
+
+
+def _windowed(window: int) -> Peer:
+    note = f"ours over windows of {window} tokens"
+    return Peer(make=lambda: _tree_attention("auto", window), same_work=False, note=note, window=window)
 
 
 def _heads_first(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -238,4 +245,6 @@ ATTENTION: dict[str, Peer] = {
         same_work=False,
         note="yardstick: FlashAttention 4, causal, as many tokens in a sequence",
     ),
-} | {name: Peer(make=lambda: _tree_attention("auto"), note=change.note) for name, change in CHANGES.items()}
+}
+ATTENTION |= {name: Peer(make=lambda: _tree_attention("auto"), note=change.note) for name, change in CHANGES.items()}
+ATTENTION |= {name: _windowed(window) for name, window in WINDOWS.items()}

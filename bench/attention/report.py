@@ -23,3 +23,4 @@ def order(record: Record) -> tuple[Any, ...]:
 
 
 SECTION = Section(bench="tree_attention", title=title, order=order)
+WINDOWS = Section(bench="tree_attention_windows", title=title, order=order)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from bench.attention.cases import HEADS, ROWS, STAR, AttentionCase
+from bench.attention.cases import HEADS, ROWS, STAR, WINDOWS, AttentionCase, windows_beside_full
 from bench.core.case import Case
 from bench.head.cases import LARGE, MAIN, TOKENS, HeadCase
 from bench.update.cases import OVERLAPS, ModelCase
@@ -79,8 +79,9 @@ STAGES = (
         cases=_LOSSES, implementations=("ours", "plain"), seconds=0.1,
     ),
     Stage(
-        call="a", name="attention", limit=40, kind="cases", about="attention beside a causal yardstick",
-        cases=(*_ATTENTION, replace(_ATTENTION[1], mode="forward")), implementations=("ours", "causal"),
+        call="a", name="attention", limit=50, kind="cases", about="attention beside a causal yardstick, over windows",
+        cases=(*_ATTENTION, replace(_ATTENTION[1], mode="forward"), windows_beside_full(_ATTENTION[1])),
+        implementations=("ours", "causal", *WINDOWS),
     ),
     Stage(
         call="a", name="update", limit=40, kind="cases", about="a whole update at 1.7B, published settings",

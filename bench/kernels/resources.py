@@ -26,6 +26,7 @@ import triton
 
 from bench.kernels.cache import CompiledCache
 from bench.kernels.compilation import ARCHITECTURES, Resources, compile_variant
+from bench.kernels.operators import NO_SPILLS
 from bench.kernels.table import (
     TABLE,
     changed,
@@ -40,7 +41,6 @@ from bench.kernels.variants import Job, all_jobs, covering, variant_at
 
 PROCESSES = os.cpu_count() or 1
 FEW = 100  # variants for which starting processes costs more than it saves
-NO_SPILLS = ("sm_90",)
 TENSOR_MEMORY = 512  # columns, on sm_100
 
 

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     chosen = parser.parse_args(arguments)
     quick, budget = chosen.quick, QUICK if chosen.quick else FULL
     with ThreadPoolExecutor(chosen.parallel) as pool:
-        list(pool.map(cold_start, budget.seeds))
+        cold_start()
         rates = best_rates(_run(pool, list(sweep(budget))), budget)
         records = _run(pool, list(final(budget, rates)))
     text = table(records, budget.generated)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-Axis = Literal["generated", "trained", "seconds"]
+Axis = Literal["generated", "trained"]
 Record = Mapping[str, Any]
 _T_95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % quantile of Student's t, by degrees of freedom."""

@@ -25,7 +25,7 @@ HEADINGS = (
     "EM at equal trained tokens",
     "generated",
     "trained",
-    "seconds",
+    "CPU seconds",
 )
 _NAMES = {"generated": "generated tokens", "trained": "unique tokens of updates"}
 
@@ -50,7 +50,7 @@ def table(records: Sequence[Record], budget: float) -> str:
             seeds(lambda run: area(run, "generated", budget)),
             seeds(lambda run: value_at(run, "trained", trained)),
             *(f"{np.mean([run['points'][-1][axis] for run in runs]):,.0f}" for axis in ("generated", "trained")),
-            f"{np.mean([run['points'][-1]['seconds'] for run in runs]):.0f}",
+            f"{np.mean([run['cpu_seconds'] for run in runs]):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -58,14 +58,13 @@ def table(records: Sequence[Record], budget: float) -> str:
 
 def _cold_start(records: Sequence[Record]) -> str:
     """Write the line of the model that all start from."""
-    starts = {record["seed"]: record["points"][0] for record in records}.values()
-    hops = [interval([point["by_hops"][hops] for point in starts]) for hops in "123"]
-    em = interval([point["em"] for point in starts])
+    start = records[0]["points"][0]
+    em, hops = f"{start['em']:.3f}", [f"{start['by_hops'][hops]:.3f}" for hops in "123"]
     return f"| react (the cold start) | - | {em} | {em} | {' | '.join(hops)} | - | {em} | {em} | 0 | 0 | 0 |"
 
 
 def _paired(runs: Sequence[Record], by_seed: Mapping[int, Record], budget: float) -> str:
-    """Write by how much runs exceed those of at2po with the same seed, which share world and cold start."""
+    """Write by how much runs exceed those of at2po with the same seed, which share the order of the questions."""
     pairs = [(run, by_seed[run["seed"]]) for run in runs if run["seed"] in by_seed]
     if not pairs or runs[0]["contender"] == "at2po":
         return "-"

@@ -1,4 +1,4 @@
-"""Run a trial from the shared cold start of its seed, and keep what it measured; a trial that has a record is read."""
+"""Run a trial from the cold start that all share, and keep what it measured; a trial that has a record is read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.core.records import RESULTS, commit
-from bench.methods.plan import CONFIG, ROOT, Trial
+from bench.methods.plan import CONFIG, ROOT, WORLD_SEED, Trial
 
 RUNS = ROOT / "runs" / "compare"
 RECORDS = RESULTS / "cpu" / "methods"
@@ -28,8 +29,6 @@ class Point:
     """Number of tokens sampled so far."""
     trained: float
     """Number of unique tokens forwarded in updates so far."""
-    seconds: float
-    """Seconds of rollouts and updates so far."""
     em: float
     by_hops: dict[str, float]
 
@@ -39,7 +38,8 @@ def measure(trial: Trial) -> dict[str, Any]:
     path = RECORDS / f"{trial.slug}.json"
     if not path.exists():
         folder = RUNS / trial.slug
-        _train(folder, [*trial.overrides, f"model.path={cold_start(trial.seed)}"])
+        shutil.rmtree(folder, ignore_errors=True)
+        spent = _call("train", folder, [*trial.overrides, f"model.path={cold_start()}"])
         record = {
             "contender": trial.contender.name,
             "seed": trial.seed,
@@ -47,6 +47,7 @@ def measure(trial: Trial) -> dict[str, Any]:
             "budget": trial.budget.generated,
             "overrides": trial.overrides,
             "commit": commit(),
+            "cpu_seconds": spent,
             "points": [vars(point) for point in curve(folder)],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +56,11 @@ def measure(trial: Trial) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def cold_start(seed: int) -> Path:
-    """Return the model that all contenders of a seed start from; it is trained the first time."""
-    folder = RUNS / f"cold_start_seed{seed}"
+def cold_start() -> Path:
+    """Return the model that all trials start from; it is trained the first time."""
+    folder = RUNS / f"cold_start_seed{WORLD_SEED}"
     if not (folder / "cold_start" / "model.safetensors").exists():
-        _call("cold-start", folder, [f"seed={seed}", f"world.seed={seed}"])
+        _call("cold-start", folder, [f"seed={WORLD_SEED}", f"world.seed={WORLD_SEED}"])
     return folder / "cold_start"
 
 
@@ -77,7 +78,6 @@ def curve(folder: Path) -> list[Point]:
                     step=record["step"],
                     generated=sum(step["tokens/decoded"] for step in before),
                     trained=sum(step["tokens/trained"] for step in before),
-                    seconds=sum(step["time/rollout"] + step["time/update"] for step in before),
                     em=em,
                     by_hops=by_hops,
                 )
@@ -95,14 +95,15 @@ def _accuracy(path: Path) -> tuple[float, dict[str, float]]:
     return sum(every) / len(every), {hops: sum(group) / len(group) for hops, group in sorted(found.items())}
 
 
-def _train(folder: Path, overrides: list[str]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    _call("train", folder, overrides)
-
-
-def _call(verb: str, folder: Path, overrides: list[str]) -> None:
+def _call(verb: str, folder: Path, overrides: list[str]) -> float:
+    """Run a command on one thread; returns the CPU seconds of all its processes."""
     command = [sys.executable, "-m", "atpo_fast", verb, "--config", str(CONFIG), f"run_dir={folder}", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\nended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=told, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)  # of this process and those that it waited for
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            told.seek(0)
+            raise RuntimeError(f"{' '.join(command)}\nended with {process.returncode}:\n{told.read()[-3000:]}")
+    return usage.ru_utime + usage.ru_stime

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from atpo_fast import Objective, TurnTree, pack_trees
 from atpo_fast.packing import PackedTrees
+from atpo_kernels.tree_attention.reference import key_positions
 from bench.packing.forests import written_out
 
 OBJECTIVE = Objective.preset("at2po")
@@ -44,9 +45,10 @@ def sequence_ends(subtree_end: Tensor) -> list[int]:  # (T,) of a flat row
     return subtree_end.unique().tolist()
 
 
-def visible_pairs(subtree_end: Tensor) -> int:  # (T,)
-    """Count the pairs of a query and a key that it sees: a key is seen by its own token and the rest of its subtree."""
-    return int((subtree_end.long() - torch.arange(len(subtree_end))).sum())
+def visible_pairs(subtree_end: Tensor, window: int | None = None) -> int:  # (T,)
+    """Count the pairs of a query and a key that it sees: those on its path, and with a window the last of them."""
+    path = key_positions(subtree_end, 0) + 1  # (T,) tokens of the path of each, itself included
+    return int((path if window is None else path.clamp(max=window)).sum())
 
 
 def every_position(row: PackedTrees) -> PackedTrees:

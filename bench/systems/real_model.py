@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
             about["vllm"] = str(check_vllm())
         print("\n".join(_lines({name: found})), flush=True)
         written = about | sizes | {"targets": TARGETS, "repeats": options.repeats, "results": results}
-        write_record("real_model", options.record, "cpu", options.results, **written)
+        write_record(options.record, "real_model", "cpu", options.results, **written)
 
 
 def _measured(

@@ -14,7 +14,8 @@ from bench.core.verdicts import judge
 def test_attention_records() -> None:
     """Fails if an implementation attends over other keys, or a record lacks what the report reads."""
     for mode in ("forward", "gradient"):
-        small = AttentionCase(row_tokens=300, heads=(4, 2, 16), dtype="float32", mode=mode, peers=("sdpa", "causal"))
+        peers = ("sdpa", "causal", "window_128")
+        small = AttentionCase(row_tokens=300, heads=(4, 2, 16), dtype="float32", mode=mode, peers=peers)
         record = small.measure("cpu", 0.0)
         assert record["tokens"]["unique"] <= 300
         for entry in record["implementations"].values():

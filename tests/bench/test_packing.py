@@ -31,6 +31,7 @@ def test_visible_pairs_are_those_of_the_mask() -> None:
     for seed in range(5):
         end = random_row(100, 9, seed)
         assert visible_pairs(end) == int(tree_mask(end).sum())
+        assert visible_pairs(end, 9) == int(tree_mask(end, window=9).sum())
 
 
 def test_head_on_every_position_of_a_flat_row() -> None:

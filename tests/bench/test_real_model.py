@@ -16,9 +16,10 @@ def test_every_part_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(real_model, "SMOLLM2_135M", real_model.SMOLLM2_135M | tiny | {"head_dim": 16})
     monkeypatch.setattr(real_model, "SCALE", 80.0)
     options = ["--layers", "1", "--batch", "4", "--trees", "2", "--prompt", "12", "--new", "3", "--repeats", "1"]
-    real_model.main([*options, "--dtype", "float32", "--results", str(tmp_path)])
-    record = json.loads((tmp_path / "cpu" / "real_model.json").read_text())
+    real_model.main([*options, "--dtype", "float32", "--record", "named", "--results", str(tmp_path)])
+    record = json.loads((tmp_path / "cpu" / "named.json").read_text())
     results = record["results"]
+    assert record["bench"] == "real_model"
     for part in ("decode", "tree", "questions"):
         assert not results[part]["failed"] and {"generate", "ours"} <= results[part].keys()
         assert results[part]["ours"]["new_tokens_per_s"] > 0

@@ -255,7 +255,8 @@ def test_deepspeed_files_hold_only_what_deepspeed_owns(path: Path) -> None:
     content = json.loads(path.read_text())
     assert content["zero_optimization"]["stage"] == int(path.stem[4])
     assert not set(content) & set(OWNED_KEYS)
-    assert ("offload_optimizer" in content["zero_optimization"]) == path.stem.endswith("offload")
+    assert ("offload_optimizer" in content["zero_optimization"]) == ("offload" in path.stem)
+    assert ("offload_param" in content["zero_optimization"]) == (path.stem == "zero3_offload")
 
 
 # --- arithmetic --------------------------------------------------------------------------------------------------

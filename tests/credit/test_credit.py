@@ -257,6 +257,25 @@ def test_question_with_one_leaf(method: str, terms: int) -> None:
     assert twice.advantages[1] == 0
 
 
+def test_a_question_of_two_has_a_baseline() -> None:
+    """Fails if reinforce++ leaves out the baseline of small questions: equal rewards then beat the other question's."""
+    trees = [TurnTree([1], question_id=question) for question in ("1", "2")]
+    for tree, rewards in zip(trees, ((0.0, 1.0), (1.0, 1.0)), strict=True):
+        for reward in rewards:
+            tree.set_reward(tree.add_turn(0, [2]), reward)
+    assign_credit(trees, "reinforce++")
+    assert leaf_advantages(trees[1]) == [0.0, 0.0] and leaf_advantages(trees[0])[1] > 0.5
+
+
+def test_entropies_without_bound() -> None:
+    """Fails if siblings are weighed by exp(H) itself, which overflows."""
+    tree = TurnTree([1])
+    for nll, reward in ((1000.0, 1.0), (1000.0, 0.0), (0.0, 0.0)):
+        tree.set_reward(tree.add_turn(0, [2], [-nll]), reward)
+    assign_credit([tree], leaf_norm=False)
+    assert tree.values is not None and tree.values[0] == 0.5
+
+
 def test_deep_chain() -> None:
     """Fails when values are computed by recursion (Python's limit is 1,000 levels)."""
     tree = TurnTree([1])
@@ -273,6 +292,31 @@ def test_leaf_without_reward_is_named() -> None:
     tree.turns[3].reward = None
     with pytest.raises(ValueError, match=r"'who\?'.*turn 3"):
         assign_credit([small_tree(), tree])
+
+
+def test_a_discount_reaches_the_outcome_without_rewards_of_turns() -> None:
+    """Fails if the discount is left out where no turn has a reward: an outcome three turns away counts 1/4."""
+    tree = TurnTree([1])
+    last = tree.add_turn(tree.add_turn(tree.add_turn(0, [2]), [2]), [2])
+    near = tree.add_turn(0, [3])
+    for leaf in (last, near):
+        tree.set_reward(leaf, 1.0)
+    assign_credit([tree], leaf_norm=False, discount=0.5)
+    assert tree.values is not None and tree.values[[last, near]].tolist() == [0.25, 1.0]
+
+
+@pytest.mark.parametrize(("method", "published"), [("passk", {"k": 4}), ("a2tgpo", {"clip_spread": 0.5})])
+def test_defaults(method: str, published: dict[str, float]) -> None:
+    """Fails if a default is not the published one."""
+    found = []
+    for options in ({}, published):
+        tree = TurnTree([1], question_id="q")
+        for leaf in range(6):
+            tree.set_reward(tree.add_turn(tree.add_turn(0, [2], [-0.1]), [2], [-0.2]), float(leaf % 3))
+        tree.gold_logprob = np.random.default_rng(0).random(len(tree)) - 1
+        assign_credit([tree], method, **options)  # type: ignore[arg-type]
+        found.append([tree.advantages, tree.clip_scale])
+    np.testing.assert_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def score(tokenizer: PreTrainedTokenizerFast) -> Callable[..., list[LeafScore]]:
                 [term if isinstance(term, RewardTerm) else RewardTerm(function=term) for term in terms]
             ),
             extraction=more.pop("extraction", EXTRACTIONS["boxed"]),
+            opening=more.pop("opening", ""),
         )
         tree = TurnTree(tokenizer.encode("How many?"), question_id=question.id)
         for leaf in leaves:
@@ -382,3 +383,17 @@ def test_questions_that_lack_what_a_reward_needs() -> None:
     )
     with pytest.raises(DataError, match=r"question 'q7' .*has no answer, which the reward published compares with"):
         check_questions(load_rewards([RewardTerm(function="published")]), [replace(QUESTION, answers=())])
+
+
+def test_the_opening_of_the_template_begins_the_first_turn_only(score: Callable[..., list[LeafScore]]) -> None:
+    """Fails if what the chat template has written is missing before the first turn, or stands before later ones."""
+    first, last = SEARCH.removeprefix("<think>"), boxed("42")
+    (opened,) = score((first, last), terms=["published"], opening="<think>")
+    (closed,) = score((first, last), terms=["published"])
+    assert opened.format_ok and not closed.format_ok
+
+
+def test_whether_a_reward_reads_the_score_of_the_environment() -> None:
+    """Fails if an environment has to give scores that nobody reads, or may leave out those that are read."""
+    assert not ScoringRules().reads_score
+    assert ScoringRules(rewards=load_rewards([RewardTerm(function="session")])).reads_score

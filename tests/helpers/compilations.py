@@ -9,82 +9,20 @@ operator and dtype, and after all others.
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from atpo_kernels import linear_logprob, linear_turn_policy_loss, tree_attention, turn_policy_loss
 from atpo_kernels.linear_logprob import launch as head_launch
-from atpo_kernels.linear_turn_policy_loss import launch as fused_launch
-from atpo_kernels.tree_attention import launch as attention_launch
-from atpo_kernels.turn_policy_loss import tiles as loss_tiles
+from tests.helpers.fake_gpu import pretend_to_be_a_gpu, variants
 from tests.helpers.kernel_cases import turn_offsets
 from tests.helpers.tree_cases import random_row
 
-TARGET = "sm_90"
 VOCAB, WIDTH, CHUNK = 1304, 64, 1024
-variants: Counter[str] = Counter()
-
-
-class FakeDriver:
-    """A driver of a GPU that is not there."""
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _):
-        return 0
-
-
-class Launched:
-    """A kernel that does nothing."""
-
-    function, packed_metadata = None, None
-
-    def launch_metadata(self, *_):
-        return None
-
-    def run(self, *_):
-        return None
-
-
-def count(self, key, *_):
-    """Note a variant where Triton would compile it."""
-    variants[self.fn.__name__] += 1
-    kernel = self.device_caches[0][0][key] = Launched()
-    return kernel
-
-
-def pretend_to_be_a_gpu() -> None:
-    """Choose the tiles of a GPU for CPU tensors, and Triton's kernels without a GPU."""
-    os.environ["TRITON_INTERPRET"] = "1"  # operators then take CPU tensors; the kernels, imported before, are compiled
-    driver.set_active(FakeDriver())
-    JITFunction._do_compile = count
-    for module in (head_launch, attention_launch):
-        module.target_of, module.processors = (lambda _: TARGET), (lambda _: 132)  # type: ignore[attr-defined]
-    for table in (loss_tiles._PACKED_BLOCKS, loss_tiles._PADDED_BLOCKS, loss_tiles._FINISH_BLOCKS):
-        table.clear()  # type: ignore[attr-defined]
-    head_launch.SCRATCH_BYTES = CHUNK * VOCAB * 2
-    fused_launch.KeptRows.find = kept_rows  # type: ignore[method-assign]
-    fused_launch.KeptRows.wait = lambda self: self.number  # type: ignore[method-assign, attr-defined]
-
-
-def kept_rows(self, grad_logprob, start, rows) -> None:
-    """Launch the search for rows with gradient, and find a random number of them."""
-    fused_launch._kept_rows_kernel[(1,)](grad_logprob, self.index, self.count, start, rows, BLOCK=1024, num_warps=8)
-    self.number = random.randint(0, rows)
-    self.index[: self.number] = torch.arange(self.number)
 
 
 def shifted(values: torch.Tensor) -> torch.Tensor:
@@ -146,8 +84,11 @@ def run_attention(dtype: torch.dtype) -> None:
     q = torch.zeros(tokens, 14, 64, dtype=dtype).requires_grad_()
     k, v = (torch.zeros(prefix + tokens, 2, 64, dtype=dtype).requires_grad_() for _ in range(2))
     end = shifted(random_row(tokens, 50, tokens))
-    out = tree_attention(q, k, v, end, impl="triton")
-    torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
+    sinks = torch.zeros(14, dtype=dtype).requires_grad_()
+    options: list[dict[str, Any]] = [{}, {"window": random.randint(1, 400), "softcap": random.random(), "sinks": sinks}]
+    for more in options:
+        out = tree_attention(q, k, v, end, impl="triton", **more)
+        torch.autograd.grad(out, (q, k, v, *([sinks] if more else [])), torch.zeros_like(out))
 
 
 OPERATORS: list[Callable[[torch.dtype], None]] = [run_head, run_fused, run_loss, run_attention]
@@ -158,6 +99,7 @@ def main(calls: int) -> None:
     """Run the first calls, then as many others, and print the variants of both."""
     random.seed(0)
     pretend_to_be_a_gpu()
+    head_launch.SCRATCH_BYTES = CHUNK * VOCAB * 2
     found: dict[str, Any] = {}
     for name, times in (("first", 2), ("others", calls)):
         variants.clear()

@@ -50,6 +50,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 UNIT = 2.0**-24  # u of float32, in which all kernels compute
 SECOND_ORDER = 1.01
@@ -163,7 +164,7 @@ class HeadErrors:
         rule, p = self.rule, self.log_p.exp()
         grad_logprob, grad_entropy = (x[:, None] for x in up)
         by_logprob_up, by_entropy_up = (x[:, None] for x in by_up or (torch.zeros_like(up[0]),) * 2)
-        hit = torch.nn.functional.one_hot(targets, p.shape[1])
+        hit = F.one_hot(targets, p.shape[1])
         deviation = self.log_p + self.entropy[:, None]
         # 1. softmax, and its logarithm
         kept = rule.share(p, exponentials) * (1 - hit) + UNDERFLOW  # the target's is taken from its log-prob
@@ -188,12 +189,16 @@ class HeadErrors:
 
 
 class AttentionErrors(NamedTuple):
-    """Errors of the output and the gradients of attention before they are rounded to their dtype; in float64."""
+    """Errors of the output and the gradients of attention before they are rounded to their dtype; in float64.
+
+    None where there are no sinks.
+    """
 
     out: Tensor  # (T, Hq, d)
     q: Tensor  # (T, Hq, d)
     k: Tensor  # (P + T, Hkv, d)
     v: Tensor  # (P + T, Hkv, d)
+    sinks: Tensor | None  # (Hq,)
 
 
 def attention_errors(
@@ -204,8 +209,14 @@ def attention_errors(
     results: list[Tensor],  # output, gradients of q, k and v: exact
     dtype: torch.dtype,  # of the output, which the backward reads
     stored: torch.dtype,  # of weights and of gradients by scores as the products take them
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (Hq,)
 ) -> AttentionErrors:
-    """By the derivation above, with scores for logits; delta = sum(dO * O) has the errors of O, rounded, times dO."""
+    """By the derivation above, with scores for logits; delta = sum(dO * O) has the errors of O, rounded, times dO.
+
+    A soft cap multiplies errors by its slope and adds those of tanh, 8 u of itself; the slope 1 - tanh^2 is off by what
+    tanh is off. A sink is a last key of value 0 that every query sees.
+    """
     q, k, v, up = (x.detach().transpose(0, 1) for x in tensors)  # (H, T, d)
     group = len(q) // len(k)
     k, v = (x.repeat_interleave(group, 0) for x in (k, v))
@@ -215,11 +226,24 @@ def attention_errors(
         return errors if stored == torch.float32 else rule.add(errors, rule.rounding(numbers.abs() + errors, stored))
 
     # 1. weights
-    z = (scale * q @ k.mT).masked_fill(~visible, -torch.inf)
+    z, width = scale * q @ k.mT, q.shape[-1]
+    errors = rule.gamma(width + 4) * (scale * q.abs() @ k.abs().mT)
+    slope, by_slope = torch.ones_like(z), torch.zeros_like(z)
+    if softcap is not None:
+        tanh = (z / softcap).tanh()
+        z, slope = softcap * tanh, 1 - tanh.square()
+        errors = rule.add(errors * slope, rule.gamma(10) * z.abs())
+        by_slope = rule.add(2 * tanh.abs() * errors / softcap, torch.full_like(z, rule.gamma(2)))
+    if sinks is not None:
+        beside = sinks.detach()[:, None, None].expand(-1, len(visible), 1)
+        z, errors = torch.cat([z, beside], -1), torch.cat([errors, rule.gamma(4) * beside.abs()], -1)
+        slope, by_slope = F.pad(slope, (0, 1), value=1.0), F.pad(by_slope, (0, 1))
+        visible = F.pad(visible, (0, 1), value=True)
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    z = z.masked_fill(~visible, -torch.inf)
     below = (z.amax(-1, keepdim=True) - z).masked_fill(~visible, 0)
-    size, width = scale * q.abs() @ k.abs().mT, q.shape[-1]
     z_size = z.masked_fill(~visible, 0).abs()
-    errors = rule.add(rule.gamma(width + 4) * size, rule.gamma(4) * (z_size + below + 1)) * visible
+    errors = rule.add(errors, rule.gamma(4) * (z_size + below + 1)) * visible
     p = z.softmax(-1)
     by_p, by_p_again = ((p * rule.softmax(p, errors, again) + UNDERFLOW) * visible for again in (False, True))
     # 2. output, from weights that are stored before their sum is known, and gradient of the values
@@ -232,15 +256,22 @@ def attention_errors(
     difference = up @ v.mT - (up * out).sum(-1, keepdim=True)
     by_difference = rule.add(rule.product(up, v.mT), by_delta[..., None], rule.gamma(4) * difference.abs())
     ds = p * difference
-    by_ds = kept(ds, rule.add(by_p_again * difference.abs(), p * by_difference, rule.gamma(4) * ds.abs())) * visible
+    by_ds = rule.add(by_p_again * difference.abs(), p * by_difference, rule.gamma(4) * ds.abs()) * visible
+    by_sinks = None
+    if sinks is not None:
+        by_sinks = rule.add(rule.sum(by_ds[..., -1], -1), rule.gamma(len(visible) + 4) * ds[..., -1].abs().sum(-1))
+    by_ds = rule.add(by_ds * slope, by_slope * ds.abs())
+    ds = ds * slope
+    by_ds = kept(ds, by_ds) * visible
     # 4. gradients of queries and keys
     by_q = scale * rule.add(rule.times(by_ds, k), rule.product(ds, k))
     by_k = scale * rule.add(rule.times(by_ds.mT, q), rule.product(ds.mT, q))
 
     def heads(errors: Tensor) -> Tensor:  # (Hq, K, d) -> (K, Hkv, d)
-        return rule.sum(errors.unflatten(0, (-1, group)), 1).transpose(0, 1)
+        of_keys = errors if sinks is None else errors[:, :-1]
+        return rule.sum(of_keys.unflatten(0, (-1, group)), 1).transpose(0, 1)
 
-    return AttentionErrors(by_out.transpose(0, 1), by_q.transpose(0, 1), heads(by_k), heads(by_v))
+    return AttentionErrors(by_out.transpose(0, 1), by_q.transpose(0, 1), heads(by_k), heads(by_v), by_sinks)
 
 
 def head_bounds(
@@ -279,17 +310,20 @@ def attention_bounds(
     tensors: list[Tensor],  # q, k, v and the upstream gradient in float64, as they are in the dtype
     visible: Tensor,  # (T, P + T) bool
     scale: float,
-    exact: list[Tensor],  # output, gradients of q, k and v
+    exact: list[Tensor],  # output, gradients of q, k and v, and of sinks where there are some
     dtype: torch.dtype,
     *,
     stored: bool = False,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # (Hq,) in float64, as they are in the dtype
 ) -> list[Bound]:
     """Bounds of attention in float32 and results rounded to a dtype, in which weights may be stored too."""
     found = []
     for rule, half in ((WORST, dtype), (TYPICAL, torch.float32)):
         kept = half if stored else torch.float32
-        errors = attention_errors(rule, tensors, visible, scale, exact, half, kept)
-        found.append([rounded(rule, e, x, half) for e, x in zip(errors, exact, strict=True)])
+        errors = attention_errors(rule, tensors, visible, scale, exact, half, kept, softcap, sinks)
+        given = [error for error in errors if error is not None]
+        found.append([rounded(rule, e, x, half) for e, x in zip(given, exact, strict=True)])
     return [Bound(*pair) for pair in zip(*found, strict=True)]
 
 

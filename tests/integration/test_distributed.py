@@ -95,7 +95,7 @@ def assert_same(
     other: dict[str, np.ndarray], reference: dict[str, np.ndarray], *case: object, tolerance: float = 5e-6
 ) -> None:
     """Every parameter's gradient to a part of its largest entry; the default is rounding of float32."""
-    assert max(np.abs(g).max() for g in reference.values()) > 1e-3
+    assert max(np.abs(g).max() for g in reference.values()) > 1e-4  # a fifth of the questions leaves 6e-4
     assert other.keys() == reference.keys()
     for name, value in reference.items():
         scale = np.abs(value).max()

@@ -19,10 +19,11 @@ from atpo_kernels.tree_attention import launch as attention_launch
 from bench.attention import candidates as attention_candidates
 from bench.head import candidates
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
-from tests.helpers.error_bounds import assert_within, attention_bounds, head_bounds
+from tests.helpers.attention_precision import assert_precise
+from tests.helpers.error_bounds import assert_within, head_bounds
 from tests.helpers.interpreter import DEVICE, INTERPRETED
 from tests.helpers.kernel_cases import loss_case, random_head, run_head, run_linear_loss, upstream
-from tests.helpers.tree_cases import forward_backward, inputs, random_row, tree_mask
+from tests.helpers.tree_cases import random_row
 from tests.helpers.turn_loss_cases import linear_loss_bounds
 
 on_gpu = pytest.mark.skipif(INTERPRETED, reason="the interpreter would take hours")
@@ -30,6 +31,8 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 DTYPES = (HALF, torch.float16, SINGLE)
 # rows, width, words: none a multiple of a tile's, and more than one tile of each
 HEAD, SMALL_HEAD = (1000, 1032, 5003), (131, 72, 259)
+ROWS = ((1, 0), (63, 65), (700, 0), (700, 131))  # tokens, and cached ones before them
+OPTIONS: dict[str, Any] = {"window": 50, "softcap": 2.0, "sinks": True}
 WIDTHS, GROUPS = (16, 64, 80, 96, 128, 256), (1, 2, 3, 4, 5, 7)
 
 
@@ -70,16 +73,11 @@ def check_loss(size: tuple[int, int, int], dtype: torch.dtype, clipped: float, t
         assert_within(value, truth, 2 * bound.worst)
 
 
-def check_attention(tokens: int, width: int, group: int, prefix: int, dtype: torch.dtype) -> None:
+def check_attention(tokens: int, width: int, group: int, prefix: int, dtype: torch.dtype, **options: Any) -> None:
     """Output and gradients are as near to float64 as roundings allow."""
-    end, heads = random_row(tokens, 90, 1).to(DEVICE), (2 * group, 2)
-    rounded = inputs(tokens, heads, width, dtype, DEVICE, prefix)
-    truth = forward_backward([x.detach().double().requires_grad_() for x in rounded], end, impl="reference")
-    ours = forward_backward(rounded, end, impl="triton")
-    given, exact = ([x.detach().cpu().double() for x in tensors] for tensors in (rounded, truth))
-    bounds = attention_bounds(given, tree_mask(end.cpu(), prefix), width**-0.5, exact, dtype, stored=True)
-    for value, result, bound in zip(ours, exact, bounds, strict=True):
-        assert_within(value.detach().cpu(), result, 2 * bound.worst)
+    sinks = [0.5] * 2 * group if options.pop("sinks", False) else None
+    end, heads = random_row(tokens, 90, 1), (2 * group, 2)
+    assert_precise(end, heads, width, dtype, prefix=prefix, sinks=sinks, beside_plain=False, **options)
 
 
 @pytest.mark.gpu
@@ -116,7 +114,7 @@ def test_fused_loss_with_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("width", "group"), [*product(WIDTHS, (4, 7)), *product((128,), GROUPS)])
 def test_attention(width: int, group: int) -> None:
     """Fails if a width or a group of heads goes wrong at the border of a tile of the GPU, also behind a prefix."""
-    for tokens, prefix in ((1, 0), (63, 65), (700, 0), (700, 131)):
+    for tokens, prefix in ROWS:
         check_attention(tokens, width, group, prefix, HALF)
 
 
@@ -127,6 +125,15 @@ def test_attention(width: int, group: int) -> None:
 def test_attention_of_other_dtypes(dtype: torch.dtype, width: int) -> None:
     """Fails if float16 or float32 goes wrong."""
     check_attention(333, width, 4, 65, dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize(("width", "options"), [(64, OPTIONS), (128, {"window": 50}), (128, OPTIONS), (256, OPTIONS)])
+def test_attention_with_options(width: int, options: dict[str, Any]) -> None:
+    """Fails if a window, sinks or a soft cap go wrong at the border of a tile of the GPU, also behind a prefix."""
+    for tokens, prefix in ((63, 65), (700, 131)):
+        check_attention(tokens, width, 7, prefix, HALF, **options)
 
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the tests above run all of them")
@@ -154,6 +161,13 @@ def test_attention_interpreted(width: int, group: int, prefix: int) -> None:
     check_attention(150, width, group, prefix, HALF)
 
 
+@interpreted
+@pytest.mark.parametrize("width", [128, 256])
+def test_attention_with_options_interpreted(width: int) -> None:
+    """The same with a window, a soft cap, for whose gradients of keys there are tiles of their own, and sinks."""
+    check_attention(100, width, 2, 65, HALF, **OPTIONS)
+
+
 KERNELS = (*candidates.CHANGES, *attention_candidates.CHANGES)
 
 
@@ -174,7 +188,7 @@ def check_candidate(name: str, head: tuple[int, int, int], tokens: int) -> None:
 @pytest.mark.parametrize("name", KERNELS)
 def test_candidates(name: str) -> None:
     """Fails if a candidate would be recommended for being fast and wrong."""
-    check_candidate(name, HEAD, 700)
+    check_candidate(name, HEAD, ROWS[-1][0])
 
 
 @interpreted

@@ -12,7 +12,7 @@ from torch import Tensor
 from atpo_kernels import tree_attention
 from atpo_kernels.tree_attention import BlockSizes, TreeBlockLists, make_attention_blocks
 from atpo_kernels.tree_attention import make_tree_block_lists as make_lists
-from tests.helpers.tree_cases import inputs, random_row, row_of, seen_pairs
+from tests.helpers.tree_cases import inputs, random_row, row_of, seen_pairs, tree_mask
 
 
 def listed(offsets: Tensor, blocks: Tensor, columns: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def listed(offsets: Tensor, blocks: Tensor, columns: int) -> np.ndarray:
 def check_query_lists(lists: TreeBlockLists, end: Tensor) -> None:
     """Full and partial key blocks of every query block, and the order of work."""
     queries, keys = lists.sizes.queries, lists.sizes.keys
-    seen = seen_pairs(end, lists.prefix, queries, keys)
+    seen = seen_pairs(end, lists.prefix, queries, keys, lists.window)
     present = np.minimum(queries, len(end) - np.arange(0, len(end), queries))[:, None]
     full = seen == present * keys  # a short last block of keys is never full
     np.testing.assert_array_equal(listed(lists.full_offsets, lists.full, seen.shape[1]), full)
@@ -38,15 +38,17 @@ def check_query_lists(lists: TreeBlockLists, end: Tensor) -> None:
 def check_key_parts(lists: TreeBlockLists, end: Tensor, workers: int) -> None:
     """Full and partial query blocks of every key block, each in one piece, none of which is a long tail."""
     queries, keys = lists.sizes.queries_by_key, lists.sizes.keys_by_key
-    seen = seen_pairs(end, lists.prefix, queries, keys)
+    seen = seen_pairs(end, lists.prefix, queries, keys, lists.window)
     full, partial = np.zeros_like(seen), np.zeros_like(seen)
-    slots = []
+    listed_blocks = np.arange(len(seen)) if lists.query_blocks is None else lists.query_blocks.numpy()
+    slots, written = [], []
     for block, lo, full_lo, full_hi, hi, slot in lists.key_parts.tolist():
-        assert lo <= full_lo <= full_hi <= hi and lo < hi
-        partial[lo:full_lo, block] += 1
-        full[full_lo:full_hi, block] += 1
-        partial[full_hi:hi, block] += 1
+        assert lo <= full_lo <= full_hi <= hi
+        np.add.at(partial[:, block], listed_blocks[[*range(lo, full_lo), *range(full_hi, hi)]], 1)
+        np.add.at(full[:, block], listed_blocks[full_lo:full_hi], 1)
         slots += [(block, slot)] if slot >= 0 else []
+        written.append(block)
+    assert sorted(set(written)) == list(range(seen.shape[1]))  # also blocks that no query sees: their gradient is 0
     is_full = seen == queries * keys  # a short last block of queries is never full here
     np.testing.assert_array_equal(full, is_full)
     np.testing.assert_array_equal(partial, (seen > 0) & ~is_full)
@@ -59,16 +61,28 @@ def check_key_parts(lists: TreeBlockLists, end: Tensor, workers: int) -> None:
 
 @pytest.mark.parametrize("prefix", [0, 1, 63, 64, 65, 200])
 @pytest.mark.parametrize("turn", [1, 4, 20, 100])
-def test_lists_equal_the_mask(turn: int, prefix: int) -> None:
+@pytest.mark.parametrize("windowed", [False, True], ids=["full", "windows"])
+def test_lists_equal_the_mask(turn: int, prefix: int, windowed: bool) -> None:
     """Fails if a block is missing, listed twice, not visible at all, or full though a query does not see a key."""
     rng = np.random.default_rng(turn)
     for seed in range(40 if prefix == 0 else 15):
         end = random_row(int(rng.integers(1, 300)), turn, seed)
         sizes = BlockSizes(*(int(x) for x in rng.choice([1, 3, 4, 7, 16, 18, 32], 4)))
         workers = int(rng.choice([1, 4, 1000]))
-        lists = make_lists(end, sizes, key_heads=int(rng.integers(1, 4)), workers=workers, prefix=prefix)
+        window = int(rng.choice([1, 2, 5, 16, 33, 90, 1000])) if windowed else None
+        lists = make_lists(end, sizes, key_heads=int(rng.integers(1, 4)), workers=workers, prefix=prefix, window=window)
         check_query_lists(lists, end)
         check_key_parts(lists, end, workers)
+
+
+@pytest.mark.parametrize("prefix", [0, 7])
+def test_first_keys_are_those_of_the_mask(prefix: int) -> None:
+    """Fails if a window is counted along the row instead of the path, or the prefix is left out."""
+    for seed, window in enumerate([1, 3, 10, 500]):
+        end = random_row(80, 9, seed)
+        lists = make_lists(end, BlockSizes(4, 4, 4, 4), prefix=prefix, window=window)
+        assert lists.first_keys is not None
+        np.testing.assert_array_equal(lists.first_keys + prefix, tree_mask(end, prefix, window).int().argmax(1))
 
 
 @pytest.mark.parametrize("prefix", [0, 15, 16, 17])
@@ -81,18 +95,21 @@ def test_lists_of_one_turn(tokens: int, prefix: int) -> None:
     check_key_parts(lists, end, 132)
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("prefix", [0, 20])
-def test_no_tokens(prefix: int) -> None:
+def test_no_tokens(prefix: int, window: int | None) -> None:
     """Fails if a row without tokens breaks: a rank may have none."""
-    lists = make_lists(torch.zeros(0, dtype=torch.int32), BlockSizes(16, 16, 16, 16), prefix=prefix).to("cpu")
+    none = torch.zeros(0, dtype=torch.int32)
+    lists = make_lists(none, BlockSizes(16, 16, 16, 16), prefix=prefix, window=window).to("cpu")
     assert lists.tokens == 0 and lists.slots == 0 and len(lists.query_order) == len(lists.key_parts) == 0
 
 
 def test_lists_move_as_they_are_and_stay_aligned() -> None:
     """Fails if the copy to a device mixes lists up, or starts one where a kernel would have to be compiled again."""
-    lists = make_lists(random_row(200, 20, 0), BlockSizes(7, 16, 16, 18), workers=1000)
+    lists = make_lists(random_row(200, 20, 0), BlockSizes(7, 16, 16, 18), workers=1000, window=30)
     moved = lists.to("cpu")
-    for name in ("query_order", "full_offsets", "full", "partial_offsets", "partial", "key_parts", "split_keys"):
+    names = ("query_order", "full_offsets", "full", "partial_offsets", "partial", "key_parts", "split_keys")
+    for name in (*names, "query_blocks", "first_keys"):
         assert torch.equal(getattr(moved, name), getattr(lists, name))
         assert getattr(moved, name).data_ptr() % 16 == 0
 

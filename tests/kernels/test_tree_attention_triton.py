@@ -12,34 +12,18 @@ from torch import Tensor
 from atpo_kernels import tree_attention
 from atpo_kernels.tree_attention import _choose as choose_attention
 from atpo_kernels.tree_attention import launch, make_attention_blocks, tiles
+from atpo_kernels.tree_attention.reference import AttentionOptions
 from atpo_kernels.tree_attention.tiles import Tile, Tiles
 from tests.helpers import interpreter  # noqa: F401  (repairs Triton's interpreter)
-from tests.helpers.error_bounds import assert_no_less_precise, attention_bounds
+from tests.helpers.attention_precision import assert_precise
 from tests.helpers.interpreter import DEVICE
 from tests.helpers.kernel_cases import LargestOutput, NoHostSync
-from tests.helpers.tree_cases import forward_backward, inputs, random_row, row_of, tree_mask
+from tests.helpers.tree_cases import forward_backward, inputs, random_row, row_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LONG_ROW = pytest.mark.slow(reason="a long row, interpreted")
+PLAIN = AttentionOptions(0.25)
 SMALL = (Tile(32, 16, 4, 1, 1), Tile(32, 16, 4, 1, 1), Tile(32, 64, 4, 1, 1))
-
-
-def assert_precise(
-    end: Tensor, heads: tuple[int, int], width: int, dtype: torch.dtype, sharpness: float = 1.0, prefix: int = 0
-) -> None:
-    """The gate, for the output and the gradients of q, k and v."""
-    end = end.to(DEVICE)
-    rounded = inputs(len(end), heads, width, dtype, DEVICE, prefix)
-    rounded[0] = (rounded[0].detach() * sharpness).requires_grad_()
-    exact = [x.detach().double().requires_grad_() for x in rounded]
-    truth = forward_backward(exact, end, impl="reference")
-    ours, plain = (forward_backward(rounded, end, impl=impl) for impl in ("triton", "reference"))
-    on_host = [[x.detach().cpu() for x in tensors] for tensors in (exact, truth, ours, plain)]
-    mask = tree_mask(end.cpu(), prefix)
-    bounds = attention_bounds(on_host[0], mask, width**-0.5, on_host[1], dtype, stored=True)
-    for t, o, p, bound in zip(*on_host[1:], bounds, strict=True):
-        assert o.dtype == dtype and o.shape == t.shape
-        assert_no_less_precise(p, o, t, bound)
 
 
 @pytest.fixture(params=[True, False], ids=["descriptors", "pointers"])
@@ -106,7 +90,7 @@ def test_a_long_row() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peaked_scores(dtype: torch.dtype, sharpness: float) -> None:
     """Fails if weights are taken before the peak is subtracted, or sums are not rescaled when it rises."""
-    assert_precise(random_row(80, 15, 2), (2, 1), 16, dtype, sharpness)
+    assert_precise(random_row(80, 15, 2), (2, 1), 16, dtype, sharpness=sharpness)
 
 
 def test_scale_and_int64_ends() -> None:
@@ -147,10 +131,10 @@ def test_heads_first_inputs_are_not_copied() -> None:
     """Fails if what transformers hands over is copied in every layer, or what kernels cannot read is not."""
     end = random_row(64, 12, 4)
     q, k, v, _ = (x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in inputs(64, (4, 2), 16, DTYPES[0]))
-    call = launch.Attention.prepare(q, k, v, end, 0.25, None)
+    call = launch.Attention.prepare(q, k, v, None, end, PLAIN, None)
     assert [x.data_ptr() for x in (call.q, call.k, call.v)] == [x.data_ptr() for x in (q, k, v)]
     expanded = k[:, :1].expand(-1, 2, -1)  # heads at no distance: nothing for descriptors
-    assert all(launch.Attention.prepare(q, expanded, v, end, 0.25, None).k.stride())
+    assert all(launch.Attention.prepare(q, expanded, v, None, end, PLAIN, None).k.stride())
 
 
 def test_an_expanded_upstream_gradient() -> None:
@@ -190,7 +174,7 @@ def test_pieces_of_a_key_block_add_up(monkeypatch: pytest.MonkeyPatch, prefix: i
     end = row_of([40, 30, 30, 40], [0, 1, 1, 1])
     assert_precise(end, (2, 1), 16, torch.bfloat16, prefix=prefix)
     q, k, v, _ = inputs(140, (2, 1), 16, DTYPES[0])
-    call = launch.Attention.prepare(q, k, v, end, 0.25, None)
+    call = launch.Attention.prepare(q, k, v, None, end, PLAIN, None)
     assert call.blocks.slots > 4  # the monkeypatch has an effect
 
 
@@ -239,7 +223,7 @@ def test_errors_say_what_is_wrong() -> None:
         ((1, 1), 129, torch.float32, None, "at most 256 and 128 dimensions"),
         ((65, 1), 16, torch.float32, None, "query heads a key head"),
         ((1, 1), 16, torch.float64, None, "float64"),
-        ((2, 1), 16, torch.float32, blocks(1), "make_attention_blocks for the same heads"),
+        ((2, 1), 16, torch.float32, blocks(1), "make_attention_blocks for the same heads, dtype and softcap"),
         ((1, 1), 16, torch.float32, blocks(1, impl="torch"), "make_attention_blocks for the same heads"),
         ((1, 1), 16, torch.float32, blocks(1, prefix=4), "behind a prefix of 4"),
     ]
@@ -255,17 +239,15 @@ def test_errors_say_what_is_wrong() -> None:
 
 
 def test_auto_passes_by_what_the_kernels_do_not_take() -> None:
-    """Fails if float32 heads of 256, float64, windows, sinks or soft caps have nowhere to go on a GPU."""
+    """Fails if float32 heads of 256 or float64 have nowhere to go on a GPU, or others go to PyTorch."""
     gpu = torch.device("cuda")
     for dtype, width, impl in (
         (torch.float32, 256, "torch"),
         (torch.float64, 64, "torch"),
         (torch.bfloat16, 257, "torch"),
+        (torch.bfloat16, 256, "triton"),
     ):
-        assert choose_attention("auto", gpu, dtype, width, True) is choose_attention(impl, gpu, dtype, width, True)
-    wide = (gpu, torch.bfloat16, 256)
-    assert choose_attention("auto", *wide, True) is choose_attention("triton", *wide, True)
-    assert choose_attention("auto", *wide, False) is choose_attention("torch", *wide, False)
+        assert choose_attention("auto", gpu, dtype, width) is choose_attention(impl, gpu, dtype, width)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942", "cpu"])

@@ -98,14 +98,15 @@ def loop_loss(b: dict[str, Tensor], c: LossConfig, reduction: str) -> Tensor:
     return per_token
 
 
-def ours_and_loop(b: dict[str, Tensor], c: LossConfig, reduction: Any) -> list[list[Tensor]]:
+def ours_and_loop(b: dict[str, Tensor], c: LossConfig, reduction: Any, impl: Any = "torch") -> list[list[Tensor]]:
     """(loss, gradient of logprob, gradient of entropy) of both, with an upstream gradient other than 1."""
     results = []
     for ours in (True, False):
         leaves: dict[str, Any] = b | {k: b[k].clone().requires_grad_() for k in ("logprob", "entropy")}
-        loss = (
-            turn_policy_loss(**leaves, config=c, reduction=reduction).loss if ours else loop_loss(leaves, c, reduction)
-        )
+        if ours:
+            loss = turn_policy_loss(**leaves, config=c, reduction=reduction, impl=impl).loss
+        else:
+            loss = loop_loss(leaves, c, reduction)
         up = torch.linspace(-2, 3, loss.numel(), dtype=torch.float64).view(loss.shape)
         grads = torch.autograd.grad((loss * up).sum(), [leaves["logprob"], leaves["entropy"]], allow_unused=True)
         results.append([loss, *(torch.zeros_like(b["mask"], dtype=torch.float64) if g is None else g for g in grads)])
@@ -131,14 +132,33 @@ def test_dual_cap_and_cap_of_the_log_ratio_equal_the_loop(level: Any, clip: Any)
         torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("kl", [x for x in KLS if x != "none"])
-def test_kl_entropy_and_importance_weights_equal_the_loop(kl: Any) -> None:
+def test_kl_entropy_and_importance_weights_equal_the_loop(kl: Any, impl: Any) -> None:
     """Fails on an error in a KL estimator or its derivative, the entropy bonus or the truncated weights."""
     b = padded_case(3, 8)
     b["ref_logprob"][0, :4] += torch.tensor([4.0, -4.0, 30.0, -30.0])  # beyond both clamps of low_var
+    b["logprob"][0, 4] = 0.0  # the only word there is
     config = LossConfig(level="turn", kl=kl, kl_coef=0.3, entropy_coef=0.2, importance_cap=1.1, **BOUNDS)
-    for ours, loop in zip(*ours_and_loop(b, config, "seq-mean-token-mean"), strict=True):
+    for ours, loop in zip(*ours_and_loop(b, config, "seq-mean-token-mean", impl), strict=True):
         torch.testing.assert_close(ours, loop, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("clip", ["hard", "soft", "cispo"])
+def test_a_ratio_at_its_bound_is_not_clipped(clip: Any, impl: Any) -> None:
+    """Fails if a ratio that equals a bound, or the cap of A < 0, loses its gradient or is counted as clipped."""
+    cap = float(torch.tensor(0.5, dtype=torch.float64).exp())
+    log_ratio = torch.tensor([[0.0, 0.0, 0.5]], dtype=torch.float64)  # 1 at bounds of width 0; exactly the cap
+    advantages = torch.tensor([[2.0, -3.0, -1.0]], dtype=torch.float64)
+    leaf = log_ratio.clone().requires_grad_()
+    options: dict[str, Any] = {"level": "token", "clip": clip, "clip_low": 0.0, "clip_high": 0.0, "dual_cap": cap}
+    if clip == "cispo":
+        options["clip_high"] = 1.0
+    out = turn_policy_loss(leaf, torch.zeros_like(leaf), advantages, reduction="sum", impl=impl, **options)
+    torch.testing.assert_close(out.coef[0], torch.tensor([-2.0, 3.0, cap], dtype=torch.float64), rtol=1e-15, atol=0)
+    assert torch.equal(torch.autograd.grad(out.loss, leaf)[0], out.coef)
+    assert out.metrics["clipped_low"] == out.metrics["clipped_high"] == 0
 
 
 def test_default_is_the_published_loss() -> None:
@@ -320,6 +340,18 @@ def test_metrics_by_hand() -> None:
         "approx_kl": float((ratio - 1 - ratio.log())[0, :5].mean()),
     }
     assert {k: float(v) for k, v in out.metrics.items()} == pytest.approx(expected)
+
+
+def test_metrics_of_one_token_and_of_none() -> None:
+    """Fails if one token is averaged over more, the KL is of another gap, or nothing counted is not 0."""
+    logprob, old = torch.tensor([[-1.5]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
+    ones = torch.ones_like(logprob)
+    one = turn_policy_loss(logprob, old, ones, mask=ones.bool()).metrics
+    ratio = float(torch.tensor(-0.5, dtype=torch.float64).exp())
+    assert float(one["ratio_mean"]) == float(one["ratio_max"]) == pytest.approx(ratio, rel=1e-15)
+    assert float(one["approx_kl"]) == pytest.approx(ratio - 1 + 0.5, rel=1e-14) and one["turns"] == one["tokens"] == 1
+    none = turn_policy_loss(logprob, old, ones, mask=~ones.bool()).metrics
+    assert all(value == 0 for value in none.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -275,7 +275,9 @@ def test_spread_rows() -> None:
         tree.add_turn(0, [2] * (length - 1))
         tree.advantages = np.ones(2)
         trees.append(tree)
-    ranks = spread_rows([pack_trees([tree], TURN, 12)[0] for tree in trees], 2)
+    rows = [pack_trees([tree], TURN, 12)[0] for tree in trees]
+    assert [row.num_tokens for row in spread_rows(rows, 1)[0]] == [12, 10, 8, 6, 4]
+    ranks = spread_rows(rows, 2)
     assert [[row.num_tokens for row in rank] for rank in ranks] == [[12, 6, 2], [10, 8, 4]]
     assert ranks[0][2].weight_all.tolist() == [0.0]
     with pytest.raises(ValueError, match="ranks=0"):

@@ -131,4 +131,4 @@ def test_faults() -> None:
     assert counts.opened == counts.closed
     sessions.close()
     assert wait_until(lambda: not session_threads())
-    assert (handles(), children()) == (files, processes)
+    assert handles() <= files and children() == processes  # earlier tests may leave files that are closed meanwhile

@@ -10,6 +10,8 @@ import torch
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Triton's names of the dtypes that the kernels take."""
+NO_SPILLS = ("sm_90",)
+"""Targets on which no kernel may spill registers."""
 OPERATORS = ("linear_logprob", "linear_turn_policy_loss", "tree_attention", "turn_policy_loss")
 """Operators with Triton kernels, each of which has a table in this folder."""
 

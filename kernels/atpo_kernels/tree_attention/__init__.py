@@ -9,15 +9,9 @@ from torch import Tensor
 
 from atpo_kernels.devices import eager, kernel_context, processors, target_of
 from atpo_kernels.dispatch import choose
+from atpo_kernels.tree_attention.block_lists import TreeBlockLists, make_tree_block_lists
 from atpo_kernels.tree_attention.reference import AttentionOptions, tree_attention_reference
-from atpo_kernels.tree_attention.tiles import (
-    BlockSizes,
-    TreeBlockLists,
-    block_sizes,
-    has_tiles,
-    make_tree_block_lists,
-    tiles_for,
-)
+from atpo_kernels.tree_attention.tiles import BlockSizes, block_sizes, has_tiles, tiles_for
 from atpo_kernels.tree_attention.torch_impl import TreeBlocks, make_tree_blocks, tree_attention_torch
 
 __all__ = [
@@ -70,10 +64,9 @@ def tree_attention(
     c * tanh(scale * q . k / c) (Gemma 2).
 
     `impl`:
-      "auto"       "triton" for CUDA tensors of a dtype and head width that it takes and without window, sinks and
-                   softcap, else "torch"
+      "auto"       "triton" for CUDA tensors of a dtype and head width that it takes, else "torch"
       "triton"     Triton kernels on lists of full and partial blocks (TreeBlockLists); heads of up to 256 dimensions in
-                   half precision, 128 in float32; on CPU tensors in Triton's interpreter. No window, sinks or softcap
+                   half precision, 128 in float32; on CPU tensors in Triton's interpreter
       "torch"      visits the visible keys of each block of queries (TreeBlocks); any device and dtype
       "reference"  the definition, with the dense mask; takes no blocks
 
@@ -84,8 +77,7 @@ def tree_attention(
     options = AttentionOptions(q.shape[-1] ** -0.5 if scale is None else scale, window, softcap)
     _check_sinks(sinks, q)
     _check_blocks(blocks, len(q), len(k) - len(q), window)
-    plain = window is None and sinks is None and softcap is None
-    run = _choose(impl, q.device, q.dtype, q.shape[-1], plain)
+    run = _choose(impl, q.device, q.dtype, q.shape[-1])
     with kernel_context(q):
         return run(q, k, v, sinks, subtree_end, options, blocks)
 
@@ -101,33 +93,35 @@ def make_attention_blocks(
     impl: str = "auto",
     prefix: int = 0,
     window: int | None = None,
-    plain_scores: bool = True,
+    softcap: float | None = None,
 ) -> AttentionBlocks:
     """Build the `blocks` of a row that `tree_attention` takes, for tensors of this shape, dtype and device.
 
-    `prefix` is how many more tokens k and v have than q, `window` that of the attention; `plain_scores` says that the
-    attention has neither sinks nor a soft cap. `device` defaults to that of
-    subtree_end. The blocks are built on the host, so give subtree_end on the CPU, and nothing waits for the device;
-    they are copied to it on the current stream, for which another stream that uses them has to wait. None for
-    implementations that use no blocks. Raises ValueError if subtree_end is not that of depth-first pre-order, or prefix
-    is negative.
+    `prefix` is how many more tokens k and v have than q; `window` and `softcap` are those of the attention. `device`
+    defaults to that of subtree_end. The blocks are built on the host, so give subtree_end on the CPU, and nothing waits
+    for the device; they are copied to it on the current stream, for which another stream that uses them has to wait.
+    None for implementations that use no blocks. Raises ValueError if subtree_end is not that of depth-first pre-order,
+    or prefix is negative.
     """
     if prefix < 0:
         raise ValueError(f"make_attention_blocks: prefix must be the number of tokens before the row, got {prefix}")
     device = subtree_end.device if device is None else torch.device(device)
-    path = _choose(impl, device, dtype, head_dim, plain_scores and window is None)
+    path = _choose(impl, device, dtype, head_dim)
     if path is tree_attention_torch:
         return make_tree_blocks(subtree_end, prefix=prefix, window=window)
     if path is tree_attention_reference:
         return None
-    sizes = block_sizes(tiles_for(target_of(device), dtype, head_dim), query_heads // key_heads)
-    lists = make_tree_block_lists(subtree_end, sizes, key_heads=key_heads, workers=processors(device), prefix=prefix)
+    tiles = tiles_for(target_of(device), dtype, head_dim, softcap is not None)
+    sizes = block_sizes(tiles, query_heads // key_heads)
+    lists = make_tree_block_lists(
+        subtree_end, sizes, key_heads=key_heads, workers=processors(device), prefix=prefix, window=window
+    )
     return lists.to(device)
 
 
-def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int, plain: bool) -> Callable[..., Tensor]:
-    """Choose the implementation; "auto" passes by kernels that do not have heads of this width, or the options."""
-    if impl == "auto" and not (plain and has_tiles(dtype, width)):
+def _choose(impl: str, device: torch.device, dtype: torch.dtype, width: int) -> Callable[..., Tensor]:
+    """Choose the implementation; "auto" passes by kernels that do not have heads of this width."""
+    if impl == "auto" and not has_tiles(dtype, width):
         impl = "torch"
     return choose("tree_attention", impl, device, _PATHS, dtype)
 

@@ -25,7 +25,7 @@ def evaluate_reference(tokens: LossTokens, config: LossConfig, by_token: bool) -
         entropy = None if tokens.entropy is None else tokens.entropy.detach().requires_grad_()
         value, ratio, low, high, kl = _loss_by_token(tokens, logprob, entropy, config)
         wanted = [logprob] if entropy is None else [logprob, entropy]
-        grads = torch.autograd.grad(value.sum(), wanted, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(value.sum(), wanted, allow_unused=True)
     grad_entropy = grads[1] if config.needs_entropy else None
     value = value.detach()
     terms = TokenTerms(value, grads[0], grad_entropy, ratio, low, high, kl)
