@@ -33,7 +33,7 @@ from atpo_fast.train.from_config import build_model, max_prefix
 from atpo_fast.train.identity import COLD_START, claim
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
-from atpo_fast.train.weights import export_model, trained_line, with_adapters
+from atpo_fast.train.weights import export_model, make_policy, trained_line, with_adapters
 from atpo_fast.train.zero import device_of, initialize, set_learning_rate
 from atpo_fast.tree import TurnTree
 
@@ -110,13 +110,7 @@ def _policy(run: Run, checkpoint: Path | None) -> Policy:
     model = build_model(start, run.task.tokenizer, seed)
     if adapted:
         model = with_adapters(model, config.lora, seed, checkpoint)
-    return Policy(
-        model,
-        gradient_checkpointing=config.gradient_checkpointing,
-        liger=config.liger,
-        router_balance=config.router_balance_coef,
-        router_z=config.router_z_coef,
-    )
+    return make_policy(model, config)
 
 
 def _finished(run: Run, folder: Path) -> bool:

@@ -22,7 +22,7 @@ from atpo_fast.adapters import (
     save_adapters,
     whole_weights,
 )
-from atpo_fast.config import Config, LoRAConfig
+from atpo_fast.config import Config, LoRAConfig, ModelConfig
 from atpo_fast.engines.weight_stream import in_buckets
 from atpo_fast.policy import Policy, load_model
 
@@ -40,13 +40,18 @@ def load_policy(config: Config, start: Path | str, checkpoint: Path | None = Non
     lora = config.model.lora
     folder = start if lora.rank or checkpoint is None else checkpoint / "hf"
     model = load_model(folder, getattr(torch, config.model.dtype))
+    return make_policy(with_adapters(model, lora, config.seed, checkpoint), config.model, config.rollout.temperature)
+
+
+def make_policy(model: PreTrainedModel, config: ModelConfig, temperature: float = 1.0) -> Policy:
+    """Make the policy of a model as it is configured to be trained, in the cold start and in RL alike."""
     return Policy(
-        with_adapters(model, lora, config.seed, checkpoint),
-        temperature=config.rollout.temperature,
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        liger=config.model.liger,
-        router_balance=config.model.router_balance_coef,
-        router_z=config.model.router_z_coef,
+        model,
+        temperature=temperature,
+        gradient_checkpointing=config.gradient_checkpointing,
+        liger=config.liger,
+        router_balance=config.router_balance_coef,
+        router_z=config.router_z_coef,
     )
 
 
