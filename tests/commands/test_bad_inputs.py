@@ -22,17 +22,11 @@ def group() -> Iterator[None]:
     """A process group of this process alone, which DeepSpeed does not join twice."""
     import torch.distributed as dist
 
-    from atpo_fast.train.zero import join_process_group
+    from tests.helpers.lone_rank import lone_rank
 
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (place | {"MASTER_PORT": str(launcher.free_port())}).items():
-            patch.setenv(name, value)
-        join_process_group(cuda=False)
-        destroy = dist.destroy_process_group
+    with lone_rank() as patch:
         patch.setattr(dist, "destroy_process_group", lambda: None)
         yield
-        destroy()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ def check_each_difference(config: Config, folder: Path) -> None:
     check_shared_files(config, task, folder)
     dist.barrier()  # rank 0 removes its mark when all have seen it, and the others do not wait for that
     assert list(folder.glob(".shared-*")) == []
+    dist.barrier()  # rank 0 leaves the next mark when all have looked
     other = folder / "other"
     model = folder / f"model{dist.get_rank()}"
     model.mkdir()

@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
-from atpo_fast.commands.launcher import free_port
 from atpo_fast.config import Config, ModelConfig, OptimConfig
 from atpo_fast.engines import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged import PagedEngine
@@ -26,7 +24,8 @@ from atpo_fast.train.packing_check import check_packing
 from atpo_fast.train.step import optimizer_step
 from atpo_fast.train.update_metrics import MetricMean, Mismatch, MismatchError
 from atpo_fast.train.weights import whole_parameters
-from atpo_fast.train.zero import initialize, join_process_group
+from atpo_fast.train.zero import initialize
+from tests.helpers.lone_rank import lone_rank
 
 DEEPSPEED = Path(__file__).resolve().parents[2] / "configs/deepspeed"
 VOCAB, WANTED = 12, 7
@@ -36,14 +35,8 @@ ONE, TWO = [Pass("whole", 0)], [Pass("whole", 0), Pass("whole", 1)]
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
     """A group of one rank."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("MASTER_PORT", str(free_port()))
-        patch.setenv("DS_ACCELERATOR", "cpu")
-        join_process_group(cuda=False)
+    with lone_rank():
         yield
-        dist.destroy_process_group()
 
 
 def model() -> Qwen3ForCausalLM:
