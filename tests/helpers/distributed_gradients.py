@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,24 +30,34 @@ ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
 WITH_STATES = ("qwen3_5", "lfm2", "granitemoehybrid")
 """A family for each kind of state."""
 
-
 ALONE = "stage0"
 """End of the names of the cases with which others are compared, and which one rank computes."""
+
+FIVE = (3, 3, 3, 3, 3)
+"""Branches of the trees that are compared over stages, rows and numbers of ranks."""
+
+UNLIKE = (3, 1)
+"""Branches of the trees of a family: two ranks have one each, and the second has nothing to do when the first has."""
+
+CHECKPOINTED: tuple[GradientCheckpointing, ...] = ("layer", "mlp")
+
+FILTERED = {"4096": (3,), "40": (2, 3), "deep": (3,)}
+"""Numbers of ranks on which four questions of five are filtered, by rows."""
 
 Compute = Callable[[int, int], dict[str, np.ndarray]]
 """From rank and number of ranks to the whole gradients of a case."""
 
 
-def forest(unequal: int = 5) -> list[TurnTree]:
-    """Five trees with branches, an empty observation and unequal rewards, or only so many with unequal ones.
+def forest(unequal: int = 5, branches: Sequence[int] = FIVE) -> list[TurnTree]:
+    """Trees with branches, an empty observation and unequal rewards, or only so many with unequal ones.
 
     Trees whose leaves all earn the same are filtered: they have no gradient.
     """
     rng = np.random.default_rng(0)
     trees = []
-    for t in range(5):
+    for t, count in enumerate(branches):
         tree = TurnTree(rng.integers(0, VOCAB, 9), question_id=f"q{t}")
-        for c in range(3):
+        for c in range(count):
             inner = tree.add_turn(0, rng.integers(0, VOCAB, 4 + c), -rng.random(4 + c), rng.integers(0, VOCAB, c * 3))
             for leaf in range(2):
                 n = tree.add_turn(inner, rng.integers(0, VOCAB, 3 + leaf), -rng.random(3 + leaf))
@@ -72,7 +81,7 @@ def gradients(
         tie_word_embeddings=tied,
         initializer_range=0.2,
     )
-    return model_gradients(Qwen3ForCausalLM(config), stage, budget, choice, rank, world, unequal)
+    return model_gradients(Qwen3ForCausalLM(config), stage, budget, choice, rank, world, forest(unequal))
 
 
 def model_gradients(
@@ -82,16 +91,16 @@ def model_gradients(
     choice: GradientCheckpointing,
     rank: int,
     world: int,
-    unequal: int = 5,
+    trees: list[TurnTree],
 ) -> dict[str, np.ndarray]:
-    """Whole gradients of one mini-batch after the last backward."""
+    """Whole gradients of one mini-batch of some trees after the last backward."""
     policy = Policy(model, gradient_checkpointing=choice).train()
     optimizer = GuardedAdamW(policy.parameters(), lr=0.0)
     GradientWatch(policy, optimizer)
     engine = start_engine(policy, optimizer, stage)
     objective = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
     max_tokens, max_prefix = ROWS[budget]
-    rows = pack_trees(forest(unequal), objective, max_tokens, max_prefix=max_prefix)
+    rows = pack_trees(trees, objective, max_tokens, max_prefix=max_prefix)
     assert (max(row.depth for row in rows) > 0) == (budget == "deep")
     spread = spread_rows(rows, world)
     passes = plan_passes(spread)[rank]
@@ -102,16 +111,13 @@ def model_gradients(
     return out
 
 
-def write_gradients(folder: Path, only: str = ".*") -> None:
-    """Be one rank; rank 0 writes a .npz for each case, with every parameter's whole gradient under its name.
-
-    `only` is a pattern of the names of the cases that are wanted.
-    """
+def write_gradients(folder: Path) -> None:
+    """Be one rank; rank 0 writes a .npz for each case, with every parameter's whole gradient under its name."""
     depth_first.ROW_TOKENS = 0  # or trees as small as these would rather repeat their ancestors
     join_process_group(cuda=False)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for name, compute in cases():
-        if re.fullmatch(only, name):
+    for name, ranks, compute in cases():
+        if world in ranks:
             result = compute(rank, world)
             if rank == 0:
                 np.savez(folder / f"{name}_ranks{world}.npz", **result)  # type: ignore[arg-type]  # numpy's flags are none of them
@@ -119,27 +125,39 @@ def write_gradients(folder: Path, only: str = ".*") -> None:
     dist.destroy_process_group()
 
 
-def cases() -> Iterator[tuple[str, Compute]]:
-    """Yield the name of each case, and what computes its gradients as one of some ranks."""
-    plain: list[tuple[int, bool, str, GradientCheckpointing]]
-    plain = [(stage, tied, budget, "none") for stage in (0, 2, 3) for tied in (True, False) for budget in ROWS]
-    plain += [(3, tied, "40" if tied else "deep", choice) for tied in (True, False) for choice in ("layer", "mlp")]
-    for stage, tied, budget, choice in plain:
-        yield f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}", partial(gradients, stage, tied, budget, choice)
-    filtered: list[tuple[int, str, GradientCheckpointing]]
-    filtered = [(0, "4096", "none"), *((3, budget, "layer") for budget in ROWS)]
-    for stage, budget, choice in filtered:
+def cases() -> Iterator[tuple[str, tuple[int, ...], Compute]]:
+    """Yield the name of each case, the numbers of ranks on which it runs, and what computes its gradients as one."""
+    plain: dict[tuple[int, bool, str, GradientCheckpointing], tuple[int, ...]]
+    plain = {(stage, True, budget, "none"): (2, 3) if stage == 3 else (2,) for stage in (0, 2, 3) for budget in ROWS}
+    plain |= {(0, True, "4096", "none"): (1, 2), (2, True, "40", "none"): (1, 2), (3, True, "deep", "none"): (1, 2, 3)}
+    plain |= {(0, False, "4096", "none"): (1,), (2, False, "40", "none"): (2,), (3, False, "deep", "none"): (2,)}
+    for choice in CHECKPOINTED:
+        plain |= {(3, True, "40", choice): (2,), (3, False, "deep", choice): (1, 3)}
+    for (stage, tied, budget, choice), ranks in plain.items():
+        yield (
+            f"stage{stage}_tied{int(tied)}_budget{budget}_{choice}",
+            ranks,
+            partial(gradients, stage, tied, budget, choice),
+        )
+    filtered: list[tuple[int, str, GradientCheckpointing, tuple[int, ...]]]
+    filtered = [(0, "4096", "none", (1,)), *((3, budget, "layer", FILTERED[budget]) for budget in ROWS)]
+    for stage, budget, choice, ranks in filtered:
         yield (
             f"filtered_stage{stage}_budget{budget}_{choice}",
+            ranks,
             partial(gradients, stage, True, budget, choice, unequal=1),
         )
     for family, about in FAMILIES.items():
-        yield f"{family}_{ALONE}", partial(exact, family, 0, "4096", "none")
-        yield f"{family}_stage3_deep", partial(exact, family, 3, "deep", about.checkpointing[0])
+        yield f"{family}_{ALONE}", (1,), partial(exact, family, 0, "4096", "none")
+        yield f"{family}_stage3_deep", (2,), partial(exact, family, 3, "deep", about.checkpointing[0])
     for family in WITH_STATES:
-        yield f"{family}_stage3", partial(exact, family, 3, "4096", "none")
+        yield f"{family}_stage3", (2,), partial(exact, family, 3, "4096", "none")
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
-        yield f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}", partial(module_gradients, stage, tied, inside)
+        yield (
+            f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}",
+            (1, 2) if stage == 0 and inside else (2,),
+            partial(module_gradients, stage, tied, inside),
+        )
 
 
 def exact(
@@ -152,4 +170,4 @@ def exact(
 ) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch of a model of some family, in float64."""
     with in_float64():
-        return model_gradients(make(family), stage, budget, choice, rank, world)
+        return model_gradients(make(family), stage, budget, choice, rank, world, forest(branches=UNLIKE))
