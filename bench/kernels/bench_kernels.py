@@ -11,10 +11,12 @@ pytest.importorskip("triton")
 
 from bench.kernels.compilation import compile_variant
 from bench.kernels.table import TABLE, read_rows
-from bench.kernels.variants import Job, all_jobs, covering, variant_at
+from bench.kernels.variants import Job, all_jobs, cheapest_of_each, variant_at
 
 ARCH = "sm_90"
-JOBS = [job for job in covering(all_jobs(), read_rows(TABLE.read_text())) if job.address.arch == ARCH]
+JOBS = list(
+    cheapest_of_each((job for job in all_jobs() if job.address.arch == ARCH), read_rows(TABLE.read_text())).values()
+)
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.text)

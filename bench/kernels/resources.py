@@ -3,8 +3,8 @@
     python -m bench resources               compile every variant, write bench/kernels/RESOURCES.md
     python -m bench resources --check       write nothing; exit with 1 if a variant does not compile, spills on sm_90,
                                             takes more than the architecture has, or differs from RESOURCES.md
-    python -m bench resources --check --covering    the same for one variant of each kernel on each architecture and
-                                            for every variant whose source is not the one in RESOURCES.md
+    python -m bench resources --check --covering    the same for one variant of each kernel, on architectures in turn,
+                                            and for every variant whose source is not the one in RESOURCES.md
 
 Variants that were compiled before on this machine, from the same source by the same Triton, are not compiled again.
 """

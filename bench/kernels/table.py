@@ -25,8 +25,8 @@ def render(compiled: Iterable[Resources]) -> str:
         f"Made by Triton {triton.__version__} without a GPU; made again by `make resources`",
         "(`python -m bench resources`). Registers and spills are those of one thread, shared memory that of one block.",
         "Nothing may spill on sm_90, and no block may take more shared memory than the architecture has:",
-        "`make resources-check` compiles every variant and checks it. The tests compile one variant of each kernel on",
-        "each architecture, and every variant whose source (a digest of code and configuration) is not the one below.",
+        "`make resources-check` compiles every variant and checks it. The tests compile a variant of each kernel, on",
+        "architectures in turn, and all whose source (a digest of code and configuration) is not the one below.",
     ]
     compiled = list(compiled)
     for arch, (target, shared_kib) in ARCHITECTURES.items():

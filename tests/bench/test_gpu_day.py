@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,7 @@ def test_a_session_that_is_killed_leaves_its_archive(tmp_path: Path) -> None:
         log = tmp_path / "stages" / "environment" / "log.txt"
         while not (log.exists() and log.read_text()):
             assert process.poll() is None
+            time.sleep(0.02)
         write(tmp_path / "stages" / "environment", "one")
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 1

@@ -22,6 +22,7 @@ from atpo_fast.commands.doctor import Environment, Requirement, find_problems, i
 from atpo_fast.commands.model_folder import find_model, model_to_use, newest_model
 from atpo_fast.common.manifest import write_manifest
 from atpo_fast.config import Config, ConfigError, load_config
+from atpo_fast.train.__main__ import main as launched
 from atpo_kernels.hosts.check import Host
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,11 +75,11 @@ def test_help_lists_every_verb_and_each_has_an_example(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "cold-start", "sft"])  # the last is an old spelling
-def test_dry_run_prints_what_would_run_and_starts_nothing(verb: str, tmp_path: Path) -> None:
+def test_dry_run_prints_what_would_run_and_starts_nothing(cli: Cli, verb: str, tmp_path: Path) -> None:
     # Fails if overrides behind an option are lost, or if the run folder is touched.
     overrides = [f"run_dir={tmp_path / 'run'}", "train.questions_per_step=64", "train.questions_per_minibatch=8"]
     tree = ["rollout.initial_chains=10", "rollout.expansion_rounds=2", "rollout.expansions_per_round=6"]
-    done = run_cli(verb, *overrides, "--config", QUICKSTART, *tree[:2], "--dry-run", *tree[2:])
+    done = cli(verb, *overrides, "--config", QUICKSTART, *tree[:2], "--dry-run", *tree[2:])
     assert done.returncode == 0, done.stderr
     assert "64 questions × 22 leaves = 1408 trajectories, 8 mini-batches of 176" in done.stdout
     assert not (tmp_path / "run").exists()
@@ -99,18 +100,16 @@ def test_dry_run_and_help_do_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize("verb", ["train", "cold-start", "sft", "eval", "rollout"])
-def test_the_launched_process_knows_every_verb_and_its_options(verb: str) -> None:
+def test_the_launched_process_knows_every_verb_and_its_options(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Fails if a process does not understand what the command line, or `deepspeed --module` by hand, starts it with.
-    done = subprocess.run(
-        [sys.executable, "-m", "atpo_fast.train", "--local_rank=0", "--verb", verb, "--help"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0 and "--config" in done.stdout
-    assert ("--split" in done.stdout) == (verb == "rollout")
+    monkeypatch.setattr(sys, "argv", ["atpo_fast.train", "--local_rank=0", "--verb", verb, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        launched()
+    help_text = capsys.readouterr().out
+    assert ended.value.code == 0 and "--config" in help_text
+    assert ("--split" in help_text) == (verb == "rollout")
 
 
 def test_options_reach_the_launched_processes() -> None:
@@ -164,11 +163,11 @@ def run_folder(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_export_copies_the_newest_or_the_named_checkpoint(run_folder: Path, tmp_path: Path) -> None:
+def test_export_copies_the_newest_or_the_named_checkpoint(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     # Fails if the oldest checkpoint or the cold start is taken, or DeepSpeed's files come along.
-    assert run_cli("export", str(run_folder), str(tmp_path / "a")).returncode == 0
+    assert cli("export", str(run_folder), str(tmp_path / "a")).returncode == 0
     assert (tmp_path / "a/config.json").read_text() == "checkpoints/step_000010/hf"
-    assert run_cli("export", str(run_folder / "checkpoints/step_000009"), str(tmp_path / "b")).returncode == 0
+    assert cli("export", str(run_folder / "checkpoints/step_000009"), str(tmp_path / "b")).returncode == 0
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["config.json", "model.safetensors"]
     assert (tmp_path / "b/config.json").read_text() == "checkpoints/step_000009/hf"
 
@@ -200,11 +199,11 @@ def test_the_trained_model_answers_unless_another_is_asked_for(run_folder: Path,
         model_to_use(tmp_path / "new", None, [])
 
 
-def test_export_never_overwrites(run_folder: Path, tmp_path: Path) -> None:
+def test_export_never_overwrites(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "notes.txt").write_text("keep")
-    done = run_cli("export", str(run_folder), str(target))
+    done = cli("export", str(run_folder), str(target))
     assert done.returncode == 2 and "not an empty folder" in done.stderr
     assert [p.name for p in target.iterdir()] == ["notes.txt"]
 
@@ -394,11 +393,11 @@ def test_each_bad_combination_is_named_with_its_remedy(changes: dict[str, Any], 
     assert problem.what in render(machine(**changes), [problem])
 
 
-def test_the_report_of_this_machine() -> None:
+def test_the_report_of_this_machine(cli: Cli) -> None:
     # Fails if a real look at the machine raises; the exit code is 1 exactly when something is bad.
     found = inspect_environment()
     assert found.versions["torch"] and found.cores >= 1
-    done = run_cli("env")
+    done = cli("env")
     assert "torch" in done.stdout and "ninja" in done.stdout
     assert done.returncode == (1 if "BAD" in done.stdout else 0)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from atpo_fast.commands.cli import main
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment import BM25Search, HTTPSearch
 from atpo_fast.retrieval import BM25Settings, Retriever, build_index, open_index
@@ -297,12 +298,19 @@ def test_the_verb_builds_serves_and_ends(started: tuple[subprocess.Popen[str], s
         (("--corpus", "c.jsonl", "--port", "99999"), "cannot listen"),
     ],
 )
-def test_faults_are_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_faults_are_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
     write_corpus(tmp_path / "c.jsonl", ROWS[:3])
     (tmp_path / "bad.jsonl").write_text('{"title": "x"}\n')
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    assert main(["retriever", *arguments]) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
 
 
 def test_listening_on_ipv6() -> None:
