@@ -79,7 +79,7 @@ def test_given_weights(config: Path, tmp_path: Path, given: Path) -> None:
 # Fails when a stopped cold start begins again, or goes on with other moments, batches or learning rates than unbroken.
 @pytest.mark.parametrize("stage", ["zero0", "zero3"])
 def test_a_stopped_cold_start_continues(config: Path, tmp_path: Path, stage: str) -> None:
-    options = ["cold_start.steps=60", "cold_start.save_every=3", f"deepspeed=configs/deepspeed/{stage}.json"]
+    options = ["cold_start.steps=24", "cold_start.save_every=3", f"deepspeed=configs/deepspeed/{stage}.json"]
     finish(cold_start(config, *options, f"run_dir={tmp_path}/whole"))
     broken, folder = [*options, f"run_dir={tmp_path}/broken"], tmp_path / "broken/cold_start"
     assert any(stopped_in_the_middle(config, broken, folder) for _ in range(10))

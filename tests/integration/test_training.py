@@ -66,8 +66,8 @@ def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path, whole: 
 
 # Fails when the batch rolled out ahead has other questions or seeds, counts as fresh, or a resumed run loses a step. At
 # a learning rate of almost 0 older weights are the same weights.
-def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
-    options = ["optim.lr=1e-12", EXACT]
+def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path, whole: Path) -> None:
+    options = ["optim.lr=1e-12", EXACT, f"model.path={whole / 'cold_start'}"]
     run(config, *options)
     expected = records(tmp_path / "run", "train")
     run(config, *options, "train.max_staleness=1", f"run_dir={tmp_path}/ahead", "train.steps=2")
@@ -82,8 +82,9 @@ def test_rolling_out_a_step_ahead(config: Path, tmp_path: Path) -> None:
 # Nothing is answered yet, so length alone makes rewards differ, for some questions. Fails when ranks decide each for
 # itself (they would wait for each other for ever), the cursor or the surplus is lost by a resume, or what is rolled out
 # ahead are questions of another place. At a learning rate of almost 0 the weights stay the same.
-def test_dynamic_sampling(config: Path, tmp_path: Path) -> None:
-    on = ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.max_refills=2", "optim.lr=1e-12"]
+def test_dynamic_sampling(config: Path, tmp_path: Path, whole: Path) -> None:
+    on = [f"model.path={whole / 'cold_start'}"]
+    on += ["train.dynamic_sampling.enabled=true", "train.dynamic_sampling.max_refills=2", "optim.lr=1e-12"]
     on += ["train.dynamic_sampling.surplus=keep", "train.dynamic_sampling.on_exhausted=continue"]
     on += ["rollout.schedule=synchronous", "reward.overlong.share=0.97"]
     on += ["rollout.strategy=chain", "train.dynamic_sampling.questions_per_rollout=3"]
@@ -94,7 +95,7 @@ def test_dynamic_sampling(config: Path, tmp_path: Path) -> None:
         assert sum(record[f"sampling/{name}"] for record in expected.values()) > 0, name
     state = json.loads((tmp_path / "run/checkpoints/step_000003/state.json").read_text())
     assert state["cursor"] == sum(record["sampling/questions"] for record in expected.values())
-    same = [*on, f"run_dir={tmp_path}/two", "ranks=2", f"model.path={tmp_path}/run/cold_start"]
+    same = [*on, f"run_dir={tmp_path}/two", "ranks=2"]
     run(config, *same, "train.steps=2")
     run(config, *same)
     found = records(tmp_path / "two", "train")
@@ -119,10 +120,11 @@ def test_methods_train(config: Path, tmp_path: Path, whole: Path, method: str) -
 
 
 # Fails when a rank sees another share of questions or rows than its own, or averages differently.
-def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> None:
+def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path, whole: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    run(config, f"run_dir={one}", "train.steps=1")
-    run(config, f"run_dir={two}", "train.steps=1", "ranks=2", f"model.path={one / 'cold_start'}", launched=True)
+    options = ["train.steps=1", f"model.path={whole / 'cold_start'}"]
+    run(config, f"run_dir={one}", *options)
+    run(config, f"run_dir={two}", *options, "ranks=2", launched=True)
     (step,) = records(one, "train").values()
     assert step["tokens/prefilled"] == step["tokens/unique"]  # with the streaming schedule too
     for key in ("reward/mean", "policy/loss", "policy/grad_norm", "tokens/unique", "tokens/prefilled"):
@@ -132,11 +134,11 @@ def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path) -> No
 # Fails when a stopped run saves nothing (only a killed one has saved before), or a killed one leaves something that the
 # next cannot start from.
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
-def test_a_stopped_run_continues(config: Path, tmp_path: Path, number: signal.Signals) -> None:
-    folder = tmp_path / "run"
+def test_a_stopped_run_continues(config: Path, tmp_path: Path, whole: Path, number: signal.Signals) -> None:
+    folder, given = tmp_path / "run", f"model.path={whole / 'cold_start'}"
     killed = number == signal.SIGKILL
     process = (launch if number == signal.SIGINT else start)(
-        config, "train.steps=200", f"train.save_every={1 if killed else 0}"
+        config, given, "train.steps=200", f"train.save_every={1 if killed else 0}"
     )
     deadline = time.monotonic() + 900
     while not (list(folder.glob("checkpoints/step_*/state.json")) if killed else steps_done(folder)):
@@ -151,7 +153,7 @@ def test_a_stopped_run_continues(config: Path, tmp_path: Path, number: signal.Si
         assert "the same command continues" in output
     done = max(json.loads(p.read_text())["step"] for p in folder.glob("checkpoints/step_*/state.json"))
     assert done < 200
-    assert "resumed from" in run(config, f"train.steps={done + 1}")
+    assert "resumed from" in run(config, given, f"train.steps={done + 1}")
 
 
 def steps_done(folder: Path) -> int:
