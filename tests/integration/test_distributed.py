@@ -77,6 +77,16 @@ def test_layers_with_a_state_under_partitioning(gradients: dict[str, dict[str, n
     assert_same(gradients[f"{family}_stage3_ranks2"], gradients[f"{family}_{ALONE}_ranks1"], family, tolerance=1e-9)
 
 
+# The loss of the routers is over the unique tokens of all ranks. Fails if a rank takes its own tokens for all of them,
+# or if the factor that undoes DeepSpeed's mean over ranks is missing.
+def test_losses_of_routers_are_over_all_ranks(gradients: dict[str, dict[str, np.ndarray]]) -> None:
+    reference = gradients[f"routers_{ALONE}_ranks1"]
+    for ranks in (1, 2):
+        assert_same(gradients[f"routers_stage3_ranks{ranks}"], reference, ranks, tolerance=1e-9)
+    without, router = gradients[f"qwen3-moe_{ALONE}_ranks1"], "model.layers.0.mlp.gate.weight"
+    assert np.abs(reference[router] - without[router]).max() > 1e-3 * np.abs(without[router]).max()
+
+
 # The same for FusedLinearTurnPolicyLoss in the head of another trainer, called in the policy's forward or after it: a
 # weight that is partitioned when the loss or the backward runs, a loss_type "dapo" whose mean is not over all ranks.
 @pytest.mark.parametrize("tied", [0, 1])
