@@ -86,12 +86,23 @@ def test_a_file_with_both_of_two_tied_weights(added: float, alone: None, tmp_pat
 def test_a_weight_that_is_missing_is_drawn(alone: None, tmp_path: Path) -> None:
     """Fails if a weight that no file holds is left empty, or gets other random numbers than transformers gives it."""
     folder = change(tmp_path, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    models = []
-    for load in (lambda: load_for_training(settings("float32"), folder), lambda: load_model(folder, torch.float32)):
-        torch.manual_seed(5)
-        models.append(load())
-    assert models[0].model.layers[1].mlp.up_proj.weight.std() > 0
-    same(*models, torch.float32)
+    torch.manual_seed(5)
+    mine = load_for_training(settings("float32"), folder)
+    torch.manual_seed(5)
+    other = load_model(folder, torch.float32)
+    assert mine.model.layers[1].mlp.up_proj.weight.std() > 0
+    same(mine, other, torch.float32)
+
+
+def test_a_weight_that_transformers_keeps_in_float32(
+    alone: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if it stays so, though DeepSpeed's engine gives all weights of a whole model the same dtype."""
+    monkeypatch.setattr(Qwen3ForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
+    folder = change(tmp_path, lambda weights: None)
+    other = load_model(folder, torch.bfloat16)
+    assert other.model.norm.weight.dtype == torch.float32
+    same(load_for_training(settings("bfloat16"), folder), other, torch.bfloat16)
 
 
 def test_adapters_on_a_partitioned_model(alone: None, tmp_path: Path) -> None:
