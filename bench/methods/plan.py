@@ -46,6 +46,7 @@ CONTENDERS = {
             "at2po",
             (*_TREE, "objective.clip_low=0.03", "objective.clip_high=0.04"),
         ),
+        ("at2po, rollouts of arpo", "at2po", (*_BRANCHING, "rollout.strategy=arpo", "train.old_logprobs=recompute")),
         ("atpo", "atpo", _CHAINS),
         ("grpo", "grpo", _CHAINS),
         ("dapo", "dapo", _CHAINS),
@@ -70,8 +71,8 @@ class Budget:
     """Learning rates that are tried, with the first seed, for every contender alike."""
 
 
-FULL = Budget(generated=32_000, eval_every=2, seeds=(0, 1, 2), rates=(5e-5, 1e-4))
-QUICK = Budget(generated=16_000, eval_every=2, seeds=(0,), rates=(5e-5,))
+FULL = Budget(generated=32_000, eval_every=2, seeds=(0, 1, 2), rates=(5e-5, 1e-4, 2e-4, 4e-4))
+QUICK = Budget(generated=16_000, eval_every=2, seeds=(0,), rates=(2e-4,))
 
 
 @dataclass(frozen=True)
