@@ -115,8 +115,8 @@ class TrainConfig:
     """Source of the old log-probs: the engine, or the trainer in a pass without gradient before the first update. The
     first mini-batch needs no pass: its old log-probs are those of its own forward."""
     check_packing: bool = True
-    """Whether a run begins by comparing a small packed tree with its trajectories through the unchanged transformers
-    model, in seconds, and stops if they differ by more than rounding."""
+    """Whether a run begins by comparing log-probs and gradients of a small packed tree with those of its trajectories
+    through the unchanged transformers model, in seconds, and stops if they differ by more than rounding."""
     max_mismatch_kl: float = Field(default=0.1, gt=0)
     """Largest KL (nats a token) between the engine's and the trainer's log-probs under the same weights; more is a
     fault, and the run stops with a message."""

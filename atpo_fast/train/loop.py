@@ -70,8 +70,8 @@ class Trainer:
         self.max_prefix = max_prefix(run.config, self.objective)
         self.zero, self.watch = initialize(self.policy, run.config, run.config.optim)
         if run.config.train.check_packing:
-            found = check_packing(self.zero, self.policy, device_of(self.zero))
-            run.progress.message(f"packed tree against trajectories: {found}")
+            found = check_packing(self.policy, device_of(self.zero))
+            run.progress.message(f"packed tree against trajectories: {'; '.join(map(str, found))}")
         self.reference = self._make_reference(start)
         self.sampler = Sampler(run, start, self.zero.device, run.config.model.lora.adapters)
         self.batches = BatchSampler(self.sampler, self._questions, lambda draw: sampling_seed(run.config.seed, draw))

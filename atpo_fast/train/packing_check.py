@@ -5,12 +5,14 @@ See docs/supported_models.md#the-check-at-the-start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from atpo_fast.common.errors import InputError
 from atpo_fast.models.layers import describe_layers
@@ -25,22 +27,27 @@ BEYOND_ROUNDING = 5.0
 """How many times the tree may differ as much as a disturbance of every layer by the dtype's rounding does; right trees
 of 19 architectures in float32 and bfloat16 differ at most half of that (tests/train/test_packing_check.py)."""
 _LONGEST = 8192  # tokens of a path, unless a window is longer: then it is not reached
+_LONGEST_WITH_GRADIENT = 256  # which needs the memory of all layers, and is several blocks of the kernels
 _TURN = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Medians over the action tokens, in nats: a token that rounding sends to another expert is no outlier in them."""
+    """Medians over tokens: a token that rounding sends to another expert is no outlier in them."""
 
+    compared: str
+    """Name of what is compared."""
+    unit: str
+    """Unit of the two numbers."""
     difference: float
-    """Between the log-probs of the packed tree and of the flat trajectories."""
+    """Between the packed tree and the flat trajectories."""
     rounding: float
-    """Between those of the flat trajectories and the same with every layer's output rounded otherwise; at least the
-    spacing of the log-probs' own numbers, which a model of small weights does not leave."""
+    """Between the flat trajectories and the same with every layer's output rounded otherwise; at least the spacing of
+    the numbers themselves, which a model of small weights does not leave."""
 
     def __str__(self) -> str:
         """Say both in words."""
-        return f"log-probs differ by {self.difference:.1e} nats, rounding explains {self.rounding:.1e}"
+        return f"{self.compared} differ by {self.difference:.1e} {self.unit}, rounding explains {self.rounding:.1e}"
 
     @property
     def passed(self) -> bool:
@@ -48,45 +55,110 @@ class Comparison:
         return self.difference <= BEYOND_ROUNDING * self.rounding  # and False for NaN
 
 
-def check_packing(model: nn.Module, policy: Policy, device: torch.device) -> Comparison:
-    """Compare, and raise InputError where the packed tree differs by more than rounding.
+def check_packing(policy: Policy, device: torch.device) -> list[Comparison]:
+    """Compare log-probs and gradients, and raise InputError where the packed tree differs by more than rounding.
+
+    The policy is called itself, without DeepSpeed's engine, which would count the pass as one of training. ZeRO-3
+    gathers weights by hooks of the policy's own modules; every rank calls.
 
     Args:
-        model: the policy, or DeepSpeed's engine around it; under ZeRO-3 every rank calls.
         policy: the policy.
-        device: where the model wants its rows.
+        device: where it wants its rows.
     """
-    found = compare(model, policy, device)
-    if not found.passed:
-        raise InputError(
-            f"{policy.model.config.model_type}: the log-probs of a packed tree differ by {found.difference:.2g} nats "
-            f"from those of its trajectories through transformers, where rounding explains {found.rounding:.2g}. The "
-            "architecture is computed wrongly on trees; please report it. train.check_packing=false trains all the same"
-        )
-    return found
+    passed = []
+    for compare in (compare_logprobs, compare_gradients):
+        found = compare(policy, device)
+        if not found.passed:
+            raise InputError(
+                f"{policy.model.config.model_type}: the {found.compared} of a packed tree differ by "
+                f"{found.difference:.2g} {found.unit} from those of its trajectories through transformers, where "
+                f"rounding explains {found.rounding:.2g}. The architecture is computed wrongly on trees; please report "
+                "it. train.check_packing=false trains all the same"
+            )
+        passed.append(found)
+    return passed
 
 
 @torch.no_grad()
-def compare(model: nn.Module, policy: Policy, device: torch.device) -> Comparison:
+def compare_logprobs(policy: Policy, device: torch.device) -> Comparison:
     """Score a tree whose paths are longer than every window, packed and trajectory by trajectory."""
-    training = model.training
-    model.eval()
-    config, half_ulp = policy.model.config, torch.finfo(policy.model.dtype).eps / 2
-    tree = _tree(config.vocab_size, max(layer.window or 0 for layer in describe_layers(config)))
+    config = policy.model.config
+    window = max(layer.window or 0 for layer in describe_layers(config))
+    tree = _tree(config.vocab_size, min(window, _LONGEST))
     row = _pack(tree).to(device)
-    packed = _by_turn(row, model(row)[0])
     differences, roundings, flats = [], [], []
-    for leaf in tree.leaves:
-        path = tree.path(leaf)
-        row = _pack(_alone(tree, path)).to(device)
-        flat = model(row, plain=True)
-        with perturbed(policy.model, half_ulp):
-            roundings.append(model(row, plain=True) - flat)
-        flats.append(flat)
-        differences += [logprob - packed[path[turn]] for turn, logprob in _by_turn(row, flat).items()]
-    model.train(training)
+    with _evaluating(policy):
+        packed = _by_turn(row, policy(row)[0])
+        for leaf in tree.leaves:
+            path = tree.path(leaf)
+            row = _pack(_alone(tree, path)).to(device)
+            flat = policy(row, plain=True)
+            with _rounded_otherwise(policy.model):
+                roundings.append(policy(row, plain=True) - flat)
+            flats.append(flat)
+            differences += [logprob - packed[path[turn]] for turn, logprob in _by_turn(row, flat).items()]
     difference, rounding, size = (float(torch.cat(x).double().abs().median()) for x in (differences, roundings, flats))
-    return Comparison(difference, max(rounding, size * torch.finfo(flats[0].dtype).eps))
+    return Comparison("log-probs", "nats", difference, max(rounding, size * torch.finfo(flats[0].dtype).eps))
+
+
+def compare_gradients(policy: Policy, device: torch.device) -> Comparison:
+    """Compare gradients of the sum of the log-probs of all trajectories: those of the embeddings of the tokens.
+
+    They have come through all layers. No parameter gets a gradient.
+    """
+    tree = _tree(policy.model.config.vocab_size, _LONGEST_WITH_GRADIENT)
+    row = _pack(tree).to(device)
+    rows = [_pack(_alone(tree, tree.path(leaf))).to(device) for leaf in tree.leaves]
+    tokens = row.input_ids.unique()
+
+    def flat() -> Tensor:  # (U, D)
+        return torch.stack([_gradient(policy, one, tokens, plain=True) for one in rows]).sum(0)
+
+    with _evaluating(policy):
+        packed = _gradient(policy, row, tokens, plain=False)
+        written_out = flat()
+        with _rounded_otherwise(policy.model):
+            disturbed = flat()
+    difference, rounding = (_relative(other, written_out) for other in (packed, disturbed))
+    return Comparison("gradients", "of their size", difference, max(rounding, torch.finfo(policy.model.dtype).eps))
+
+
+def _gradient(policy: Policy, row: PackedTrees, tokens: Tensor, *, plain: bool) -> Tensor:  # (U,) -> (U, D) float64
+    """Compute the gradient of the log-probs for the embeddings of sorted tokens, summed where they recur."""
+    leaves = []
+
+    def cut(module: nn.Module, inputs: object, out: Tensor) -> Tensor:  # (1, T, D) -> (1, T, D)
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1]
+
+    hook = policy.model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        logprob = policy(row, plain=True) if plain else policy(row)[0]
+        (gradient,) = torch.autograd.grad((logprob * row.trajectory_count).sum(), leaves)
+    finally:
+        hook.remove()
+    found = gradient.new_zeros(len(tokens), gradient.shape[-1], dtype=torch.float64)
+    return found.index_add_(0, torch.searchsorted(tokens, row.input_ids), gradient[0].double())
+
+
+def _relative(one: Tensor, other: Tensor) -> float:  # (U, D), (U, D)
+    """Compute the median difference of two lists of gradients, relative to their mean sizes; at most 2."""
+    sizes = (one.norm(dim=-1) + other.norm(dim=-1)) / 2
+    reached = sizes != 0  # a window may leave tokens without effect
+    return float(((one - other).norm(dim=-1) / sizes)[reached].median())
+
+
+@contextmanager
+def _evaluating(policy: Policy) -> Iterator[None]:
+    """Put the policy into evaluation mode, in which nothing is computed again."""
+    training = policy.training
+    policy.eval()
+    yield
+    policy.train(training)
+
+
+def _rounded_otherwise(model: PreTrainedModel) -> AbstractContextManager[None]:
+    return perturbed(model, torch.finfo(model.dtype).eps / 2)
 
 
 def _tree(vocabulary: int, window: int) -> TurnTree:
@@ -96,7 +168,7 @@ def _tree(vocabulary: int, window: int) -> TurnTree:
     def tokens(count: int = _TURN) -> list[int]:
         return rng.integers(0, vocabulary, count).tolist()
 
-    tree = TurnTree(tokens(min(window, _LONGEST) + 2 * _TURN))
+    tree = TurnTree(tokens(window + 2 * _TURN))
     first = tree.add_turn(0, tokens(), observation_ids=tokens())
     tree.add_turn(first, tokens())
     tree.add_turn(tree.add_turn(first, tokens(), observation_ids=tokens(3)), tokens())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast import Objective, TurnTree, assign_credit, pack_trees
 from atpo_fast.common.choices import GradientCheckpointing
+from atpo_fast.common.ranks import reduce_over_ranks
 from atpo_fast.packing import depth_first, spread_rows
 from atpo_fast.policy import Policy
 from atpo_fast.policy.opened_rows.plan import plan_passes
@@ -83,9 +84,10 @@ def model_gradients(
     rank: int,
     world: int,
     unequal: int = 5,
+    balance: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Whole gradients of one mini-batch after the last backward."""
-    policy = Policy(model, gradient_checkpointing=choice).train()
+    """Whole gradients of one mini-batch after the last backward, and the loss of its routers if that has a weight."""
+    policy = Policy(model, gradient_checkpointing=choice, router_balance=balance).train()
     optimizer = GuardedAdamW(policy.parameters(), lr=0.0)
     GradientWatch(policy, optimizer)
     engine = start_engine(policy, optimizer, stage)
@@ -98,6 +100,8 @@ def model_gradients(
     accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
     assert (policy.skipped_tokens > 0) == (choice != "none" and bool(spread[rank]))
     out = whole_gradients(policy.model, stage)
+    if policy.router_loss is not None:
+        out["router_loss"] = reduce_over_ranks(policy.router_loss.total.clone()).numpy()
     engine.destroy()
     return out
 
@@ -138,6 +142,8 @@ def cases() -> Iterator[tuple[str, Compute]]:
         yield f"{family}_stage3_deep", partial(exact, family, 3, "deep", about.checkpointing[0])
     for family in WITH_STATES:
         yield f"{family}_stage3", partial(exact, family, 3, "4096", "none")
+    for name, stage in ((f"routers_{ALONE}", 0), ("routers_stage3", 3)):
+        yield name, partial(exact, "qwen3-moe", stage, "deep", "none", balance=0.3)
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         yield f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}", partial(module_gradients, stage, tied, inside)
 
@@ -149,7 +155,8 @@ def exact(
     choice: GradientCheckpointing,
     rank: int,
     world: int,
+    balance: float = 0.0,
 ) -> dict[str, np.ndarray]:
     """Whole gradients of one mini-batch of a model of some family, in float64."""
     with in_float64():
-        return model_gradients(make(family), stage, budget, choice, rank, world)
+        return model_gradients(make(family), stage, budget, choice, rank, world, balance=balance)

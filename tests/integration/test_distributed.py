@@ -19,7 +19,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, n
     """Gradients of every case on 1 and on 2 ranks, by file stem."""
     folder = tmp_path_factory.mktemp("gradients")
     fork_ranks(write_gradients, 1, folder)
-    fork_ranks(write_gradients, 2, folder, f"(?!({'|'.join(FAMILIES)})_{ALONE}).*")
+    fork_ranks(write_gradients, 2, folder, f"(?!({'|'.join(FAMILIES)}|routers)_{ALONE}).*")
     fork_ranks(write_gradients, 3, folder, "stage3_tied1_.*_none|stage3_.*_(layer|mlp)|filtered_stage3_.*")
     return {path.stem: dict(np.load(path)) for path in folder.glob("*.npz")}
 
@@ -79,6 +79,16 @@ def test_layers_with_a_state_under_partitioning(gradients: dict[str, dict[str, n
     for ranks in (1, 2):
         found = gradients[f"{family}_stage3_ranks{ranks}"]
         assert_same(found, gradients[f"{family}_{ALONE}_ranks1"], ranks, tolerance=1e-9)
+
+
+# The loss of the routers is over the unique tokens of all ranks. Fails if a rank takes its own tokens for all of them,
+# or if the factor that undoes DeepSpeed's mean over ranks is missing.
+def test_losses_of_routers_are_over_all_ranks(gradients: dict[str, dict[str, np.ndarray]]) -> None:
+    reference = gradients[f"routers_{ALONE}_ranks1"]
+    for ranks in (1, 2):
+        assert_same(gradients[f"routers_stage3_ranks{ranks}"], reference, ranks, tolerance=1e-9)
+    without, router = gradients[f"qwen3-moe_{ALONE}_ranks1"], "model.layers.0.mlp.gate.weight"
+    assert np.abs(reference[router] - without[router]).max() > 1e-3 * np.abs(without[router]).max()
 
 
 # The same for FusedLinearTurnPolicyLoss in the head of another trainer, called in the policy's forward or after it: a

@@ -50,6 +50,12 @@ def test_sinks(dtype: torch.dtype, window: int | None) -> None:
     assert_precise(random_row(70, 15, 1), (4, 2), 16, dtype, window=window, sinks=SINKS, prefix=3)
 
 
+def test_a_query_alone_in_the_last_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the gradient of a sink leaves that query out, which half precision would hide."""
+    monkeypatch.setattr(launch, "SINK_QUERIES", 16)
+    assert_precise(random_row(17, 5, 1), (2, 1), 16, SINGLE, sinks=[0.5, -1.0])
+
+
 @pytest.mark.parametrize("low", [-80.0, -1e30])
 def test_sinks_far_from_all_scores(low: float) -> None:
     """Fails if the sums overflow or are lost where a sink has no weight, or nearly all of it."""

@@ -9,7 +9,7 @@ import torch
 
 from atpo_fast.common.errors import InputError
 from atpo_fast.policy import Policy, attention
-from atpo_fast.train.packing_check import BEYOND_ROUNDING, check_packing, compare
+from atpo_fast.train.packing_check import BEYOND_ROUNDING, check_packing, compare_logprobs
 from tests.helpers.families import FAMILIES, make
 
 CPU = torch.device("cpu")
@@ -20,10 +20,11 @@ CPU = torch.device("cpu")
 def test_right_models_pass(name: str, dtype: torch.dtype) -> None:
     """Fails if the check stops a run whose trees are right, or leaves the model in another state."""
     policy = Policy(make(name, dtype), temperature=0.7).train()
-    found = compare(policy, policy, CPU)
-    assert 0 < found.difference <= BEYOND_ROUNDING * found.rounding / 2, found
+    for found in check_packing(policy, CPU):
+        assert 0 < found.difference <= BEYOND_ROUNDING * found.rounding / 2, found
     assert policy.training and policy.model.config._attn_implementation == attention.TREE_ATTENTION
-    assert compare(policy, policy, CPU) == found
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    assert compare_logprobs(policy, CPU) == compare_logprobs(policy, CPU)
 
 
 def test_a_model_of_small_weights_passes() -> None:
@@ -33,9 +34,7 @@ def test_a_model_of_small_weights_passes() -> None:
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(1e-6 if parameter.dim() > 1 else 1)
-    found = compare(policy, policy, CPU)
-    assert found.rounding > 1e-7
-    assert found.passed, found
+    assert all(found.rounding > 1e-7 for found in check_packing(policy, CPU))
 
 
 FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +59,26 @@ def test_wrong_attention_is_found(fault: str, dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(attention, "tree_attention", wrong)
     policy = Policy(make(name, dtype))
     with pytest.raises(InputError, match=r"log-probs of a packed tree differ.*train\.check_packing=false"):
-        check_packing(policy, policy, CPU)
+        check_packing(policy, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wrong", [0, 1, 2], ids=["queries", "keys", "values"])
+def test_a_wrong_backward_is_found(wrong: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a model would be trained whose log-probs are right and whose gradients are not."""
+    plain = attention.tree_attention
+
+    def halved(*tensors: torch.Tensor, **options: Any) -> Any:
+        watched = [tensor.view_as(tensor) for tensor in tensors[:3]]
+        if watched[wrong].requires_grad:
+            watched[wrong].register_hook(lambda gradient: gradient / 2)
+        return plain(*watched, *tensors[3:], **options)
+
+    monkeypatch.setattr(attention, "tree_attention", halved)
+    policy = Policy(make("llama", dtype))
+    assert compare_logprobs(policy, CPU).passed
+    with pytest.raises(InputError, match=r"gradients of a packed tree differ.*train\.check_packing=false"):
+        check_packing(policy, CPU)
 
 
 def test_wrong_logits_are_found() -> None:
@@ -68,4 +86,4 @@ def test_wrong_logits_are_found() -> None:
     policy = Policy(make("granite", torch.float32))
     policy.model.lm_head.temperature = 1.0
     with pytest.raises(InputError, match="architecture is computed wrongly"):
-        check_packing(policy, policy, CPU)
+        check_packing(policy, CPU)

@@ -55,10 +55,10 @@ def setup(lr: float, stage: int = 3):  # type: ignore[no-untyped-def]
 
 
 def test_the_check_at_the_start_runs_under_zero() -> None:
-    """Fails if partitioned weights are not gathered for transformers' own forward, or the next step is another one."""
+    """Fails if partitioned weights are not gathered for transformers' own pass, or the next step is another one."""
     policy, engine, watch = setup(lr=1e-2)
     before = weights(policy)
-    assert check_packing(engine, policy, torch.device("cpu")).passed
+    assert [found.passed for found in check_packing(policy, torch.device("cpu"))] == [True, True]
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(policy).items())
     row = one_row(policy)
     optimizer_step(engine, watch, [row], ONE, Objective.preset("at2po"), MetricMean(), PhaseTimer())
