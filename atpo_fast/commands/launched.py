@@ -73,7 +73,8 @@ class LaunchedVerb:
             "overrides",
             nargs="*",
             metavar="KEY=VALUE",
-            help="overrides by dotted name; values are YAML, for example optim.lr=1e-6 data.eval_files=[a.jsonl]",
+            help="overrides by dotted name; values are YAML, for example optim.lr=1e-6 data.eval_files=[a.jsonl]; "
+            "--dry-run prints all keys, docs/configuration.md explains them",
         )
         self.add_options(parser)
         add_node_arguments(parser)

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like", type=Path, metavar="RUN", help="folder of an earlier run on such devices, whose steps tell the time"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides by dotted name")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides by dotted name, as for `train`")
 
 
 def plan(arguments: argparse.Namespace) -> int:

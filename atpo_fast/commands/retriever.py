@@ -79,9 +79,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vector-dtype", choices=get_args(VectorDtype), default=vectors.vector_dtype, help="default: float16"
     )
     dense.add_argument("--query-prefix", default=vectors.query_prefix, help='before a query (default: "query: ")')
-    dense.add_argument("--passage-prefix", default=vectors.passage_prefix, help='default: "passage: "')
-    dense.add_argument("--max-tokens", type=_positive, default=vectors.max_tokens, help="longer texts are cut there")
-    dense.add_argument("--encoder-batch", type=_positive, default=vectors.batch_texts, help="texts of one forward")
+    dense.add_argument(
+        "--passage-prefix", default=vectors.passage_prefix, help='before a passage (default: "passage: ")'
+    )
+    dense.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=vectors.max_tokens,
+        help=f"longer texts are cut there (default: {vectors.max_tokens})",
+    )
+    dense.add_argument(
+        "--encoder-batch",
+        type=_positive,
+        default=vectors.batch_texts,
+        help=f"texts of one forward (default: {vectors.batch_texts})",
+    )
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:

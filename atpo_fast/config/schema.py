@@ -46,7 +46,8 @@ class Config:
     ranks: int = Field(default=1, ge=0)
     """Number of processes to launch; 0: one per GPU."""
     deepspeed: str = "configs/deepspeed/zero3.json"
-    """DeepSpeed JSON: stage and offload. Batch sizes, precision, clipping and the optimizer come from here."""
+    """DeepSpeed's JSON file, for stage, offload and buckets. Batch sizes, precision, clipping and the optimizer come
+    from this configuration; a file that sets them is refused."""
     data: DataConfig = Field(default_factory=DataConfig)
     """Questions and passages."""
     task: TaskConfig = Field(default_factory=TaskConfig)

@@ -31,6 +31,7 @@ from atpo_fast.policy.opened_rows.prefix import RowPrefix
 from atpo_fast.train.checkpoints import Checkpoints, load_checkpoint, newest_intact
 from atpo_fast.train.from_config import build_model, max_prefix
 from atpo_fast.train.identity import COLD_START, claim
+from atpo_fast.train.loading import load_for_training
 from atpo_fast.train.run import Run
 from atpo_fast.train.step import accumulate, apply_gradients
 from atpo_fast.train.weights import export_model, make_policy, trained_line, with_adapters
@@ -107,7 +108,10 @@ def _policy(run: Run, checkpoint: Path | None) -> Policy:
         config.path is not None if config.lora.cold_start is None else config.lora.cold_start
     )
     start = config if adapted or checkpoint is None else replace(config, path=str(checkpoint / "hf"))
-    model = build_model(start, run.task.tokenizer, seed)
+    if start.path is None:
+        model = build_model(start, run.task.tokenizer, seed)
+    else:
+        model = load_for_training(run.config, start.path)
     if adapted:
         model = with_adapters(model, config.lora, seed, checkpoint)
     return make_policy(model, config)

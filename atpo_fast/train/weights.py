@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import deepspeed
-import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +23,8 @@ from atpo_fast.adapters import (
 )
 from atpo_fast.config import Config, LoRAConfig, ModelConfig
 from atpo_fast.engines.weight_stream import in_buckets
-from atpo_fast.policy import Policy, load_model
+from atpo_fast.policy import Policy
+from atpo_fast.train.loading import load_for_training
 
 _BUCKET_BYTES = 256 << 20
 _SHARD_BYTES = 1 << 30
@@ -33,13 +33,13 @@ _LAYER = re.compile(r".*?\.layers\.\d+\.")
 
 
 def load_policy(config: Config, start: Path | str, checkpoint: Path | None = None) -> Policy:
-    """Load the policy as it is at the start of a run, or as a checkpoint of it has it.
+    """Load the policy as it is at the start of a run, or as a checkpoint of it has it; under ZeRO-3 a collective.
 
     With adapters (`model.lora`) it is always the model in `start`, with new adapters or with those of the checkpoint.
     """
     lora = config.model.lora
     folder = start if lora.rank or checkpoint is None else checkpoint / "hf"
-    model = load_model(folder, getattr(torch, config.model.dtype))
+    model = load_for_training(config, folder)
     return make_policy(with_adapters(model, lora, config.seed, checkpoint), config.model, config.rollout.temperature)
 
 
@@ -71,10 +71,10 @@ def with_adapters(
 
 
 def trained_line(policy: Policy) -> str:
-    """Say how many parameters of a policy with adapters are trained. Before DeepSpeed partitions them."""
-    parameters = list(policy.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    whole = sum(parameter.numel() for parameter in parameters)
+    """Say how many parameters of a policy with adapters are trained."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in policy.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    whole = sum(size for size, _ in sizes)
     return f"LoRA: trains {trained:,} of {whole:,} parameters ({trained / whole:.2%})"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -245,9 +246,10 @@ def test_a_failing_request_is_tried_again(
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_a_replica_that_is_killed_and_started_again_loses_no_question(
-    serve: Serve, connect: Connect, expected: list[TurnTree], replicas: int
+    serve: Serve, connect: Connect, expected: list[TurnTree], replicas: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Fails if requests of a dead replica are lost, or one that has come back gets none.
+    # Fails if requests of a dead replica are lost, or one that has come back gets none; if each way in which a dead one
+    # does not answer is a line of its own.
     servers = [serve() for _ in range(replicas)]
     engine = connect(*servers, affinity_slack=0)
     asked: list[int] = []  # of the first, when it was killed and when it was started again
@@ -259,6 +261,8 @@ def test_a_replica_that_is_killed_and_started_again_loses_no_question(
 
     assert_same(roll_out(engine, restart), expected)
     assert asked[1] == asked[0] < len(servers[0].bodies)
+    out, again = caplog.messages
+    assert re.match(rf"{servers[0].url} is out of use: \w+: ..", out) and again == f"{servers[0].url} is in use again"
 
 
 def test_a_replica_that_stays_dead_is_done_without(serve: Serve, connect: Connect, expected: list[TurnTree]) -> None:

@@ -11,6 +11,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from socket import socket
 from types import TracebackType
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atpo_fast.engines.sampling import SamplingTable, sample, uniforms
 from atpo_fast.retrieval.server import listen
+from tests.helpers.network import Host
 
 Fault = str | None  # "500", "429", "slow", "cut", "garbage", "no_ids", "no_logprobs"
 
@@ -38,6 +40,7 @@ class CompletionsServer:
         model: what it serves; the weights it is started with come back with every `start`.
         fault: what goes wrong with the n-th request since the beginning (from 0).
         dev_mode: offer the endpoints for weights, cache and sleep.
+        host: where it listens; None: at the loopback address.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class CompletionsServer:
         dev_mode: bool = True,
         processed_logprobs: bool = True,
         max_model_len: int = 512,
+        host: Host | None = None,
     ):
         self.make_model, self.tokenizer, self.fault = model, tokenizer, fault
         self.dev_mode, self.processed_logprobs, self.max_model_len = dev_mode, processed_logprobs, max_model_len
         self.bodies: list[dict[str, Any]] = []  # of completions asked for
+        self.askers: list[str] = []  # addresses that they came from
         self.sampled_rows: int | None = None  # tokens are sampled from the first so many rows; None: from all
         self.running = self.most_running = 0
         self.called: list[str] = []  # other endpoints, with what they were given
@@ -60,13 +65,13 @@ class CompletionsServer:
         self.slow_seconds = 600.0
         self.held = self.ever_held = 0  # requests that wait to be answered slowly; those that ever did
         self.on_change: Callable[[], None] = lambda: None  # called when one is held, and when one has been answered
-        self.port = 0
+        self.port, self.host = 0, host
         self._compute = threading.Lock()
         self.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host.address if self.host else '127.0.0.1'}:{self.port}"
 
     def __enter__(self) -> CompletionsServer:
         return self
@@ -80,7 +85,8 @@ class CompletionsServer:
         """Start, on the same port as before."""
         self.model = self.make_model().eval()
         self.cached: list[list[int]] = []  # token ids whose prefixes are in the cache
-        bound = listen("127.0.0.1", self.port)
+        with self.host.entered() if self.host else nullcontext():  # a socket stays where it was made
+            bound = listen(self.host.address if self.host else "127.0.0.1", self.port)
         self.port = bound.getsockname()[1]
         self._server = uvicorn.Server(uvicorn.Config(self._app(), log_level="critical", lifespan="off"))
         self._loop = asyncio.new_event_loop()
@@ -123,6 +129,7 @@ class CompletionsServer:
 
         @app.post("/v1/completions")
         async def completions(request: Request) -> Response:
+            self.askers.append(request.client.host if request.client else "")
             return await self._complete(await request.json())
 
         if self.dev_mode:

@@ -16,11 +16,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from tests.helpers.network import Host
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER = multiprocessing.get_context("forkserver")
@@ -28,6 +31,27 @@ SERVER.set_forkserver_preload(["tests.helpers.forked_imports"])
 FORK = multiprocessing.get_context("fork")
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that tell a rank its place in the group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one node, and the run that they belong to."""
+
+    ranks: int
+    first: int
+    """Number of their first in the run."""
+    world: int
+    """Number of ranks of the run."""
+    address: str
+    port: int
+
+    @classmethod
+    def of_launcher(cls, words: Sequence[str]) -> Group:
+        """Read the options of DeepSpeed's launcher."""
+        given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
+        nodes = [len(slots) for slots in json.loads(base64.urlsafe_b64decode(given["world_info"])).values()]
+        rank = int(given.get("node_rank", 0))
+        return cls(nodes[rank], sum(nodes[:rank]), sum(nodes), given["master_addr"], int(given["master_port"]))
 
 
 class ForkedProcess:
@@ -68,16 +92,19 @@ class ForkedProcess:
         return self._output.read_text(), None
 
 
-def start_command(*words: str, limit_bytes: int | None = None, output: Path | None = None) -> ForkedProcess:
-    """`atpo-fast` with some words, its ranks as forks of it."""
-    return ForkedProcess(_command, words, limit_bytes=limit_bytes, output=output)
+def start_command(
+    *words: str, limit_bytes: int | None = None, output: Path | None = None, host: Host | None = None
+) -> ForkedProcess:
+    """`atpo-fast` with some words, its ranks as forks of it; on a host of its own if one is given."""
+    return ForkedProcess(_command, words, host, limit_bytes=limit_bytes, output=output)
 
 
 def fork_ranks(function: Callable[..., object], ranks: int, *arguments: Any) -> None:
     """Call a function in every rank of a process group on the CPU; fails if one does."""
     from atpo_fast.commands.launcher import free_port
 
-    process = ForkedProcess(_group, function, ranks, arguments, free_port())
+    group = Group(ranks, 0, ranks, "127.0.0.1", free_port())
+    process = ForkedProcess(_group, function, arguments, group)
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output[-3000:]
 
@@ -92,9 +119,11 @@ def _call(function: Callable[..., int], arguments: Sequence[Any], output: str, l
     sys.exit(function(*arguments))
 
 
-def _command(words: Sequence[str]) -> int:
+def _command(words: Sequence[str], host: Host | None) -> int:
     from atpo_fast.commands import cli, launcher
 
+    if host is not None:
+        host.enter()
     launcher.start_ranks = _ForkedLauncher  # type: ignore[assignment,misc]  # the two attributes that are used
     return cli.main(list(words))
 
@@ -105,14 +134,10 @@ class _ForkedLauncher:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
         from atpo_fast.commands.launcher import prepare_child
 
-        words = command[command.index("atpo_fast.train") + 1 :]
-        (port,) = (word.split("=")[1] for word in command if word.startswith("--master_port="))
-        (world,) = (word.split("=", 1)[1] for word in command if word.startswith("--world_info="))
-        ranks = len(json.loads(base64.urlsafe_b64decode(world))["localhost"])
-        self._process = FORK.Process(
-            target=_launcher,
-            args=(_rank, ranks, (words, dict(environment)), int(port), prepare_child(os.getpid())),
-        )
+        module = command.index("atpo_fast.train")
+        ranks = command[module + 1 :], dict(environment)
+        group = Group.of_launcher(command[:module])
+        self._process = FORK.Process(target=_launcher, args=(_rank, ranks, group, prepare_child(os.getpid())))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -123,25 +148,21 @@ class _ForkedLauncher:
         return self._process.exitcode
 
 
-def _group(function: Callable[..., object], ranks: int, arguments: Sequence[Any], port: int) -> int:
-    _launcher(function, ranks, arguments, port)
+def _group(function: Callable[..., object], arguments: Sequence[Any], group: Group) -> int:
+    _launcher(function, arguments, group)
     return 0
 
 
 def _launcher(
-    function: Callable[..., object],
-    ranks: int,
-    arguments: Sequence[Any],
-    port: int,
-    before: Callable[[], None] | None = None,
+    function: Callable[..., object], arguments: Sequence[Any], group: Group, before: Callable[[], None] | None = None
 ) -> None:
     """Fork the ranks and wait; the first that fails ends the others, and its code is the code of this process."""
     if before is not None:
         os.setsid()
         before()
     running: dict[Any, ForkProcess] = {}
-    for rank in range(ranks):
-        process = FORK.Process(target=_in_group, args=(function, arguments, rank, ranks, port))
+    for rank in range(group.ranks):
+        process = FORK.Process(target=_in_group, args=(function, arguments, rank, group))
         process.start()
         running[process.sentinel] = process
 
@@ -162,10 +183,11 @@ def _launcher(
         sys.exit(failed)
 
 
-def _in_group(function: Callable[..., object], arguments: Sequence[Any], rank: int, ranks: int, port: int) -> None:
+def _in_group(function: Callable[..., object], arguments: Sequence[Any], rank: int, group: Group) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.environ |= dict(zip(PLACE, map(str, (rank, rank, ranks, ranks, "127.0.0.1", port)), strict=True))
+    place = (group.first + rank, rank, group.world, group.ranks, group.address, group.port)
+    os.environ |= dict(zip(PLACE, map(str, place), strict=True))
     code = function(*arguments)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+CLONE_NEWNET = 0x40000000  # setns(2)
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,29 @@ class Host:
 
     def command(self, *words: str) -> list[str]:
         return ["ip", "netns", "exec", self.name, *words]
+
+    def enter(self) -> None:
+        """Put this thread on the host; its sockets, and the processes and threads that it starts, belong there."""
+        _enter(f"/run/netns/{self.name}")
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Put this thread on the host for a while. A socket or thread that it has made there stays there."""
+        before = f"/proc/self/task/{threading.get_native_id()}/ns/net"
+        descriptor = os.open(before, os.O_RDONLY)
+        try:
+            self.enter()
+            yield
+        finally:
+            _enter(f"/proc/self/fd/{descriptor}")
+            os.close(descriptor)
+
+    def unplug(self) -> None:
+        """Pull the cable: what is sent from now on is lost, and nobody is told."""
+        _ip("-n", self.name, "link", "set", "eth0", "down")
+
+    def plug_in(self) -> None:
+        _ip("-n", self.name, "link", "set", "eth0", "up")
 
 
 def namespaces_allowed() -> bool:
@@ -72,6 +99,16 @@ def remote_shell(folder: Path) -> str:
     path.write_text('#!/bin/sh\nexec ip netns exec "$1" sh -c "$2"\n')
     path.chmod(0o755)
     return str(path)
+
+
+def _enter(path: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if libc.setns(descriptor, CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"setns {path}")
+    finally:
+        os.close(descriptor)
 
 
 def _ip(*words: str) -> None:

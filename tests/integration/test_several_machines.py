@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
 
+from atpo_fast.config import ServerConfig, load_config
+from atpo_fast.engines.server import pool as server_pool
+from atpo_fast.engines.server.engine import ServerEngine
+from atpo_fast.policy import load_model
+from atpo_fast.task import load_task
+from atpo_fast.train.from_config import build_model
+from tests.helpers.completions_server import CompletionsServer
+from tests.helpers.forked_runs import ForkedProcess, start_command
 from tests.helpers.network import Host, hosts, kill_all, namespaces_allowed, remote_shell
 from tests.helpers.runs import ROOT, records, run, write_config
+from tests.helpers.served_requests import request
 
 pytestmark = [
     pytest.mark.distributed,
@@ -76,3 +89,110 @@ def test_two_hosts_equal_two_ranks_and_survive_a_power_cut(pair: list[Host], tmp
     for step, record in theirs.items():
         for key in SAME:
             assert ours[step][key] == pytest.approx(record[key], rel=1e-6), (step, key)
+
+
+# ---- a server engine on a host of its own
+
+
+class Served:
+    """A model that is trained, and servers that start with another one: the trainer's weights are given to them."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, write_config(folder)
+        self.tokenizer: PreTrainedTokenizerBase = load_task(load_config(self.config)).tokenizer
+        for seed, name in ((0, "model"), (1, "other")):
+            build_model(load_config(self.config).model, self.tokenizer, seed).save_pretrained(folder / name)
+            self.tokenizer.save_pretrained(folder / name)
+
+    def start(self, host: Host | None = None) -> CompletionsServer:
+        return CompletionsServer(lambda: load_model(self.folder / "other", torch.float32), self.tokenizer, host=host)
+
+    def words(self, server: CompletionsServer, name: str) -> list[str]:
+        """Options and overrides of a run into the folder `name`."""
+        options = [f"run_dir={self.folder / name}", f"model.path={self.folder / 'model'}", "engine.name=server"]
+        options += [f"engine.urls=[{server.url}]", f"engine.weights_dir={self.folder / name}-weights"]
+        options += ["engine.retries=50", "engine.backoff_seconds=0"]  # it often draws embedding rows without a token
+        options += ["rollout.initial_chains=2", "rollout.max_turn_tokens=8", "rollout.max_response_tokens=48"]
+        return [
+            "--config",
+            str(self.config),
+            *options,
+            "rollout.schedule=synchronous",
+            "world.eval_questions=2",
+            "engine.health_seconds=3600",
+        ]
+
+
+def wait_for(condition: Callable[[], bool], nodes: Sequence[ForkedProcess] = (), seconds: float = 900.0) -> None:
+    """Wait until something holds; fails when a node ends before, and after so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        for node in nodes:
+            assert node.poll() is None, node.communicate(1)[0][-3000:]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+# The third host's server draws by the seed of each request, so that every step has to equal that of two ranks on one
+# host. It ends while both hosts wait for it, and comes back with the weights that it was started with. At last it ends
+# for good. Fails when a host cannot reach the other one's or the server's address, when the ranks do not agree on who
+# gives the server its weights, when a question or the last weights are lost with a server that restarts, and when a
+# run without a server hangs or does not say which one is missing.
+def test_two_hosts_train_with_a_server_on_a_third(tmp_path: Path) -> None:
+    served = Served(tmp_path)
+    with served.start() as server:
+        node = start_command("train", *served.words(server, "one"), "ranks=2", "train.steps=2")
+        output, _ = node.communicate(timeout=900)
+        assert node.returncode == 0, output[-3000:]
+        assert server.called.count("collective_rpc") == 3  # in the beginning and after each step
+    with hosts(3) as trio, served.start(trio[2]) as server:
+        waiting = 2  # the requests after so many weights are held: those of the second step
+        server.fault = lambda number: "slow" if server.called.count("collective_rpc") == waiting else None
+        place = ["--nodes=2", f"--master={trio[0].address}:29518"]
+        words = ["train", *place, *served.words(server, "two"), "engine.patience_seconds=60", "train.steps=3"]
+        outputs = [tmp_path / f"node{rank}" for rank in range(2)]
+        nodes = [
+            start_command(*words, f"--node-rank={rank}", output=outputs[rank], host=host)
+            for rank, host in enumerate(trio[:2])
+        ]
+        wait_for(lambda: server.held == 8, nodes)  # 2 chains of 4 questions
+        server.kill()
+        wait_for(lambda: all(f"{server.url} is out of use" in output.read_text() for output in outputs), nodes)
+        waiting = 5  # each rank gives the server the last weights again; then those after the second step
+        server.start()
+        wait_for(lambda: server.held == 8, nodes)
+        server.kill()
+        said = [node.communicate(timeout=900)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [1, 1], said
+        assert set(server.askers) == {trio[0].address, trio[1].address}
+        message = rf"no server was up for 60 s \(engine.patience_seconds\): {server.url}: .*\. Check engine.urls"
+        assert any(re.search(f"^error: .*{message}$", text, re.MULTILINE) for text in said), said
+        assert all("is in use again" in text and "Traceback" not in text for text in said), said
+    one, two = records(tmp_path / "one", "train"), records(tmp_path / "two", "train")
+    assert one.keys() == two.keys() == {1, 2}
+    for step, record in one.items():
+        for key in SAME[:-1]:  # what the server finds in its cache depends on the order of the requests
+            assert two[step][key] == pytest.approx(record[key], rel=1e-6), (step, key)
+        assert two[step]["rollout/mismatch_kl"] < 1e-6
+
+
+# Fails when an engine waits for an answer of a machine that has lost its power or cable, which closes no connection.
+def test_a_server_whose_machine_vanishes_is_asked_again(
+    pair: list[Host], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_pool, "_PROBE_SECONDS", 1)
+    monkeypatch.setattr(server_pool, "_PROBES", 1)
+    served = Served(tmp_path)
+    with served.start(pair[1]) as server, ExitStack() as stack:
+        server.fault = lambda number: "slow" if number == 0 else None
+        config = ServerConfig(urls=[server.url], backoff_seconds=0.01, health_seconds=3600.0)
+        with pair[0].entered():  # so are the engine's threads
+            engine = ServerEngine(tmp_path / "other", served.tokenizer, config)
+        stack.callback(engine.close)
+        engine.submit([request()])
+        wait_for(lambda: server.held == 1)
+        pair[1].unplug()
+        wait_for(lambda: not engine._pool.replicas[0].up, seconds=120.0)
+        pair[1].plug_in()
+        wait_for(lambda: bool(engine.poll()))
+        assert server.askers == [pair[0].address] * 2

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
@@ -29,6 +31,8 @@ _ADMIN_SECONDS = 600.0  # longest wait for sleep, wake and weights
 _LONGEST_BACKOFF = 30.0
 _DOWN_SECONDS = 1.0  # between checks of a replica that is down
 _OPENING_SECONDS = 0.02
+_PROBE_SECONDS = 15  # between the kernel's probes of a silent connection: a machine that vanishes closes none
+_PROBES = 4  # unanswered ones that end the connection
 _DEV_MODE = "start vLLM with VLLM_SERVER_DEV_MODE=1, in a network where nobody else reaches it"
 
 
@@ -67,8 +71,8 @@ class ReplicaPool:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         # The servers stand in the cluster: the environment's proxies are not used, its certificates are.
-        direct = dict.fromkeys(("all://", "http://", "https://"))
-        self._client = httpx.AsyncClient(limits=limits, timeout=timeout, headers=self._headers, mounts=direct)
+        transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=_socket_options())
+        self._client = httpx.AsyncClient(transport=transport, timeout=timeout, headers=self._headers)
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
         while not all(replica.asked for replica in self.replicas) or not any(replica.up for replica in self.replicas):
             if self._refused is not None:
@@ -139,7 +143,8 @@ class ReplicaPool:
             replica.look.set()
             raise TransientError(f"no answer within {seconds:g} s") from error
         except httpx.HTTPError as error:
-            raise TransientError(f"{type(error).__name__}: {error}", down=True) from error
+            words = str(error) or "the connection was lost"
+            raise TransientError(f"{type(error).__name__}: {words}", down=True) from error
 
     # Health
 
@@ -160,7 +165,8 @@ class ReplicaPool:
 
     def _out(self, replica: Replica, error: Exception) -> None:
         problem = str(error) or type(error).__name__
-        if problem != replica.problem:
+        told = not replica.up and replica.asked and isinstance(error, TransientError)  # it has gone down already
+        if problem != replica.problem and not told:
             _LOG.warning("%s is out of use: %s", replica.url, problem)
         if self._opening and isinstance(error, ServerError):
             self._refused = ServerError(f"{replica.url}: {problem}")
@@ -286,6 +292,21 @@ class ReplicaPool:
                 "it has to be restarted"
             )
         await self._ask_optional(replica, "/reset_prefix_cache")
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    """Return the options with which the kernel finds out that a server's machine has vanished.
+
+    A server that is only slow stays connected: its kernel answers the probes.
+    """
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    if sys.platform == "linux":
+        options += [(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_SECONDS)]
+        options += [(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_SECONDS)]
+        options += [(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)]
+        unanswered = 1000 * _PROBE_SECONDS * (1 + _PROBES)  # milliseconds, for data on its way, which stops the probes
+        options += [(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, unanswered)]
+    return options
 
 
 def _base(url: str) -> str:
