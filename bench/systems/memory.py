@@ -1,7 +1,8 @@
 """`python -m bench memory`: the memory that `atpo-fast plan` tells beside what PyTorch's allocator held, on a CPU.
 
 Each case makes a policy, hands it to DeepSpeed and takes two optimizer steps over two rows, on one rank and on two.
-Everything is allocated while the profiler looks, so the peak is exact and the same in every run.
+Everything is allocated while the profiler looks, so the peak is exact. On two ranks it is the same in every run only on
+a quiet machine: what waits for the other rank stays allocated meanwhile.
 """
 
 from __future__ import annotations
