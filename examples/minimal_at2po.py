@@ -1,6 +1,6 @@
 """AT²PO in one visible loop: search → score → credit → pack → gradient → sync, in the embedded world.
 
-    python examples/minimal_at2po.py [--cold-start-steps 150] [--steps 20] [--device cuda]
+    python examples/minimal_at2po.py [--cold-start-steps 350] [--steps 24] [--device cuda]
 
 A small model made from scratch imitates scripted demonstrations, most of which are bad, and then learns by tree search
 to answer questions of one or two look-ups with a search tool. One process, no DeepSpeed, no run folder, minutes on two
@@ -56,13 +56,14 @@ def train(cold_start_steps: int, steps: int, device: str = "cpu") -> list[float]
     cold_start(policy, task, cold_start_steps, draw)
 
     objective = Objective.preset("at2po")  # a ratio per turn, clipped at 3e-3 and 4e-3, no KL
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-4, weight_decay=0.0)
     model = build_model(CONFIG.model, task.tokenizer, CONFIG.seed)
     engine = PagedEngine(model, task.tokenizer, cache_tokens=65536, device=device)
     engine.update_weights(policy.model.named_parameters())
     toolbox = make_toolbox(CONFIG.tools, task.passages)
     search = TreeSearch(engine, task.tokenizer, toolbox, CONFIG.rollout, CONFIG.tools, cache_tokens=65536)
 
+    print(f"EM on {len(task.eval)} evaluation questions: {evaluate(search, task):.3f}", flush=True)
     right = []
     for step in range(steps):
         questions = [task.train[i] for i in draw.choice(len(task.train), QUESTIONS_PER_STEP, replace=False)]
@@ -127,8 +128,8 @@ def evaluate(search: TreeSearch, task: Task) -> float:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cold-start-steps", type=int, default=150, help="optimizer steps of imitation")
-    parser.add_argument("--steps", type=int, default=20, help="steps of reinforcement learning")
+    parser.add_argument("--cold-start-steps", type=int, default=350, help="optimizer steps of imitation")
+    parser.add_argument("--steps", type=int, default=24, help="steps of reinforcement learning")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     train(arguments.cold_start_steps, arguments.steps, arguments.device)

@@ -65,7 +65,8 @@ def compare_on_a_rank(folder: str) -> None:
     join_process_group(cuda=False)
     for case in (Case(1, "bfloat16", "none"), Case(3, "float32", "layer")):
         config = configuration(case, Path(folder))
-        found, peaks = planned(config, model_size(config), ranks=2), []
+        found = planned(config, model_size(config), ranks=2)
+        peaks: list[int] = []
         near = torch.zeros(1)
         while not near and len(peaks) < 5:
             peaks.append(measured(config))
