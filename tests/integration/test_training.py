@@ -187,7 +187,7 @@ def test_a_killed_rank_is_told(config: Path, tmp_path: Path, whole: Path) -> Non
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     (launcher,) = psutil.Process(process.pid).children()
-    max(launcher.children(), key=lambda rank: rank.create_time()).kill()
+    max(launcher.children(), key=lambda rank: rank.pid).kill()  # rank 1: rank 0 tells
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 137
     assert "a rank was ended by SIGKILL" in output and "another rank has ended" in output
