@@ -92,7 +92,7 @@ def measure(folder: Path, out: Path) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Load the models below a folder as they are trained and as transformers does; both are the same to the bit."""
+    """Load the models below a folder as they are trained and as transformers does; weights are the same to the bit."""
     join_process_group(cuda=False)
     for stored in sorted(folder.iterdir()):
         for dtype in (torch.float32, torch.bfloat16):
@@ -102,7 +102,7 @@ def compare(folder: Path) -> None:
 
 
 def same(mine: PreTrainedModel, other: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Fail unless a model has the weights, ties, buffers and logits of a whole one in a dtype."""
+    """Fail unless a model has weights, ties and buffers of a whole one in a dtype, and its logits but for rounding."""
     for parameter in other.parameters():  # DeepSpeed's engine does it to what transformers keeps in float32
         parameter.data = parameter.data.to(dtype)
     theirs = dict(other.named_parameters())
@@ -116,4 +116,6 @@ def same(mine: PreTrainedModel, other: PreTrainedModel, dtype: torch.dtype) -> N
         for name, buffer in mine.named_buffers():
             assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
         if dtype == torch.float32:
-            assert torch.equal(mine(input_ids=IDS).logits, other(input_ids=IDS).logits)
+            found_logits, logits = mine(input_ids=IDS).logits, other(input_ids=IDS).logits
+            # Products round by where their operands lie in memory: equal weights give equal logits but for rounding.
+            assert (found_logits - logits).abs().max() <= 1e-4 * logits.abs().max(), name
