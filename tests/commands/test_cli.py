@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from atpo_fast.common.manifest import write_manifest
 from atpo_fast.config import Config, ConfigError, load_config
 from atpo_fast.train.__main__ import main as launched
 from atpo_kernels.hosts.check import Host
+from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = "configs/quickstart.yaml"
@@ -281,13 +281,13 @@ def test_ranks_stop_with_the_command(record: Path, number: signal.Signals) -> No
     command = subprocess.Popen([sys.executable, "-c", LAUNCH, str(ROOT)], cwd=record)
     ranks: list[psutil.Process] = []
     try:
-        _wait_for(lambda: (record / "env_0").exists() and (record / "env_1").exists())
+        wait_for(lambda: (record / "env_0").exists() and (record / "env_1").exists(), seconds=300)
         started = psutil.Process(command.pid).children(recursive=True)
         ranks += [process for process in started if "--local_rank" in " ".join(process.cmdline())]
         assert len(ranks) == 2
         command.send_signal(number)
         code = command.wait(timeout=300)
-        _wait_for(lambda: not any(_runs(rank) for rank in ranks))
+        wait_for(lambda: not any(_runs(rank) for rank in ranks), seconds=300)
     finally:  # leave nothing behind when the test fails
         command.kill()
         for rank in ranks:
@@ -300,13 +300,6 @@ def test_ranks_stop_with_the_command(record: Path, number: signal.Signals) -> No
 
 def _runs(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
 
 
 def test_placement_on_the_cpu() -> None:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from atpo_fast.policy import load_model
 from atpo_fast.task import load_task
 from atpo_fast.train.from_config import build_model
 from tests.helpers.completions_server import CompletionsServer
-from tests.helpers.forked_runs import ForkedProcess, start_command
+from tests.helpers.forked_runs import start_command
 from tests.helpers.network import Host, hosts, kill_all, namespaces_allowed, remote_shell
 from tests.helpers.runs import ROOT, records, run, write_config
 from tests.helpers.served_requests import request
+from tests.helpers.waiting import wait_for
 
 pytestmark = [
     pytest.mark.distributed,
@@ -121,16 +122,6 @@ class Served:
             "world.eval_questions=2",
             "engine.health_seconds=3600",
         ]
-
-
-def wait_for(condition: Callable[[], bool], nodes: Sequence[ForkedProcess] = (), seconds: float = 900.0) -> None:
-    """Wait until something holds; fails when a node ends before, and after so many seconds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        for node in nodes:
-            assert node.poll() is None, node.communicate(1)[0][-3000:]
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 # The third host's server draws by the seed of each request, so that every step has to equal that of two ranks on one
