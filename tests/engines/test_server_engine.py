@@ -16,12 +16,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 from fastapi.responses import JSONResponse
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from atpo_fast.config import Config, RolloutConfig, ServerConfig, ToolsConfig, load_config
+from atpo_fast.config import Config, RolloutConfig, ServerConfig, ToolsConfig
 from atpo_fast.engines.base import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.server import pool as server_pool
@@ -29,14 +28,12 @@ from atpo_fast.engines.server.engine import ServerEngine
 from atpo_fast.engines.server.protocol import ServerError
 from atpo_fast.engines.server.weights import folder_weights, write_weights
 from atpo_fast.environment import ToolBox
-from atpo_fast.policy import load_model
 from atpo_fast.rollout import TreeSearch, in_order
-from atpo_fast.task import load_task
-from atpo_fast.train.from_config import build_model
 from atpo_fast.tree import TurnTree
 from tests.helpers.completions_server import CompletionsServer, Fault
-from tests.helpers.runs import TINY, records, run
+from tests.helpers.runs import records, run
 from tests.helpers.scripted_engine import Search, as_data, questions
+from tests.helpers.served_model import ServedModel
 from tests.helpers.served_requests import PROMPTS, SMALL, request
 
 Serve = Callable[..., CompletionsServer]
@@ -527,21 +524,10 @@ def test_the_key_comes_from_the_environment(serve: Serve, connect: Connect, monk
 def test_two_ranks_train_with_servers(tmp_path: Path) -> None:
     # Fails if the ranks do not agree on who writes the weights, a server keeps old ones, or its log-probs are another
     # distribution's: the trainer's own, under the same weights, are the same.
-    settings = {**TINY, "run_dir": str(tmp_path / "run"), "ranks": 2, "model": TINY["model"]}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    config = load_config(tmp_path / "tiny.yaml")
-    tokenizer = load_task(config).tokenizer
-    for seed, name in ((0, "model"), (1, "other")):
-        build_model(config.model, tokenizer, seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-
-    def served() -> PreTrainedModel:
-        return load_model(tmp_path / "other", torch.float32)  # the trainer's weights are given to it
-
-    with CompletionsServer(served, tokenizer) as one, CompletionsServer(served, tokenizer) as two:
-        options = ["engine.name=server", f"engine.urls=[{one.url}, {two.url}]"]
-        options += [f"engine.weights_dir={tmp_path / 'shared'}", f"model.path={tmp_path / 'model'}"]
-        run(tmp_path / "tiny.yaml", "train.steps=2", "rollout.initial_chains=4", *options)
+    served = ServedModel(tmp_path)
+    with served.start() as one, served.start() as two:
+        overrides = served.overrides("run", one, two)
+        run(served.config, *overrides, "ranks=2", "train.steps=2", "rollout.initial_chains=4")
         assert one.bodies and two.bodies
     steps = records(tmp_path / "run", "train")
     assert sorted(steps) == [1, 2]

@@ -12,19 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from atpo_fast.config import ServerConfig, load_config
+from atpo_fast.config import ServerConfig
 from atpo_fast.engines.server import pool as server_pool
 from atpo_fast.engines.server.engine import ServerEngine
-from atpo_fast.policy import load_model
-from atpo_fast.task import load_task
-from atpo_fast.train.from_config import build_model
 from tests.helpers.completions_server import CompletionsServer
 from tests.helpers.forked_runs import start_command
 from tests.helpers.network import Host, hosts, kill_all, namespaces_allowed, remote_shell
 from tests.helpers.runs import ROOT, records, run, write_config
+from tests.helpers.served_model import ServedModel
 from tests.helpers.served_requests import request
 from tests.helpers.waiting import wait_for
 
@@ -95,33 +91,12 @@ def test_two_hosts_equal_two_ranks_and_survive_a_power_cut(pair: list[Host], tmp
 # ---- a server engine on a host of its own
 
 
-class Served:
-    """A model that is trained, and servers that start with another one: the trainer's weights are given to them."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.config = folder, write_config(folder)
-        self.tokenizer: PreTrainedTokenizerBase = load_task(load_config(self.config)).tokenizer
-        for seed, name in ((0, "model"), (1, "other")):
-            build_model(load_config(self.config).model, self.tokenizer, seed).save_pretrained(folder / name)
-            self.tokenizer.save_pretrained(folder / name)
-
-    def start(self, host: Host | None = None) -> CompletionsServer:
-        return CompletionsServer(lambda: load_model(self.folder / "other", torch.float32), self.tokenizer, host=host)
-
-    def words(self, server: CompletionsServer, name: str) -> list[str]:
-        """Options and overrides of a run into the folder `name`."""
-        options = [f"run_dir={self.folder / name}", f"model.path={self.folder / 'model'}", "engine.name=server"]
-        options += [f"engine.urls=[{server.url}]", f"engine.weights_dir={self.folder / name}-weights"]
-        options += ["engine.retries=50", "engine.backoff_seconds=0"]  # it often draws embedding rows without a token
-        options += ["rollout.initial_chains=2", "rollout.max_turn_tokens=8", "rollout.max_response_tokens=48"]
-        return [
-            "--config",
-            str(self.config),
-            *options,
-            "rollout.schedule=synchronous",
-            "world.eval_questions=2",
-            "engine.health_seconds=3600",
-        ]
+def small_run(served: ServedModel, server: CompletionsServer, name: str) -> list[str]:
+    """Options and overrides of a small run into the folder `name`."""
+    words = ["--config", str(served.config), *served.overrides(name, server), "rollout.schedule=synchronous"]
+    words += ["engine.retries=50", "engine.backoff_seconds=0"]  # it often draws embedding rows without a token
+    words += ["rollout.initial_chains=2", "rollout.max_turn_tokens=8", "rollout.max_response_tokens=48"]
+    return [*words, "world.eval_questions=2", "engine.health_seconds=3600"]
 
 
 # The third host's server draws by the seed of each request, so that every step has to equal that of two ranks on one
@@ -130,9 +105,9 @@ class Served:
 # gives the server its weights, when a question or the last weights are lost with a server that restarts, and when a
 # run without a server hangs or does not say which one is missing.
 def test_two_hosts_train_with_a_server_on_a_third(tmp_path: Path) -> None:
-    served = Served(tmp_path)
+    served = ServedModel(tmp_path)
     with served.start() as server:
-        node = start_command("train", *served.words(server, "one"), "ranks=2", "train.steps=2")
+        node = start_command("train", *small_run(served, server, "one"), "ranks=2", "train.steps=2")
         output, _ = node.communicate(timeout=900)
         assert node.returncode == 0, output[-3000:]
         assert server.called.count("collective_rpc") == 3  # in the beginning and after each step
@@ -140,7 +115,7 @@ def test_two_hosts_train_with_a_server_on_a_third(tmp_path: Path) -> None:
         waiting = 2  # the requests after so many weights are held: those of the second step
         server.fault = lambda number: "slow" if server.called.count("collective_rpc") == waiting else None
         place = ["--nodes=2", f"--master={trio[0].address}:29518"]
-        words = ["train", *place, *served.words(server, "two"), "engine.patience_seconds=60", "train.steps=3"]
+        words = ["train", *place, *small_run(served, server, "two"), "engine.patience_seconds=60", "train.steps=3"]
         outputs = [tmp_path / f"node{rank}" for rank in range(2)]
         nodes = [
             start_command(*words, f"--node-rank={rank}", output=outputs[rank], host=host)
@@ -173,7 +148,7 @@ def test_a_server_whose_machine_vanishes_is_asked_again(
 ) -> None:
     monkeypatch.setattr(server_pool, "_PROBE_SECONDS", 1)
     monkeypatch.setattr(server_pool, "_PROBES", 1)
-    served = Served(tmp_path)
+    served = ServedModel(tmp_path)
     with served.start(pair[1]) as server, ExitStack() as stack:
         server.fault = lambda number: "slow" if number == 0 else None
         config = ServerConfig(urls=[server.url], backoff_seconds=0.01, health_seconds=3600.0)
