@@ -272,10 +272,17 @@ def _write(partial: Path, jobs: list[Files], rank: int) -> dict[str, Digest]:
     """Write files, and compute the digests of this rank's own: those of its state, on the main rank all the others."""
     for job in jobs:
         job(partial)
-    mine = (f"{FOLDER}/rank_{rank:05d}_", f"{FOLDER}/random_{rank:05d}.")
-    names = [str(path.relative_to(partial)) for path in files_below(partial)]
-    own = [name for name in names if name.startswith(mine) or (rank == 0 and not name.startswith(f"{FOLDER}/"))]
-    return {name: settle(partial / name) for name in own}
+    return {str(path.relative_to(partial)): settle(path) for path in _own_files(partial, rank)}
+
+
+def _own_files(partial: Path, rank: int) -> list[Path]:
+    """List a rank's files. It looks at no others: the main rank moves the model's about while the rest are done."""
+    state = partial / FOLDER
+    own = [*state.glob(f"rank_{rank:05d}_*"), *state.glob(f"random_{rank:05d}.*")]
+    if rank == 0:
+        beside = [path for path in partial.iterdir() if path != state]
+        own += [file for path in beside for file in (files_below(path) if path.is_dir() else [path])]
+    return own
 
 
 def _random_file(rank: int) -> str:

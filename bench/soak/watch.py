@@ -49,7 +49,8 @@ class Watch:
         for name, process in named.items():
             with contextlib.suppress(psutil.Error), process.oneshot():
                 held = process.memory_info().rss / 1e6, process.num_threads(), process.num_fds()
-                self.samples.append(Sample(name, self._life, self._age, step, *held))
+                if all(held):  # one that is ending holds nothing any more
+                    self.samples.append(Sample(name, self._life, self._age, step, *held))
 
 
 def growth(samples: Iterable[Sample], quantity: str, warm_up: int) -> dict[str, dict[str, float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from atpo_fast.common.manifest import MANIFEST, damage, write_manifest
-from atpo_fast.train.checkpoints import kept
+from atpo_fast.train.checkpoints import _write, kept
 from tests.helpers.runs import records, run, write_config
 
 EXACT = "rollout.schedule=synchronous"
@@ -63,6 +64,35 @@ def test_every_damage_is_named(whole: Path, tmp_path: Path, kind: str) -> None:
     name, harm = DAMAGES[kind]
     harm(folder / name)
     assert name in str(damage(folder))
+
+
+# The main rank writes each shard of a model into a folder of its own, which is gone once they are joined. Fails when
+# another rank, which is done before, looks into it: its checkpoint ended the run now and then.
+def test_a_rank_looks_at_its_own_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "state").mkdir()
+    ended = threading.Event()
+
+    def join_shards() -> None:
+        while not ended.is_set():
+            for number in range(20):
+                (tmp_path / f"hf/.part_{number}").mkdir()
+            for number in range(20):
+                (tmp_path / f"hf/.part_{number}").rmdir()
+
+    def write(folder: Path) -> None:
+        for name in ("rank_00001_000.safetensors", "random_00001.safetensors", "rank_00010_000.safetensors"):
+            (folder / "state" / name).touch()
+
+    thread = threading.Thread(target=join_shards)
+    thread.start()
+    try:
+        for _ in range(300):
+            found = _write(tmp_path, [write], 1)
+            assert found.keys() == {"state/rank_00001_000.safetensors", "state/random_00001.safetensors"}
+    finally:
+        ended.set()
+        thread.join()
 
 
 # Fails when a manifest may lead out of its folder: a run would then open whatever another one has planted.
