@@ -55,8 +55,8 @@ def part(found: MemoryPlan, name: str) -> float:
 def compare_on_a_rank(folder: str) -> None:
     """Plan small trainings and measure them, in one process of a group of two.
 
-    What another rank is late for stays allocated meanwhile: on a busy machine a rank holds up to 28 % more. So a case
-    that is beyond the bound on either rank is measured again on both.
+    What another rank is late for stays allocated meanwhile: on a busy machine a rank holds up to 28 % more. So the
+    least of several peaks counts, of each rank by itself: it is the other one that is late.
     """
     import torch.distributed as dist
 
@@ -70,7 +70,7 @@ def compare_on_a_rank(folder: str) -> None:
         near = torch.zeros(1)
         while not near and len(peaks) < 5:
             peaks.append(measured(config))
-            near[0] = abs(max(found.values()) / peaks[-1] - 1) <= BOUND
+            near[0] = abs(max(found.values()) / min(peaks) - 1) <= BOUND
             dist.all_reduce(near, dist.ReduceOp.MIN)
         assert near, (case, found, peaks)
 
