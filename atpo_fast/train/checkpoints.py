@@ -278,7 +278,7 @@ def _write(partial: Path, jobs: list[Files], rank: int) -> dict[str, Digest]:
 def _own_files(partial: Path, rank: int) -> list[Path]:
     """List a rank's files. It looks at no others: the main rank moves the model's about while the rest are done."""
     state = partial / FOLDER
-    own = [*state.glob(f"rank_{rank:05d}_*"), *state.glob(f"random_{rank:05d}.*")]
+    own = [state / _random_file(rank), *state.glob(f"rank_{rank:05d}_*")]
     if rank == 0:
         beside = [path for path in partial.iterdir() if path != state]
         own += [file for path in beside for file in (files_below(path) if path.is_dir() else [path])]

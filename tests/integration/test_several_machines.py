@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,9 +69,7 @@ def start_nodes(pair: list[Host], folder: Path, config: Path) -> subprocess.Pope
 def test_two_hosts_equal_two_ranks_and_survive_a_power_cut(pair: list[Host], tmp_path: Path, one_machine: Path) -> None:
     config = write_config(tmp_path)
     process = start_nodes(pair, tmp_path, config)
-    while not (tmp_path / "run/checkpoints/step_000001").is_dir():
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        time.sleep(0.05)
+    wait_for((tmp_path / "run/checkpoints/step_000001").is_dir, [process])
     kill_all(pair[1])
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 137, output[-3000:]
