@@ -35,7 +35,7 @@ def check_shared_files(config: Config, task: Task, folder: Path) -> None:
         return
     mark = _leave_mark(folder)
     seen = {
-        "configuration": text_digest([json.dumps(as_dict(config), sort_keys=True, default=str)]),
+        "configuration": text_digest([json.dumps(_shared_settings(config), sort_keys=True, default=str)]),
         "run folder": str((folder / mark).is_file()),
         "model": text_digest(_model_files(config.model.path)),
         "questions": questions_digest((*task.train, *task.eval)),
@@ -53,6 +53,11 @@ def check_shared_files(config: Config, task: Task, folder: Path) -> None:
     ]
     if problems:
         raise ValueError("the nodes do not see the same: " + "; ".join(problems))
+
+
+def _shared_settings(config: Config) -> dict[str, Any]:
+    """Return what all nodes have to set alike: everything but `ranks`, since a node may have fewer devices."""
+    return {name: value for name, value in as_dict(config).items() if name != "ranks"}
 
 
 def _leave_mark(folder: Path) -> str:
