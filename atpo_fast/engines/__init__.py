@@ -66,7 +66,6 @@ def make_engine(
         EngineError: servers that are not there, or that cannot do what is needed.
     """
     engine, rollout = config.engine, config.rollout
-    held = adapters if _holds_adapters(config) else None
     if isinstance(engine, ServerConfig):
         from atpo_fast.engines.server.engine import ServerEngine
 
@@ -75,8 +74,8 @@ def make_engine(
         from atpo_fast.engines.paged import PagedEngine
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(config, engine))
-        if held is not None:
-            model = add_adapters(model, held, config.seed)
+        if adapters is not None and _holds_adapters(config, engine):
+            model = add_adapters(model, adapters, config.seed)
         tokens, states = engine.cache_tokens, engine.cache_states
         return PagedEngine(model, tokenizer, cache_tokens=tokens, cache_states=states, device=device)
     if isinstance(engine, VLLMConfig):
@@ -92,7 +91,7 @@ def make_engine(
             device=device,
             truncates=rollout.top_k > 0 or rollout.top_p < 1,
             seed=config.seed,
-            adapters=held,
+            adapters=adapters if _holds_adapters(config, engine) else None,
             current_weights=current_weights,
         )
         return _shared(part, engine.tensor_parallel) if engine.placement == "colocated" else part
@@ -105,11 +104,9 @@ def _dtype(config: Config, engine: PagedConfig | VLLMConfig) -> torch.dtype:
     return dtype
 
 
-def _holds_adapters(config: Config) -> bool:
+def _holds_adapters(config: Config, engine: PagedConfig | VLLMConfig) -> bool:
     """Tell whether the engine is to hold adapters, if there are any, or gets merged weights."""
-    engine, wanted = config.engine, config.model.lora.in_engine
-    if isinstance(engine, ServerConfig):
-        return False
+    wanted = config.model.lora.in_engine
     return wanted == "adapters" or (wanted == "auto" and _dtype(config, engine) == torch.bfloat16)
 
 
