@@ -97,8 +97,8 @@ RIGHT, WRONG, UNREAD = "right", "wrong", "unread"
 TOKEN_LIMIT, CALL_LIMIT = "token_limit", "call_limit"
 OUTCOMES = (RIGHT, WRONG, UNREAD, TOKEN_LIMIT, CALL_LIMIT, *get_args(FormatFault))
 """Why a trajectory earned what it did: a right or a wrong answer in the asked format; one in the format that cannot be
-read; cut at a limit of tokens; ended after a call that could not be answered (no call left, no room, or a tool too
-late); or the rule of the format that is broken."""
+read; cut at a limit of tokens; ended after a call that could not be answered (no room, a tool too late, or a strategy
+that ends where no call is left); or the rule of the format that is broken."""
 
 
 def outcome(trajectory: Trajectory, finish_reason: str) -> str:
