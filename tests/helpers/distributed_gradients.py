@@ -25,8 +25,12 @@ from tests.helpers.families import FAMILIES, VOCAB, make
 from tests.helpers.hybrid_models import in_float64
 from tests.helpers.other_trainer import module_gradients, start_engine, whole_gradients
 
-ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500)}
-"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first."""
+ROWS = {"4096": (4096, 0), "40": (40, 0), "deep": (14, 500), "cut": (20, 500)}
+"""Tokens of a row and of its prefix: everything in one row; many rows, trees cut; trees cut depth-first, so that rows
+continue rows that continue others; the same in rows that continue one other."""
+
+DEPTH = {"4096": 0, "40": 0, "deep": 2, "cut": 1}
+"""How many rows lie above a row, at most."""
 
 WITH_STATES = ("qwen3_5", "lfm2", "granitemoehybrid")
 """A family for each kind of state."""
@@ -34,11 +38,12 @@ WITH_STATES = ("qwen3_5", "lfm2", "granitemoehybrid")
 ALONE = "stage0"
 """End of the names of the cases with which others are compared, and which one rank computes."""
 
-FIVE = (3, 3, 3, 3, 3)
+FIVE = (3, 1, 2, 1, 1)
 """Branches of the trees that are compared over stages, rows and numbers of ranks."""
 
 UNLIKE = (3, 1)
-"""Branches of the trees of a family: two ranks have one each, and the second has nothing to do when the first has."""
+"""Branches of the trees of a family: two ranks have one each, and the second has nothing to do when the first has.
+Rows of every family that lie deeper than one are tested by one process: tests/policy/test_families.py."""
 
 CHECKPOINTED: tuple[GradientCheckpointing, ...] = ("layer", "mlp")
 
@@ -103,7 +108,7 @@ def model_gradients(
     objective = Objective.preset("at2po", clip_low=10.0, clip_high=10.0)
     max_tokens, max_prefix = ROWS[budget]
     rows = pack_trees(trees, objective, max_tokens, max_prefix=max_prefix)
-    assert (max(row.depth for row in rows) > 0) == (budget == "deep")
+    assert max(row.depth for row in rows) == DEPTH[budget]
     spread = spread_rows(rows, world)
     passes = plan_passes(spread)[rank]
     accumulate(engine, spread[rank], passes, lambda row, prefix: engine(row, objective, prefix).loss, PhaseTimer())
@@ -132,7 +137,9 @@ def write_gradients(folder: Path) -> None:
 def cases() -> Iterator[tuple[str, tuple[int, ...], Compute]]:
     """Yield the name of each case, the numbers of ranks on which it runs, and what computes its gradients as one."""
     plain: dict[tuple[int, bool, str, GradientCheckpointing], tuple[int, ...]]
-    plain = {(stage, True, budget, "none"): (2, 3) if stage == 3 else (2,) for stage in (0, 2, 3) for budget in ROWS}
+    plain = {
+        (stage, True, budget, "none"): (2, 3) if stage == 3 else (2,) for stage in (0, 2, 3) for budget in FILTERED
+    }
     plain |= {(0, True, "4096", "none"): (1, 2), (2, True, "40", "none"): (1, 2), (3, True, "deep", "none"): (1, 2, 3)}
     plain |= {(0, False, "4096", "none"): (1,), (2, False, "40", "none"): (2,), (3, False, "deep", "none"): (2,)}
     for choice in CHECKPOINTED:
@@ -144,7 +151,7 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Compute]]:
             partial(gradients, stage, tied, budget, choice),
         )
     filtered: list[tuple[int, str, GradientCheckpointing, tuple[int, ...]]]
-    filtered = [(0, "4096", "none", (1,)), *((3, budget, "layer", FILTERED[budget]) for budget in ROWS)]
+    filtered = [(0, "4096", "none", (1,)), *((3, budget, "layer", FILTERED[budget]) for budget in FILTERED)]
     for stage, budget, choice, ranks in filtered:
         yield (
             f"filtered_stage{stage}_budget{budget}_{choice}",
@@ -153,11 +160,11 @@ def cases() -> Iterator[tuple[str, tuple[int, ...], Compute]]:
         )
     for family, about in FAMILIES.items():
         yield f"{family}_{ALONE}", (1,), partial(exact, family, 0, "4096", "none")
-        yield f"{family}_stage3_deep", (2,), partial(exact, family, 3, "deep", about.checkpointing[0])
+        yield f"{family}_stage3_cut", (2,), partial(exact, family, 3, "cut", about.checkpointing[0])
     for family in WITH_STATES:
         yield f"{family}_stage3", (2,), partial(exact, family, 3, "4096", "none")
-    yield f"routers_{ALONE}", (1,), partial(exact, "qwen3-moe", 0, "deep", "none", balance=0.3)
-    yield "routers_stage3", (1, 2), partial(exact, "qwen3-moe", 3, "deep", "none", balance=0.3)
+    yield f"routers_{ALONE}", (1,), partial(exact, "qwen3-moe", 0, "cut", "none", balance=0.3)
+    yield "routers_stage3", (1, 2), partial(exact, "qwen3-moe", 3, "cut", "none", balance=0.3)
     for stage, tied, inside in itertools.product((0, 3), (True, False), (True, False)):
         yield (
             f"module_stage{stage}_tied{int(tied)}_inside{int(inside)}",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,10 +40,12 @@ stock_reduce = ReduceOps.apply_impl
 stock_argument = stock._implicit_cvt
 stock_launch = stock.GridExecutor.__call__
 stock_patch = stock._patch_lang
+stock_block = tl.block_type.__init__
 numpy_scalar = cache(stock._get_np_dtype)
 
 PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 """Where the interpreter puts its own operations in place of the language's."""
+INTEGERS = frozenset(tl.dtype.SINT_TYPES + tl.dtype.UINT_TYPES)
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
@@ -131,6 +134,47 @@ def numpy_type(kind: tl.dtype) -> np.dtype:
     return np.dtype(np.uint64) if kind.scalar.is_ptr() else numpy_scalar(kind.scalar)
 
 
+@cache
+def shape_and_size(sizes: tuple[int, ...]) -> tuple[Any, tl.constexpr]:
+    """The shape of a block of such sizes, as a tensor has it, and its number of elements."""
+    return tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(prod(sizes))
+
+
+def make_tensor(made: tl.tensor, handle: TensorHandle, kind: tl.dtype) -> None:
+    """A tensor of the language. Stock: makes an object for each of its sizes, and for each type of them."""
+    made.handle, made.type, made.dtype = handle, kind, kind.scalar
+    made.shape, made.numel = shape_and_size(tuple(kind.shape.values) if kind.is_block() else ())
+
+
+@cache
+def block_parts(element: str, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """What blocks of such sizes and elements of such a name have in common."""
+    made = object.__new__(tl.block_type)
+    stock_block(made, element, list(sizes))
+    return {name: value for name, value in vars(made).items() if name != "element_ty"}
+
+
+def make_block(made: tl.block_type, element: tl.dtype, sizes: Any) -> None:
+    """The type of a block. Stock: checks its sizes and writes its name each time that it is made."""
+    given = getattr(sizes, "values", sizes)
+    plain = tuple(size.value if isinstance(size, tl.constexpr) else size for size in given)
+    vars(made).update(block_parts(element.name, plain), element_ty=element)
+
+
+def is_integer(kind: tl.dtype) -> bool:
+    """Whether a type is one of integers. Stock: joins two lists to look it up."""
+    return kind.name in INTEGERS
+
+
+def put_operation(place: Any, name: str, member: Callable[..., Any], builder: object, scope: Any) -> None:
+    """Put an operation into the language. Stock: it copies its keywords at each call, to leave one out."""
+
+    def operation(*arguments: Any, _semantic: object = None, **options: Any) -> Any:
+        return member(*arguments, **options, _semantic=stock.interpreter_semantic)
+
+    scope.set_attr(place, name, operation)
+
+
 def check_overflow(left: tl.tensor, right: tl.tensor, operation: Callable[..., Any]) -> None:
     """Checks narrow integers for overflow. Stock: the same in operations of the language, at many times the cost."""
     kind = left.type.scalar
@@ -194,6 +238,10 @@ def repair() -> None:
     stock.GridExecutor.__call__ = launch
     stock._patch_lang = InterpretedLanguage
     stock._get_np_dtype = numpy_type
+    stock._patch_attr = put_operation
+    tl.tensor.__init__ = make_tensor
+    tl.block_type.__init__ = make_block
+    tl.dtype.is_int = is_integer
     stock.interpreter_semantic.binary_op_sanitize_overflow_impl = check_overflow
 
 

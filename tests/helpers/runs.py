@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
         "max_response_tokens": 160,
     },
     "optim": {"lr": 1e-3},
-    "cold_start": {"steps": 12, "batch_size": 16},
+    "cold_start": {"steps": 4, "batch_size": 16},
     "train": {
         "steps": 3,
         "questions_per_step": 4,
@@ -80,6 +80,14 @@ def run(config: Path, *overrides: str, code: int = 0, limit_bytes: int | None = 
     output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output[-3000:]
     return output
+
+
+def cold_start(folder: Path) -> Path:
+    """Run the verb of the cold start in a folder; the folder of the model, which has hardly learned anything."""
+    process = start_command("cold-start", "--config", str(write_config(folder)))
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-3000:]
+    return folder / "run/cold_start"
 
 
 def records(folder: Path, phase: str) -> dict[int, dict[str, Any]]:

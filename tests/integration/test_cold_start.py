@@ -28,7 +28,13 @@ def config(tmp_path: Path) -> Path:
 def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a model that has been trained a little."""
     folder = tmp_path_factory.mktemp("given")
-    run(write_config(folder), "train.steps=1", "cold_start.validation_share=0.2", "cold_start.validate_every=5")
+    run(
+        write_config(folder),
+        "train.steps=1",
+        "cold_start.steps=12",
+        "cold_start.validation_share=0.2",
+        "cold_start.validate_every=5",
+    )
     return folder / "run"
 
 
