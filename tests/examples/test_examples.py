@@ -1,37 +1,13 @@
-"""Every example runs as its README says, and shows what it promises."""
+"""Every example runs as its README says, and shows what it promises; that of a task: tests/integration."""
 
 from __future__ import annotations
 
 import ast
 import re
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.docs.test_commands import lines
-from tests.helpers.forked_runs import ForkedProcess, start_command
-from tests.helpers.pages import blocks
-from tests.helpers.runs import records
-
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
-
-
-def output(example: str, *arguments: str) -> str:
-    """Return what an example prints as a script of its own, in a fork that need not import PyTorch again."""
-    process = ForkedProcess(run_script, str(ROOT / "examples" / example), arguments)
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text
-    return text
-
-
-def run_script(path: str, arguments: tuple[str, ...]) -> int:
-    """Do what `python path arguments` does."""
-    sys.argv = [path, *arguments]
-    sys.path.insert(0, str(Path(path).parent))
-    runpy.run_path(path, run_name="__main__")
-    return 0
+from tests.helpers.examples import ROOT, output
 
 
 def test_custom_tool() -> None:
@@ -61,22 +37,3 @@ def test_trl_tree_search() -> None:
     pytest.importorskip("trl")
     text = output("trl_tree_search.py", "--cold-start-steps", "3", "--steps", "2")
     assert re.search(r"mean reward by step: -?[01]\.\d{3} -?[01]\.\d{3}\n", text), text
-
-
-SHELL = [block for block in blocks(ROOT / "docs/tasks.md") if block.language == "sh"]
-OWN = [words for block in SHELL for words in lines(block.code) if words[0] == "atpo-fast"]
-
-
-@pytest.mark.parametrize("words", OWN, ids=lambda words: str(next((w for w in words if "run_dir" in w), "own_task")))
-def test_own_task(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a command of docs/tasks.md does not train on its file with its reward."""
-    monkeypatch.chdir(ROOT)
-    output("own_task/formats.py", str(tmp_path))
-    words = [word.replace("data.root=runs/formats", f"data.root={tmp_path}") for word in words[1:]]
-    process = start_command(*words, "train.steps=2", f"run_dir={tmp_path / 'run'}", "device=cpu")
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text
-    logged = records(tmp_path / "run", "train")[2]
-    rewards = {"run_dir=runs/verl": "compute_score", "run_dir=runs/trl": "accuracy", "run_dir=runs/jsonl": "judge"}
-    name = next((rewards[word] for word in words if word in rewards), "close")
-    assert f"reward/{name}" in logged and logged["reward/format"] > 0.5

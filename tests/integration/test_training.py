@@ -1,4 +1,4 @@
-"""Whole runs in a tiny world: what they can be told to do, stopping, and failing politely."""
+"""Whole runs in a tiny world: resuming, what they can be told to do, stopping, and failing politely."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from safetensors.torch import load_file
 
 from tests.helpers.runs import cold_start, launch, records, run, start, write_config
 
@@ -22,9 +24,38 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is started as a user's is, with a hash seed of its own."""
+    folder = tmp_path_factory.mktemp("launched")
+    run(write_config(folder), EXACT, launched=True)
+    return folder / "run"
+
+
+def weights(folder: Path, step: int) -> dict[str, Any]:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "hf" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The override that gives a model to start from."""
     return f"model.path={cold_start(tmp_path_factory.mktemp('model'))}"
+
+
+# Fails when the checkpoint misses something (moments, data cursor, sampling seed, the engine's weights), or when a run
+# depends on the order of a set, which differs from process to process.
+def test_resuming_gives_the_same_next_step(config: Path, tmp_path: Path, launched: Path) -> None:
+    halves = tmp_path / "run"
+    run(config, EXACT, "train.steps=2")
+    output = run(config, EXACT)
+    assert "resumed from" in output
+    for key in ("reward/mean", "policy/loss", "policy/grad_norm", "tokens/unique"):
+        assert records(halves, "train")[3][key] == pytest.approx(records(launched, "train")[3][key], rel=1e-5), key
+    after, expected = weights(halves, 3), weights(launched, 3)
+    for name, value in expected.items():
+        assert (after[name] - value).abs().max() < 1e-6, name
+    assert "nothing left to train" in run(config, code=2)
+    other = run(config, EXACT, "train.steps=4", "ranks=2", "deepspeed=configs/deepspeed/zero2.json")
+    assert "was written by 1 ranks; 2 continue it" in other
 
 
 # Fails when the batch rolled out ahead has other questions or seeds, counts as fresh, or a resumed run loses a step. At

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +16,7 @@ from atpo_fast.environment.extraction import EXTRACTIONS
 from atpo_fast.environment.rewards import RewardTerm
 from atpo_fast.task import TaskDefinition, load_definition, load_task
 from atpo_fast.task.prompt_encoder import PromptEncoder
-from tests.helpers.runs import TINY, records
-
-TASK = """
-from atpo_fast.task import Prompt, TaskDefinition
-
-from beside import right
-
-def read(text):
-    return text.partition("=")[2] or None
-
-TASK = TaskDefinition(prompt=Prompt(user="{question}"), answer=read, rewards=[right, ("format", 0.5)])
-OTHER = TaskDefinition(prompt="short")
-"""
-BESIDE = "def right(trajectory):\n    return 1.0\n"
+from tests.helpers.own_task import write_own_task
 
 
 @pytest.fixture
@@ -43,12 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in ("beside", "own_module"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/task.py").write_text(TASK)
-    (tmp_path / "mine/beside.py").write_text(BESIDE)
-    (tmp_path / "own_module.py").write_text(TASK.replace("from beside import right", BESIDE))
-    questions = [{"question": f"Is it {n}?", "answer": str(n), "level": "easy"} for n in range(4)]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    write_own_task(tmp_path)
     return tmp_path
 
 
@@ -179,33 +157,3 @@ def test_a_template_that_writes_no_question(folder: Path) -> None:
     task.tokenizer.chat_template = "<s>"
     with pytest.raises(ValueError, match=r"the chat template of .* cannot write the prompt"):
         PromptEncoder(PROMPTS["published"], task.tokenizer, max_tokens=100)
-
-
-@pytest.mark.slow(reason="launches a run as a user does, whose processes import PyTorch")
-def test_a_launched_run_finds_the_users_code(folder: Path, make_config: Callable[[dict[str, Any]], Path]) -> None:
-    """Fails if the processes of a run look for the user's code elsewhere than the command, or metrics lack a reward."""
-    config = make_config({"task": {"file": "mine/task.py"}})
-    command = [sys.executable, "-m", "atpo_fast", "train", "--config", str(config)]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    logged = records(folder / "run", "train")[1]
-    assert logged["reward/right"] == 1.0 and logged["reward/mean"] == 1.0 + 0.5 * logged["reward/format"]
-
-
-@pytest.fixture
-def make_config(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Write a configuration of one tiny step over the questions of the folder."""
-
-    def write(given: dict[str, Any]) -> Path:
-        data = {"train_files": ["questions.jsonl"], "max_prompt_tokens": 32}
-        tiny = {name: TINY[name] for name in ("deepspeed", "device", "optim", "credit", "logging")}
-        tiny["rollout"] = {"initial_chains": 2, "expansion_rounds": 0, "max_response_tokens": 4}
-        tiny["model"] = TINY["model"] | {"vocab_size": 300}
-        tiny["train"] = TINY["train"] | {"steps": 1, "questions_per_step": 2, "save_every": 0, "eval_every": 0}
-        path = tmp_path / "config.yaml"
-        path.write_text(json.dumps({"run_dir": "run", "data": data, "tools": {"builtin": []}, **tiny, **given}))
-        return path
-
-    return write

@@ -1,0 +1,27 @@
+"""Examples as scripts of their own, in forks that need not import PyTorch again."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+from tests.helpers.forked_runs import ForkedProcess
+
+ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+
+
+def output(example: str, *arguments: str) -> str:
+    """Return what an example prints as a script of its own, in a fork."""
+    process = ForkedProcess(run_script, str(ROOT / "examples" / example), arguments)
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text
+    return text
+
+
+def run_script(path: str, arguments: tuple[str, ...]) -> int:
+    """Do what `python path arguments` does."""
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
+    return 0
