@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.helpers.devices import DEVICE
+from tests.helpers.forked_runs import ForkedProcess, run_tests
 from tests.helpers.second_device import DEVICE as SECOND
 from tests.helpers.second_device import Elsewhere, SecondDevice
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).resolve().parents[2]
 # One test of every helper and operator; all others pass there too, but take minutes.
 CHOSEN = {
     "test_turn_policy_loss_triton.py": (
@@ -37,11 +32,10 @@ needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="tests on a GPU or a seco
 def test_kernel_tests_leave_nothing_on_the_cpu() -> None:
     """Fails if an operator, its test or a helper combines tensors of two devices, as none can on a GPU."""
     chosen = [f"tests/kernels/{file}::{name}" for file, names in CHOSEN.items() for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
-    environment = {**os.environ, "ATPO_TEST_DEVICE": SECOND, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{len(chosen)} passed" in done.stdout
+    process = ForkedProcess(run_tests, ["-q", "-p", "no:cacheprovider", *chosen], {"ATPO_TEST_DEVICE": SECOND})
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output[-4000:]
+    assert f"{len(chosen)} passed" in output
 
 
 @needs_cpu
