@@ -41,11 +41,15 @@ stock_argument = stock._implicit_cvt
 stock_launch = stock.GridExecutor.__call__
 stock_patch = stock._patch_lang
 stock_block = tl.block_type.__init__
+stock_equal = tl.dtype.__eq__
+stock_operands = stock.interpreter_semantic.binary_op_type_checking_impl
 numpy_scalar = cache(stock._get_np_dtype)
 
 PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 """Where the interpreter puts its own operations in place of the language's."""
 INTEGERS = frozenset(tl.dtype.SINT_TYPES + tl.dtype.UINT_TYPES)
+ARITHMETIC = INTEGERS | {"fp32", "fp64"}
+"""Types of which an operation of two has the same type; halves are divided in float32."""
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
@@ -161,6 +165,20 @@ def make_block(made: tl.block_type, element: tl.dtype, sizes: Any) -> None:
     vars(made).update(block_parts(element.name, plain), element_ty=element)
 
 
+def operands(left: Any, right: Any, *rules: Any, **more: Any) -> tuple[tl.tensor, tl.tensor]:
+    """The operands of an operation, brought to one type and shape. Stock: looks for what to do where nothing is."""
+    if isinstance(left, tl.tensor) and isinstance(right, tl.tensor):
+        kind = left.type
+        if kind.name == right.type.name and kind.scalar.name in ARITHMETIC:
+            return left, right
+    return stock_operands(left, right, *rules, **more)
+
+
+def is_equal(one: tl.dtype, other: object) -> bool:
+    """Whether two types are the same. Stock: unwraps a constant first."""
+    return one is other or stock_equal(one, other)
+
+
 def is_integer(kind: tl.dtype) -> bool:
     """Whether a type is one of integers. Stock: joins two lists to look it up."""
     return kind.name in INTEGERS
@@ -242,6 +260,8 @@ def repair() -> None:
     tl.tensor.__init__ = make_tensor
     tl.block_type.__init__ = make_block
     tl.dtype.is_int = is_integer
+    tl.dtype.__eq__ = is_equal
+    stock.interpreter_semantic.binary_op_type_checking_impl = operands
     stock.interpreter_semantic.binary_op_sanitize_overflow_impl = check_overflow
 
 
