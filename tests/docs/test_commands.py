@@ -21,6 +21,7 @@ import yaml
 
 from atpo_fast.commands import cli
 from atpo_fast.config.load import load_config
+from tests.helpers.examples import output
 from tests.helpers.pages import ROOT, Block, blocks, pages, spans
 
 COMMANDS = [block for page in pages() for block in blocks(page) if block.language in ("sh", "bash", "console")]
@@ -51,6 +52,8 @@ def test_commands_run(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         if words[0] == "atpo-fast":
             allowed = (0, 1) if words[1] == "env" else (0,)  # 1: something on this machine does not fit together
             assert cli.main(words[1:]) in allowed, words
+        elif words[0] == "python" and words[1].endswith(".py"):
+            output(*words[1:])
         elif words[0] == "python":
             done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ from tests.helpers.examples import ROOT, output
 
 def test_custom_tool() -> None:
     """Fails if the tool is not described, a good call is not answered, or a bad one is not told what is wrong."""
-    text = output("custom_tool.py")
+    text = output("examples/custom_tool.py")
     form = '<convert> {"value": number, "unit": "km" or "mi", "digits": integer (optional)} </convert>'
     assert f"{form}: Convert a length from kilometres to miles, or from miles to kilometres. JSON schema: " in text
     assert "Unit that the value is given in." in text and "\nuser\nHow many miles are 42 km?" in text
@@ -22,7 +22,7 @@ def test_custom_tool() -> None:
 
 def test_minimal_at2po() -> None:
     """Fails if a station of the loop no longer takes what the one before it gives, or the loop outgrows a page."""
-    text = output("minimal_at2po.py", "--cold-start-steps", "10", "--steps", "2")
+    text = output("examples/minimal_at2po.py", "--cold-start-steps", "10", "--steps", "2")
     em = r"EM on 60 evaluation questions: [01]\.\d{3}\n"
     assert re.search(rf"cold start, step  10: \d+\.\d{{3}} nats a token\n{em}step   1: EM [01]\.\d{{3}}, ", text), text
     assert re.search(rf"\nstep   2: .*\n{em}", text), text
@@ -35,5 +35,5 @@ def test_minimal_at2po() -> None:
 def test_trl_tree_search() -> None:
     """Fails if the leaves of our trees are no longer what TRL takes as completions."""
     pytest.importorskip("trl")
-    text = output("trl_tree_search.py", "--cold-start-steps", "3", "--steps", "2")
+    text = output("examples/trl_tree_search.py", "--cold-start-steps", "3", "--steps", "2")
     assert re.search(r"mean reward by step: -?[01]\.\d{3} -?[01]\.\d{3}\n", text), text

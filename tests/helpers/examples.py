@@ -6,14 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
-from tests.helpers.forked_runs import ForkedProcess
-
-ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").is_file())
+from tests.helpers.forked_runs import ROOT, ForkedProcess
 
 
-def output(example: str, *arguments: str) -> str:
-    """Return what an example prints as a script of its own, in a fork."""
-    process = ForkedProcess(run_script, str(ROOT / "examples" / example), arguments)
+def output(script: str, *arguments: str) -> str:
+    """Return what a script of the repository, named by its path in it, prints in a fork."""
+    process = ForkedProcess(run_script, str(ROOT / script), arguments)
     text, _ = process.communicate(timeout=900)
     assert process.returncode == 0, text
     return text

@@ -25,7 +25,7 @@ OWN = [words for block in SHELL for words in lines(block.code) if words[0] == "a
 def test_own_task(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a command of docs/tasks.md does not train on its file with its reward."""
     monkeypatch.chdir(ROOT)
-    output("own_task/formats.py", str(tmp_path))
+    output("examples/own_task/formats.py", str(tmp_path))
     words = [word.replace("data.root=runs/formats", f"data.root={tmp_path}") for word in words[1:]]
     process = start_command(*words, "train.steps=2", f"run_dir={tmp_path / 'run'}", "device=cpu")
     text, _ = process.communicate(timeout=900)
