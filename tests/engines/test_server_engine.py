@@ -41,8 +41,9 @@ Connect = Callable[..., ServerEngine]
 
 ASKED = questions(4)
 TOOLS = ToolsConfig(call_limit=3)
-OFTEN = {"health_seconds": 0.05}
-LARGE = {"initial_chains": 3, "expansion_rounds": 2, "max_response_tokens": 60}
+SHORT = ["rollout.max_response_tokens=64", "train.save_every=0"]
+OFTEN: dict[str, Any] = {"health_seconds": 0.05}
+LARGE: dict[str, Any] = {"initial_chains": 3, "expansion_rounds": 2, "max_response_tokens": 60}
 
 
 def make_model(seed: int = 0, tied: bool = True) -> PreTrainedModel:
@@ -532,7 +533,7 @@ def test_two_ranks_train_with_servers(tmp_path: Path) -> None:
     served = ServedModel(tmp_path)
     with served.start() as one, served.start() as two:
         overrides = served.overrides("run", one, two)
-        run(served.config, *overrides, "ranks=2", "train.steps=2", "rollout.initial_chains=4")
+        run(served.config, *overrides, "ranks=2", "train.steps=2", "rollout.initial_chains=4", *SHORT)
         assert one.bodies and two.bodies
     steps = records(tmp_path / "run", "train")
     assert sorted(steps) == [1, 2]
