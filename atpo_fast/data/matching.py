@@ -56,8 +56,11 @@ def f1_score(prediction: str, answers: Sequence[str], normalise: Normalisation =
 def _one_form(text: str) -> str:
     """Return text in one Unicode form, without TeX commands around text."""
     text = _TEX_SPACE.sub(" ", _TEX_COMMAND.sub("", text)).translate(_ASCII)  # ´ is a quote before it is an accent
+    if text.isascii():  # in one form already
+        return text
     text = unicodedata.normalize("NFKC", _with_short_runs(text)).translate(_ASCII)
-    return "".join(character for character in text if unicodedata.category(character) != "Cf" and character != _JOINER)
+    shapeless = [ord(c) for c in set(text) if unicodedata.category(c) == "Cf" or c == _JOINER]
+    return text.translate(dict.fromkeys(shapeless))
 
 
 def _with_short_runs(text: str) -> str:
@@ -65,7 +68,7 @@ def _with_short_runs(text: str) -> str:
 
     Python sorts such a run in quadratic time.
     """
-    if len(text) <= _LONGEST_RUN:
+    if len(text) <= _LONGEST_RUN or not any(map(unicodedata.combining, set(text))):
         return text
     parts, run = [], 0
     for character in text:

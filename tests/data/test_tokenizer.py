@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from atpo_fast.data.tokenizers import TAGS, load_tokenizer, train_bpe
 from atpo_fast.environment.search import BM25Search
 from atpo_fast.environment.tags import CALL_LIMIT_NOTICE, format_result
 from atpo_fast.world import World, make_tokenizer, make_world
+from tests.helpers.forked_runs import ForkedProcess
 
 _TEXTS = ["Was the café in Zürich (opened 1901) closed?", "A passage.\n\nWith 2 paragraphs, 'quotes' and 東京."]
 
@@ -104,19 +104,23 @@ def test_bpe_returns_any_text(bpe: PreTrainedTokenizerFast) -> None:
     assert len(bpe) <= 400
 
 
+def trained_vocabulary() -> list[tuple[str, int]]:
+    texts = [" ".join(chr(97 + (i * k) % 26) * (1 + k % 3) for k in range(40)) for i in range(60)]
+    return sorted(train_bpe(texts, 500).get_vocab().items(), key=lambda item: item[1])
+
+
+def print_vocabulary() -> int:
+    print(hash("a"), trained_vocabulary())
+    return 0
+
+
 def test_bpe_is_the_same_in_every_process() -> None:
-    # Fails when training depends on hash order: ranks train it separately and must agree.
-    code = (
-        "from atpo_fast.data.tokenizers import train_bpe\n"
-        "texts = [' '.join(chr(97 + (i * k) % 26) * (1 + k % 3) for k in range(40)) for i in range(60)]\n"
-        "vocabulary = sorted(train_bpe(texts, 500).get_vocab().items(), key=lambda item: item[1])\n"
-    )
-    here: dict[str, object] = {}
-    exec(code, here)
-    there = subprocess.run(
-        [sys.executable, "-c", code + "print(vocabulary)"], capture_output=True, text=True, check=True
-    )
-    assert there.stdout.strip() == str(here["vocabulary"])
+    # Fails when training depends on hash order: ranks train it separately and must agree. The server of forks is a
+    # program of its own, so its order is another one.
+    there, _ = ForkedProcess(print_vocabulary).communicate(timeout=300)
+    order, _, vocabulary = there.partition(" ")
+    assert int(order) != hash("a") or "PYTHONHASHSEED" in os.environ
+    assert vocabulary.strip() == str(trained_vocabulary())
 
 
 def test_unusable_tokenizers_are_refused_in_words(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_logprobs_are_those_of_transformers(name: str, pieces: str, monkeypatch:
         monkeypatch.setitem(batching._KEYS_PER_GROUP, "cpu", 50)
     with in_float64():
         engine = PagedEngine(make(name).eval(), numbered(VOCABULARY), cache_tokens=10_000)
-        trees = roots(3)
+        trees = roots(2)
         grow(engine, trees)
         check_logprobs(make(name).eval(), trees, 1e-10)
     assert engine.counters.prefilled_tokens == sum(tree.unique_tokens for tree in trees)

@@ -41,6 +41,9 @@ Connect = Callable[..., ServerEngine]
 
 ASKED = questions(4)
 TOOLS = ToolsConfig(call_limit=3)
+SHORT = ["rollout.max_response_tokens=64", "train.save_every=0"]
+OFTEN: dict[str, Any] = {"health_seconds": 0.05}
+LARGE: dict[str, Any] = {"initial_chains": 3, "expansion_rounds": 2, "max_response_tokens": 60}
 
 
 def make_model(seed: int = 0, tied: bool = True) -> PreTrainedModel:
@@ -94,12 +97,13 @@ def connect(folder: Path) -> Iterator[Connect]:
     """Make engines, which are closed at the end of the test.
 
     Waits between tries are short, so that faults cost little; limits that only a broken engine reaches are long.
+    Health checks cost CPU time: tests that wait for one ask for more of them than these (`OFTEN`).
     """
     with ExitStack() as stack:
 
         def make(*servers: CompletionsServer | str, temperature: float = 1.0, **options: Any) -> ServerEngine:
             urls = [server if isinstance(server, str) else server.url for server in servers]
-            quick = {"backoff_seconds": 0.01, "health_seconds": 0.05, "patience_seconds": 300.0}
+            quick = {"backoff_seconds": 0.01, "health_seconds": 0.5, "patience_seconds": 300.0}
             engine = ServerEngine(folder, SMALL, ServerConfig(urls=urls, **quick | options), temperature=temperature)
             stack.callback(engine.close)
             return engine
@@ -109,7 +113,7 @@ def connect(folder: Path) -> Iterator[Connect]:
 
 def roll_out(engine: Any, on_turns: Callable[[int], None] = lambda turns: None, **settings: Any) -> list[TurnTree]:
     """Search trees of ASKED; `on_turns` is called with the number of turns so far."""
-    shape = {"initial_chains": 3, "expansion_rounds": 2, "expansions_per_round": 2, "max_response_tokens": 60}
+    shape = {"initial_chains": 2, "expansion_rounds": 1, "expansions_per_round": 2, "max_response_tokens": 40}
     search = TreeSearch(engine, SMALL, ToolBox([Search()], retries=0), RolloutConfig(**shape | settings), TOOLS)
     return in_order(search.roll_out(ASKED, PROMPTS, seed=0, on_progress=lambda *_: on_turns(search.counters.turns)))
 
@@ -127,13 +131,13 @@ def assert_same(trees: list[TurnTree], expected: list[TurnTree]) -> None:
 # ---- the same trees
 
 
-def test_trees_are_those_of_the_paged_engine(serve: Serve, connect: Connect, expected: list[TurnTree]) -> None:
+def test_trees_are_those_of_the_paged_engine(serve: Serve, connect: Connect) -> None:
     # Fails if seeds, stops, temperature, ids or log-probs are lost on the way, or a tree is spread over replicas, so
     # that its prefixes are filled again: no token of a tree enters a cache twice.
     first, second = serve(), serve()
     engine = connect(first, second, affinity_slack=1000)
-    trees = roll_out(engine)
-    assert_same(trees, expected)
+    trees = roll_out(engine, **LARGE)
+    assert_same(trees, roll_out(PagedEngine(make_model(), SMALL, cache_tokens=4096), **LARGE))
     assert any(len(turn.children) > 1 for tree in trees for turn in tree.turns[1:])
     assert {turn.finish_reason for tree in trees for turn in tree.turns[1:]} == {"stop", "eos", "length"}
     assert engine.counters.prefilled_tokens <= sum(tree.unique_tokens for tree in trees)
@@ -168,7 +172,7 @@ def test_candidates_are_those_of_the_paged_engine(serve: Serve, connect: Connect
 def test_only_strategies_that_branch_by_entropy_ask_for_candidates(serve: Serve, connect: Connect) -> None:
     # Fails if others pay for them, or if ARPO gets by without.
     server = serve()
-    settings: dict[str, Any] = {"strategy": "arpo", "samples_per_tree": 6}
+    settings: dict[str, Any] = {"strategy": "arpo", "samples_per_tree": 6, **LARGE}
     trees = roll_out(connect(server), **settings)
     assert_same(trees, roll_out(PagedEngine(make_model(), SMALL, cache_tokens=4096), **settings))
     assert {body["logprobs"] for body in server.bodies} == {10}
@@ -248,7 +252,7 @@ def test_a_replica_that_is_killed_and_started_again_loses_no_question(
     # Fails if requests of a dead replica are lost, or one that has come back gets none; if each way in which a dead one
     # does not answer is a line of its own.
     servers = [serve() for _ in range(replicas)]
-    engine = connect(*servers, affinity_slack=0)
+    engine = connect(*servers, affinity_slack=0, **OFTEN)
     asked: list[int] = []  # of the first, when it was killed and when it was started again
 
     def restart(turns: int) -> None:
@@ -274,7 +278,7 @@ def test_a_replica_that_stays_dead_is_done_without(serve: Serve, connect: Connec
 def test_an_unhealthy_replica_gets_nothing_until_it_is_healthy(serve: Serve, connect: Connect) -> None:
     # Fails if health checks are not made, or one that recovered stays out.
     server, other = serve(), serve()
-    engine = connect(server, other)
+    engine = connect(server, other, **OFTEN)
     server.healthy = False
     _wait(lambda: not engine._pool.replicas[0].up)
     engine.generate([request(number) for number in range(4)])
@@ -414,14 +418,16 @@ def test_servers_take_new_weights(serve: Serve, folder: Path, tmp_path: Path, ti
     config = ServerConfig(urls=[s.url for s in servers], weights_dir=str(tmp_path / "shared"), health_seconds=0.05)
     engine = ServerEngine(tmp_path / "model", SMALL, config)
     try:
-        for model in (old, new, old):
-            if model is not old or engine._updates > 1:
+        # Untied models write long turns.
+        want = [roll_out(PagedEngine(model, SMALL, cache_tokens=4096), max_response_tokens=20) for model in (old, new)]
+        assert as_data(want[0][0]) != as_data(want[1][0])
+        for number in (0, 1, 0):
+            if number or engine._updates > 1:
                 for server in servers:
                     server.cached.append([1])
-                engine.update_weights(iter(list(model.named_parameters())))
+                engine.update_weights(iter(list((old, new)[number].named_parameters())))
                 assert not any(server.cached for server in servers)
-            want = roll_out(PagedEngine(make_model(1 if model is old else 2, tied), SMALL, cache_tokens=4096))
-            assert_same(roll_out(engine), want)
+            assert_same(roll_out(engine, max_response_tokens=20), want[number])
         assert len(list((tmp_path / "shared").iterdir())) == 2  # the newest and the one before
         servers[0].kill()
         servers[0].start()  # with the weights that it was started with
@@ -527,7 +533,7 @@ def test_two_ranks_train_with_servers(tmp_path: Path) -> None:
     served = ServedModel(tmp_path)
     with served.start() as one, served.start() as two:
         overrides = served.overrides("run", one, two)
-        run(served.config, *overrides, "ranks=2", "train.steps=2", "rollout.initial_chains=4")
+        run(served.config, *overrides, "ranks=2", "train.steps=2", "rollout.initial_chains=4", *SHORT)
         assert one.bodies and two.bodies
     steps = records(tmp_path / "run", "train")
     assert sorted(steps) == [1, 2]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import multiprocessing
 import os
 import sqlite3
 from pathlib import Path
@@ -17,6 +16,7 @@ from atpo_fast.config import ToolsConfig
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment import BM25Search, CachedTool, ResultCache, ToolBox, ToolCall, make_toolbox
 from atpo_fast.environment.result_cache import read_published_cache
+from tests.helpers.forked_runs import SERVER
 
 
 class Upper:
@@ -105,10 +105,9 @@ def write_many(path: str, first: int, done: Any) -> None:
 
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
     """Fails if writers lock each other out, lose answers, or damage the file."""
-    context = multiprocessing.get_context("spawn")
-    path, done = str(tmp_path / "cache.sqlite"), context.Queue()
+    path, done = str(tmp_path / "cache.sqlite"), SERVER.Queue()
     # Overlapping ranges, and a file that all of them make at once.
-    processes = [context.Process(target=write_many, args=(path, 50 * i, done)) for i in range(4)]
+    processes = [SERVER.Process(target=write_many, args=(path, 50 * i, done)) for i in range(4)]
     for process in processes:
         process.start()
     for process in processes:

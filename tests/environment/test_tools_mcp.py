@@ -41,30 +41,36 @@ def toolbox() -> Iterator[ToolBox]:
         yield toolbox
 
 
-def test_tools_of_a_server(toolbox: ToolBox) -> None:
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[ToolBox]:
+    """Tools of one server for the tests that leave it as it was."""
+    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
+    with ToolBox(server.tools, retries=0, timeout_seconds=120, timeouts={"wait": 0.1}) as toolbox:
+        yield toolbox
+
+
+def test_tools_of_a_server(lasting: ToolBox) -> None:
     """Fails if tools, schemas, arguments or answers do not come through."""
-    assert toolbox.names == tuple(ALL)
-    add = toolbox.schemas()[0]["function"]
+    assert lasting.names == tuple(ALL)
+    add = lasting.schemas()[0]["function"]
     assert add["description"] == "Adds two numbers." and add["parameters"]["required"] == ["a"]
-    assert ask(toolbox, "add", '{"a": 2, "b": 3}') == "2 + 3 = 5"
-    assert ask(toolbox, "add", '{"a": 2}') == "2 + 1 = 3"
-    assert ask(toolbox, "shout", "hello") == ask(toolbox, "shout", '{"text": "hello"}') == "HELLO"
-    results = toolbox.run([ToolCall("add", f'{{"a": {i}}}') for i in range(50)])
+    assert ask(lasting, "add", '{"a": 2, "b": 3}') == "2 + 3 = 5"
+    assert ask(lasting, "add", '{"a": 2}') == "2 + 1 = 3"
+    assert ask(lasting, "shout", "hello") == ask(lasting, "shout", '{"text": "hello"}') == "HELLO"
+    results = lasting.run([ToolCall("add", f'{{"a": {i}}}') for i in range(50)])
     assert [result.text for result in results] == [f"{i} + 1 = {i + 1}" for i in range(50)]
 
 
-def test_failures_of_its_tools(toolbox: ToolBox) -> None:
-    assert ask(toolbox, "add", '{"a": "x"}').startswith("Tool(add) was not called: a: 'x' is not of type 'integer'.")
-    assert ask(toolbox, "fail", "this").startswith("Tool(fail) failed: ")
-    assert ask(toolbox, "shout", "still there") == "STILL THERE"
+def test_failures_of_its_tools(lasting: ToolBox) -> None:
+    assert ask(lasting, "add", '{"a": "x"}').startswith("Tool(add) was not called: a: 'x' is not of type 'integer'.")
+    assert ask(lasting, "fail", "this").startswith("Tool(fail) failed: ")
+    assert ask(lasting, "shout", "still there") == "STILL THERE"
 
 
-def test_a_slow_tool_holds_up_nothing() -> None:
+def test_a_slow_tool_holds_up_nothing(lasting: ToolBox) -> None:
     """Fails if a time-out ends the connection."""
-    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
-    with ToolBox(server.tools, retries=0, timeouts={"wait": 0.1}) as toolbox:
-        assert "TimeoutError" in ask(toolbox, "wait", '{"seconds": 1, "then": "x"}')
-        assert ask(toolbox, "shout", "fine") == "FINE"
+    assert "TimeoutError" in ask(lasting, "wait", '{"seconds": 1, "then": "x"}')
+    assert ask(lasting, "shout", "fine") == "FINE"
 
 
 def test_a_server_that_dies_is_started_again_once(toolbox: ToolBox, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,12 +15,21 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from atpo_fast.environment import bubblewrap
-from atpo_fast.environment.function_tool import ToolError
-from atpo_fast.environment.python_tool import PythonTool
-from atpo_fast.environment.sandbox import kernel
+import atpo_fast
+
+# Importing the package imports all of its tools, which costs more than all calls of a test. This process needs one:
+# with an empty package in its place, only that tool's own modules are imported.
+_package = ModuleType("atpo_fast.environment")
+_package.__path__ = [str(Path(folder, "environment")) for folder in atpo_fast.__path__]
+sys.modules[_package.__name__] = _package
+
+from atpo_fast.environment import bubblewrap  # noqa: E402
+from atpo_fast.environment.function_tool import ToolError  # noqa: E402
+from atpo_fast.environment.python_tool import PythonTool  # noqa: E402
+from atpo_fast.environment.sandbox import kernel  # noqa: E402
 
 USER = 54321
 

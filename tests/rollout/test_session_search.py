@@ -71,7 +71,7 @@ def test_siblings_never_see_each_other(kind: type[Diary], way: str, strategy: st
         "arpo": {"samples_per_tree": 7, "expansion_rounds": 0},
     }
     shape = {"strategy": strategy, **more.get(strategy, {})}
-    asked, found = questions(3), []
+    asked, found = questions(2), []
     for settings in ({}, {"sessions": 2}):
         sessions = make_sessions(kind, **settings)
         assert sessions.way == way
