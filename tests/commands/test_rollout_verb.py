@@ -30,7 +30,6 @@ from tests.helpers.forked_runs import ForkedProcess, start_command
 from tests.helpers.runs import TINY
 from tests.helpers.stored_trees import Letters, assert_equal, make_tree
 
-LONG = ("rollout.initial_chains=40", "rollout.max_response_tokens=160")  # time enough for a signal
 FORMATS = pytest.mark.parametrize("name", ["trees.jsonl", "trees.parquet"])
 
 # ---- files
@@ -142,13 +141,7 @@ def test_the_report_draws_a_file(tmp_path: Path, name: str, capsys: pytest.Captu
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A configuration whose model is a random one, in a folder."""
     folder = tmp_path_factory.mktemp("rollout")
-    short = TINY["rollout"] | {"max_response_tokens": 64}
-    settings = {
-        **TINY,
-        "run_dir": str(folder / "run"),
-        "model": TINY["model"] | {"initializer_range": 0.2},
-        "rollout": short,
-    }
+    settings = {**TINY, "run_dir": str(folder / "run"), "model": TINY["model"] | {"initializer_range": 0.2}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     config = load_config(folder / "tiny.yaml")
     tokenizer = load_task(config).tokenizer
@@ -203,7 +196,7 @@ def test_questions_that_the_file_holds_are_passed_over(tiny: dict[str, Any], who
 def test_ctrl_c_keeps_what_is_done(tiny: dict[str, Any], tmp_path: Path) -> None:
     # Fails if finished trees are thrown away, the file breaks, or the user is not told how to go on.
     path = tmp_path / "trees.jsonl"
-    process = start(tiny, "--questions", "all", "--out", str(path), *LONG)
+    process = start(tiny, "--questions", "all", "--out", str(path), "rollout.initial_chains=40")
     end = time.monotonic() + 600
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.05)

@@ -361,10 +361,10 @@ def test_nothing_leaks(tool: Confined) -> None:
     folders = {path.name for path in Path("/tmp").glob("atpo_python_*")}
     code = f"import subprocess\nsubprocess.Popen(['sleep', '{LONG}'], start_new_session=True)\nprint('x' * 100_000)"
     before = tool(code, times=3)
-    after = tool(code, times=8)
-    assert len(after["answers"]) == 8 and all(answer.startswith("xxx") for answer in after["answers"])
+    after = tool(code, times=15)
+    assert len(after["answers"]) == 15 and all(answer.startswith("xxx") for answer in after["answers"])
     assert after["handles"] == before["handles"] and after["threads"] == before["threads"]
-    assert after["memory_kb"] < before["memory_kb"] + 2048
+    assert after["memory_kb"] < before["memory_kb"] + 4096
     assert {path.name for path in Path("/tmp").glob("atpo_python_*")} <= folders
     assert_gone(f"\0{LONG}\0")
 
