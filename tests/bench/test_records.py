@@ -49,10 +49,8 @@ def test_a_time_is_of_several_warm_samples() -> None:
     ran: list[str] = []
     entries, samples = {}, {}
     for name, seconds in (("measured", 1e-9), ("rehearsed", 0.0)):
-        call = partial(ran.append, name)
-        entries[name], _, found = side_by_side(
-            {name: lambda call=call: call}, lambda *_: {}, lambda _: {}, "cpu", seconds
-        )
+        maker = {name: partial(partial, ran.append, name)}  # whose call notes that it ran
+        entries[name], _, found = side_by_side(maker, lambda *_: {}, lambda _: {}, "cpu", seconds)
         samples[name] = found[name]
     assert {name: entry[name]["samples"] for name, entry in entries.items()} == {"measured": 3, "rehearsed": 1}
     assert Counter(ran) == {"measured": 4, "rehearsed": 1}  # of them one to warm up
