@@ -13,7 +13,7 @@ import torch
 
 from bench.__main__ import COMMANDS, main
 from bench.cases import for_device
-from bench.core.measure import side_by_side
+from bench.core.measure import Makers, side_by_side
 from bench.core.records import read_records, write_record
 from bench.report import report
 
@@ -49,7 +49,7 @@ def test_a_time_is_of_several_warm_samples() -> None:
     ran: list[str] = []
     entries, samples = {}, {}
     for name, seconds in (("measured", 1e-9), ("rehearsed", 0.0)):
-        maker = {name: partial(partial, ran.append, name)}  # whose call notes that it ran
+        maker: Makers = {name: partial(partial, ran.append, name)}  # whose call notes that it ran
         entries[name], _, found = side_by_side(maker, lambda *_: {}, lambda _: {}, "cpu", seconds)
         samples[name] = found[name]
     assert {name: entry[name]["samples"] for name, entry in entries.items()} == {"measured": 3, "rehearsed": 1}
