@@ -66,7 +66,7 @@ def longest_path(trees: Sequence[TurnTree]) -> int:
     return max(len(flat.ids) for flat in flatten(trees))
 
 
-# Every level with every clip mode, with and without a cap: one of both with advantages by turn, the other by trajectory.
+# Every level and clip mode, with and without a cap: one of both with advantages by turn, the other by trajectory.
 OBJECTIVES = [
     (ADVANTAGES[(i + j + k) % 2], level, clip, cap)
     for (i, level), (j, clip), (k, cap) in itertools.product(*map(enumerate, (LEVELS, CLIPS, CAPS)))
