@@ -61,12 +61,13 @@ def side_by_side(
         first: function from a call's name and the call to what its entry keeps of the first results.
         about: function from a name to further fields of the entry.
         device: "cuda" or "cpu".
-        seconds: time of the samples of each call.
+        seconds: time of the samples of each call; 0 takes one sample, and no round is thrown away.
         beside: function that makes other calls, timed in the same rounds without an entry.
         least: number of samples of every call, at least.
         warm: number of rounds that are not kept.
     """
     entries, calls = first_calls(makers, first, device)
+    least, warm = (least, warm) if seconds else (1, 0)
     samples, failed = interleaved(beside() | calls, device, seconds, least=least, warm=warm)
     for name, entry in entries.items():
         entry |= about(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from bench.__main__ import COMMANDS, main
 from bench.cases import for_device
+from bench.core.measure import Makers, side_by_side
 from bench.core.records import read_records, write_record
 from bench.report import report
 
@@ -28,7 +31,7 @@ def test_record_and_report_of_a_small_case(tmp_path: Path) -> None:
     assert all(record["commit"] and record["torch"] and record["device"].startswith("CPU") for record in (head, loss))
     for record, names in ((head, ("ours", "plain")), (loss, ("ours", "plain", "published_loop"))):
         for entry in (record["implementations"][name] for name in names):
-            assert 0 < entry["ms"]["p20"] <= entry["ms"]["p50"] <= entry["ms"]["p80"] and entry["samples"] >= 3
+            assert 0 < entry["ms"]["p20"] <= entry["ms"]["p50"] <= entry["ms"]["p80"] and entry["samples"] == 1
             assert entry["peak_bytes"] >= entry["gradient_bytes"] > 0
             assert all(0 <= value < 1e-4 for error in entry["errors"].values() for value in error.values())
     ours, plain = (head["implementations"][name] for name in ("ours", "plain"))
@@ -39,6 +42,19 @@ def test_record_and_report_of_a_small_case(tmp_path: Path) -> None:
     assert "No GPU record exists yet" in text and "PASS" not in text and text.count("not measured") > 10
     assert "forward + backward, 1024 × 128 × 4096, float32, peaked logits" in text
     assert all((tmp_path / line.split("(")[1][:-1]).exists() for line in text.splitlines() if line.startswith("!["))
+
+
+def test_a_time_is_of_several_warm_samples() -> None:
+    """Fails if a record's time is of one sample or of a first call, or a rehearsal without seconds waits for more."""
+    ran: list[str] = []
+    entries, samples = {}, {}
+    for name, seconds in (("measured", 1e-9), ("rehearsed", 0.0)):
+        maker: Makers = {name: partial(partial, ran.append, name)}  # whose call notes that it ran
+        entries[name], _, found = side_by_side(maker, lambda *_: {}, lambda _: {}, "cpu", seconds)
+        samples[name] = found[name]
+    assert {name: entry[name]["samples"] for name, entry in entries.items()} == {"measured": 3, "rehearsed": 1}
+    assert Counter(ran) == {"measured": 4, "rehearsed": 1}  # of them one to warm up
+    assert all(len(samples[name]) == entry[name]["samples"] for name, entry in entries.items())
 
 
 def test_nothing_measured() -> None:

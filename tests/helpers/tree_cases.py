@@ -40,14 +40,12 @@ def behind_root(end: Tensor, prefix: int) -> Tensor:  # (T,) -> (P + T,)
 
 
 def tree_mask(end: Tensor, prefix: int = 0, window: int | None = None) -> Tensor:  # (T,) -> (T, P + T) bool
-    """[q, k]: whether query q sees key k, by the definition, key by key along each path."""
+    """[q, k]: whether query q sees key k, by the definition: of a path's keys, counted from its end, the window's."""
     whole = behind_root(end, prefix)
     index = torch.arange(len(whole))
     mask = (index[None] <= index[:, None]) & (index[:, None] < whole[None])
     if window is not None:
-        for row in mask:
-            path = row.nonzero()[:, 0]
-            row[path[:-window]] = False
+        mask &= mask.flip(1).cumsum(1).flip(1) <= window
     return mask[prefix:]
 
 

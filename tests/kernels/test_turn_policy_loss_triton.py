@@ -103,9 +103,10 @@ def test_padded_reductions_over_several_blocks(level: Any, reduction: Any) -> No
     case["mask"][2] = True  # one turn over all blocks
     case["mask"][3, BLOCK - 1 : BLOCK + 1] = torch.tensor([True, False])  # one that ends with its block
     assert_precise(case, level=level, reduction=reduction, entropy_coef=0.1)
-    case["advantages"] = case["advantages"][:, 0]
-    case["mask"] = None
-    assert_precise(case, level=level, reduction=reduction, max_length=50)
+    if (LEVELS.index(level) + REDUCTIONS.index(reduction)) % 2:
+        case = {name: value[:2] for name, value in case.items()} | {"mask": None}
+        case["advantages"] = case["advantages"][:, 0]
+        assert_precise(case, level=level, reduction=reduction, max_length=50)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -30,6 +30,7 @@ from tests.helpers.strategies import VOCAB, forests, special_forest
 LEVELS = ("token", "turn", "sequence")
 CLIPS = ("hard", "soft", "soft_high", "sapo", "cispo")
 CAPS = (None, 1.3)  # of the dual clip
+ADVANTAGES = ("at2po", "grpo")  # per turn; per trajectory
 AGGREGATIONS = ("seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "turn-mean")
 # ranges that leave ratios inside, below, above, and above the dual cap; see `on_policy_with_noise`
 RANGES = {"clip_low": 0.1, "clip_high": 0.15, "max_length": 11}
@@ -53,7 +54,7 @@ def model() -> ToyModel:
     return ToyModel(VOCAB)
 
 
-@pytest.fixture(scope="module", params=["at2po", "grpo"])  # advantages per turn; per trajectory
+@pytest.fixture(scope="module", params=ADVANTAGES)
 def forest(request: pytest.FixtureRequest, model: ToyModel) -> list[TurnTree]:
     trees = special_forest()
     assign_credit(trees, request.param)
@@ -65,10 +66,17 @@ def longest_path(trees: Sequence[TurnTree]) -> int:
     return max(len(flat.ids) for flat in flatten(trees))
 
 
+# Every level and clip mode, with and without a cap: one of both with advantages by turn, the other by trajectory.
+OBJECTIVES = [
+    (ADVANTAGES[(i + j + k) % 2], level, clip, cap)
+    for (i, level), (j, clip), (k, cap) in itertools.product(*map(enumerate, (LEVELS, CLIPS, CAPS)))
+]
+
+
 # Fails when: a weight misses a trajectory or its multiplicity, signs of advantages cancel before they are summed, a
 # turn's ratio takes a neighbour's tokens, a predictor of a first token is not the parent's last, positions or
 # visibility leak between siblings, a path table points to the wrong turns, or a clip mode differs for one sign.
-@pytest.mark.parametrize(("level", "clip", "cap"), list(itertools.product(LEVELS, CLIPS, CAPS)))
+@pytest.mark.parametrize(("forest", "level", "clip", "cap"), OBJECTIVES, indirect=["forest"])
 def test_every_objective(forest: list[TurnTree], model: ToyModel, level: str, clip: str, cap: float | None) -> None:
     objective = Objective.preset("at2po", level=level, clip=clip, dual_cap=cap, **RANGES)
     flat = flat_loss(model, flatten(forest), objective)

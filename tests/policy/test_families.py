@@ -58,7 +58,7 @@ def test_a_packed_tree_equals_its_flat_trajectories(name: str) -> None:
 def test_rows_with_prefixes_and_checkpointing(name: str, choice: GradientCheckpointing) -> None:
     """Fails if a window does not reach into the rows above or reaches too far, if a gradient of keys that layers share
     is lost, or if what is computed again leaves out a token that a window needs."""
-    rows = pack_trees(forest(), OBJECTIVE, 17, dtype=torch.float64, max_prefix=500)
+    rows = pack_trees(forest(), OBJECTIVE, 20, dtype=torch.float64, max_prefix=500)
     assert max(row.prefix_tokens for row in rows) > 2 * WINDOW
     policy = Policy(make(name), gradient_checkpointing=choice).train()
     loss = accumulate_gradients(policy, rows, OBJECTIVE)

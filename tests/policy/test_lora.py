@@ -50,9 +50,11 @@ def test_tree_equals_flat_through_peft(name: str) -> None:
     expected_loss.backward()
     expected = adapter_gradients(plain)
     size = max(float(gradient.abs().max()) for gradient in expected.values())
-    cases: list[tuple[GradientCheckpointing, int, int]]
-    cases = [(choice, *budget) for choice in ("none", "layer", "mlp") for budget in ((4096, 0), (22, 0), (12, 500))]
-    for choice, row_tokens, max_prefix in cases:
+    choices: tuple[GradientCheckpointing, ...] = ("none", "layer", "mlp")
+    budgets = ((4096, 0), (22, 0), (12, 500))
+    # every choice with every budget over the models, and each of both with every model
+    first = list(MODELS).index(name)
+    for choice, (row_tokens, max_prefix) in zip(choices, budgets[first:] + budgets[:first], strict=True):
         policy = Policy(peft_model(name), gradient_checkpointing=choice).train()
         rows = pack_trees(forest, OBJECTIVE, row_tokens, dtype=torch.float64, max_prefix=max_prefix)
         assert (max(row.depth for row in rows) > 0) == bool(max_prefix)

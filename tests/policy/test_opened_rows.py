@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -97,21 +99,37 @@ def test_rows_and_their_prefixes_are_the_trees(trees: list[TurnTree], budget: in
     assert sum(row.flat_tokens for row in rows) == sum(tree.flat_tokens for tree in trees)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-@pytest.mark.parametrize("choice", ["none", "layer", "mlp"])
-def test_gradients_are_those_of_one_row(name: str, choice: GradientCheckpointing) -> None:
+def gradients_in(name: str, choice: GradientCheckpointing, rows: list[PackedTrees]) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a model over rows."""
+    policy = Policy(exact_norms(make(name)), gradient_checkpointing=choice).train()
+    loss = accumulate_gradients(policy, rows, TURN)
+    return {n: grad_of(p) for n, p in policy.named_parameters()} | {"loss": loss}
+
+
+@cache
+def gradients_in_one_row(name: str) -> dict[str, torch.Tensor]:
+    """The same, nothing being computed again, over one row."""
+    (row,) = pack_trees(deep_forest(), TURN, 4096, dtype=torch.float64)
+    return gradients_in(name, "none", [row])
+
+
+CHOICES: tuple[GradientCheckpointing, ...] = ("none", "layer", "mlp")
+BUDGETS = (60, 30, 12)
+# every two of a model, a choice and a budget
+TOGETHER = [
+    (name, choice, BUDGETS[(i + j) % 3]) for (i, name), (j, choice) in product(enumerate(MODELS), enumerate(CHOICES))
+]
+
+
+@pytest.mark.parametrize(("name", "choice", "budget"), TOGETHER)
+def test_gradients_are_those_of_one_row(name: str, choice: GradientCheckpointing, budget: int) -> None:
     """Fails if a gradient of an ancestor's keys, values or last hidden state is lost, doubled, or of another layer."""
-    expected = None
-    for budget, prefix in ((4096, 0), (60, 500), (30, 500), (12, 500)):
-        policy = Policy(exact_norms(make(name)), gradient_checkpointing=choice).train()
-        rows = pack_trees(deep_forest(), TURN, budget, dtype=torch.float64, max_prefix=prefix)
-        assert sum(row.num_tokens for row in rows) == sum(tree.unique_tokens for tree in deep_forest()) or not prefix
-        loss = accumulate_gradients(policy, rows, TURN)
-        found = {n: grad_of(p) for n, p in policy.named_parameters()} | {"loss": loss}
-        expected = expected or found
-        for parameter, value in expected.items():
-            torch.testing.assert_close(found[parameter], value, rtol=0, atol=1e-11 * float(value.abs().max()))
-    assert max(row.depth for row in rows) >= 3
+    rows = pack_trees(deep_forest(), TURN, budget, dtype=torch.float64, max_prefix=500)
+    assert sum(row.num_tokens for row in rows) == sum(tree.unique_tokens for tree in deep_forest())
+    assert max(row.depth for row in rows) >= {60: 1, 30: 2, 12: 3}[budget]
+    found = gradients_in(name, choice, rows)
+    for parameter, value in gradients_in_one_row(name).items():
+        torch.testing.assert_close(found[parameter], value, rtol=0, atol=1e-11 * float(value.abs().max()))
 
 
 @pytest.mark.parametrize("level", ["token", "turn"])

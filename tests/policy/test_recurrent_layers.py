@@ -6,6 +6,7 @@ See docs/design.md#recurrent-layers. Flat trajectories go through the unchanged 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def forest() -> list[TurnTree]:
     return trees
 
 
+@cache
 def flat_gradients(name: str) -> dict[str, Tensor]:
     """Loss and gradients of the flat trajectories through the plain model, by parameter."""
     model = make_hybrid(name)

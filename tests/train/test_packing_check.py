@@ -20,11 +20,13 @@ CPU = torch.device("cpu")
 def test_right_models_pass(name: str, dtype: torch.dtype) -> None:
     """Fails if the check stops a run whose trees are right, or leaves the model in another state."""
     policy = Policy(make(name, dtype), temperature=0.7).train()
-    for found in check_packing(policy, CPU):
+    logprobs, gradients = check_packing(policy, CPU)
+    for found in (logprobs, gradients):
         assert 0 < found.difference <= BEYOND_ROUNDING * found.rounding / 2, found
     assert policy.training and policy.model.config._attn_implementation == attention.TREE_ATTENTION
     assert all(parameter.grad is None for parameter in policy.parameters())
-    assert compare_logprobs(policy, CPU) == compare_logprobs(policy, CPU)
+    if (list(FAMILIES).index(name) % 2 == 0) == (dtype == torch.float32):  # either dtype, by turns
+        assert compare_logprobs(policy, CPU) == logprobs
 
 
 def test_a_model_of_small_weights_passes() -> None:
