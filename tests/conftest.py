@@ -10,7 +10,9 @@ import pytest
 from atpo_fast.common.threads import bound_spinning
 from tests.helpers.cpu_time import CpuTimes
 
-bound_spinning(os.environ)  # before PyTorch loads its runtime
+# Before PyTorch loads its runtime. The models of tests are tiny: a second thread would wait, and spin meanwhile.
+bound_spinning(os.environ)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 # Triton reads the variable when it is imported, so it is set before any test module is.

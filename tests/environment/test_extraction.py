@@ -74,10 +74,10 @@ def test_what_is_written_is_read(kind: str) -> None:
     assert extraction_by(str).write is None
 
 
-# ---- linear time (R16): quadratic readers would take minutes over these
+# ---- linear time (R16): quadratic readers would take hours over these
 
 
-LONG = 300_000
+LONG = 1_000_000
 REPEATED = [
     "\\boxed{",
     "\\boxed{}",
