@@ -64,13 +64,13 @@ test-environments: $(BESIDE_SETS:%=$(BESIDE)/%/installed)
 	for set in $(BESIDE_SETS); do $(BESIDE)/$$set/bin/python -m pytest tests/environment/adapters $(ARGS) || exit; done
 
 lint: .venv/installed-dev
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m ruff format --check $(SOURCES)
+	$(BIN)/python -m mypy
 
 format: .venv/installed-dev
-	$(BIN)/ruff check --fix $(SOURCES)
-	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/python -m ruff check --fix $(SOURCES)
+	$(BIN)/python -m ruff format $(SOURCES)
 
 bench: .venv/installed-dev
 	mkdir -p .benchmarks
