@@ -8,8 +8,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import assert_never
+
 from atpo_fast.common.errors import ConfigError, ToolFailureError
 from atpo_fast.config import ToolsConfig
+from atpo_fast.config.tools import BuiltinTool
 from atpo_fast.data.questions import Passage
 from atpo_fast.environment.arguments import JsonSchema
 from atpo_fast.environment.descriptions import tool_schema
@@ -79,7 +82,7 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Seque
     built_in: list[Any] = []
     try:
         for name in tools.builtin:
-            built_in.append(_python(tools) if name == "python" else _search(tools, passages))
+            built_in.append(_built_in(name, tools, passages))
         return ToolBox(
             [*built_in, *further],
             retries=tools.retries,
@@ -93,6 +96,15 @@ def make_toolbox(tools: ToolsConfig, passages: Sequence[Passage], further: Seque
     except BaseException:
         close_tools([*built_in, *further])
         raise
+
+
+def _built_in(name: BuiltinTool, tools: ToolsConfig, passages: Sequence[Passage]) -> Any:
+    """Make the built-in tool of some name."""
+    if name == "python":
+        return _python(tools)
+    if name == "search":
+        return _search(tools, passages)
+    assert_never(name)
 
 
 def check_tools(tools: ToolsConfig) -> None:
