@@ -31,9 +31,7 @@ from atpo_fast.environment import ToolBox
 from atpo_fast.rollout import TreeSearch, in_order
 from atpo_fast.tree import TurnTree
 from tests.helpers.completions_server import CompletionsServer, Fault
-from tests.helpers.runs import records, run
 from tests.helpers.scripted_engine import Search, as_data, questions
-from tests.helpers.served_model import ServedModel
 from tests.helpers.served_requests import PROMPTS, SMALL, request
 
 Serve = Callable[..., CompletionsServer]
@@ -41,7 +39,6 @@ Connect = Callable[..., ServerEngine]
 
 ASKED = questions(4)
 TOOLS = ToolsConfig(call_limit=3)
-SHORT = ["rollout.max_response_tokens=64", "train.save_every=0"]
 OFTEN: dict[str, Any] = {"health_seconds": 0.05}
 LARGE: dict[str, Any] = {"initial_chains": 3, "expansion_rounds": 2, "max_response_tokens": 60}
 
@@ -523,19 +520,3 @@ def test_the_key_comes_from_the_environment(serve: Serve, connect: Connect, monk
     client = engine._pool._client
     assert client is not None
     assert client.headers["Authorization"] == "Bearer secret"
-
-
-@pytest.mark.slow(reason="two ranks and two servers")
-@pytest.mark.distributed
-def test_two_ranks_train_with_servers(tmp_path: Path) -> None:
-    # Fails if the ranks do not agree on who writes the weights, a server keeps old ones, or its log-probs are another
-    # distribution's: the trainer's own, under the same weights, are the same.
-    served = ServedModel(tmp_path)
-    with served.start() as one, served.start() as two:
-        overrides = served.overrides("run", one, two)
-        run(served.config, *overrides, "ranks=2", "train.steps=2", "rollout.initial_chains=4", *SHORT)
-        assert one.bodies and two.bodies
-    steps = records(tmp_path / "run", "train")
-    assert sorted(steps) == [1, 2]
-    for step in steps.values():
-        assert step["rollout/mismatch_kl"] < 1e-6
