@@ -6,15 +6,12 @@ import runpy
 import sys
 from pathlib import Path
 
-from tests.helpers.forked_runs import ROOT, ForkedProcess
+from tests.helpers.forked_runs import ROOT, ForkedProcess, finish
 
 
 def output(script: str, *arguments: str) -> str:
     """Return what a script of the repository, named by its path in it, prints in a fork."""
-    process = ForkedProcess(run_script, str(ROOT / script), arguments)
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text
-    return text
+    return finish(ForkedProcess(run_script, str(ROOT / script), arguments))
 
 
 def run_script(path: str, arguments: tuple[str, ...]) -> int:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +93,13 @@ class ForkedProcess:
         return self._output.read_text(), None
 
 
+def finish(process: ForkedProcess | subprocess.Popen[str], code: int = 0) -> str:
+    """Wait for the end of a process and expect its exit code; its output."""
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
 def start_command(
     *words: str, limit_bytes: int | None = None, output: Path | None = None, host: Host | None = None
 ) -> ForkedProcess:
@@ -113,9 +121,7 @@ def fork_ranks(function: Callable[..., object], ranks: int, *arguments: Any) -> 
     from atpo_fast.commands.launcher import free_port
 
     group = Group(ranks, 0, ranks, "127.0.0.1", free_port())
-    process = ForkedProcess(_group, function, arguments, group)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-3000:]
+    finish(ForkedProcess(_group, function, arguments, group))
 
 
 def _call(function: Callable[..., int], arguments: Sequence[Any], output: str, limit_bytes: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.forked_runs import ForkedProcess, start_command
+from tests.helpers.forked_runs import ForkedProcess, finish, start_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY: dict[str, Any] = {
@@ -77,16 +77,12 @@ def launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
 def run(config: Path, *overrides: str, code: int = 0, limit_bytes: int | None = None, launched: bool = False) -> str:
     """Run to the end, as forks or launched as a user's run is; its output."""
     process = launch(config, *overrides) if launched else start(config, *overrides, limit_bytes=limit_bytes)
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == code, output[-3000:]
-    return output
+    return finish(process, code)
 
 
 def cold_start(folder: Path) -> Path:
     """Run the verb of the cold start in a folder; the folder of the model, which has hardly learned anything."""
-    process = start_command("cold-start", "--config", str(write_config(folder)))
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-3000:]
+    finish(start_command("cold-start", "--config", str(write_config(folder))))
     return folder / "run/cold_start"
 
 

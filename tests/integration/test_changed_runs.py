@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.helpers.forked_runs import start_command
+from tests.helpers.forked_runs import finish, start_command
 from tests.helpers.runs import run, write_config
 
 EXACT = "rollout.schedule=synchronous"
@@ -40,7 +40,5 @@ def test_a_changed_run_is_refused_in_words(tmp_path: Path) -> None:
     assert changed[0].startswith("optim.lr")
     command = ["rollout", "--config", str(config), EXACT, "--questions=1"]
     for more, code in ([], 0), (["rollout.top_k=3"], 2):
-        process = start_command(*command, *more)
-        output, _ = process.communicate(timeout=900)
-        assert process.returncode == code, output
+        output = finish(start_command(*command, *more), code)
     assert "the file of search trees in it is of something else" in output and "rollout.top_k: 0 before" in output

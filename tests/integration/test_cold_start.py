@@ -13,15 +13,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.helpers.forked_runs import ForkedProcess, start_command
+from tests.helpers.forked_runs import ForkedProcess, finish, start_command
 from tests.helpers.gguf_files import write_gguf
 from tests.helpers.runs import records, run, write_config
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The tiny configuration, writing to the test's own folder."""
-    return write_config(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +34,6 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cold_start(config: Path, *overrides: str) -> ForkedProcess:
     return start_command("cold-start", "--config", str(config), *overrides)
-
-
-def finish(process: ForkedProcess, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == code, output[-3000:]
-    return output
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.docs.test_commands import lines
 from tests.helpers.examples import output
-from tests.helpers.forked_runs import ROOT, start_command
+from tests.helpers.forked_runs import ROOT, finish, start_command
 from tests.helpers.own_task import write_own_task
 from tests.helpers.pages import blocks
 from tests.helpers.runs import TINY, records
@@ -27,9 +27,7 @@ def test_own_task(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(ROOT)
     output("examples/own_task/formats.py", str(tmp_path))
     words = [word.replace("data.root=runs/formats", f"data.root={tmp_path}") for word in words[1:]]
-    process = start_command(*words, "train.steps=2", f"run_dir={tmp_path / 'run'}", "device=cpu")
-    text, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, text
+    finish(start_command(*words, "train.steps=2", f"run_dir={tmp_path / 'run'}", "device=cpu"))
     logged = records(tmp_path / "run", "train")[2]
     rewards = {"run_dir=runs/verl": "compute_score", "run_dir=runs/trl": "accuracy", "run_dir=runs/jsonl": "judge"}
     name = next((rewards[word] for word in words if word in rewards), "close")

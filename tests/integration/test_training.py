@@ -17,12 +17,6 @@ from tests.helpers.runs import cold_start, launch, records, run, start, write_co
 EXACT = "rollout.schedule=synchronous"  # batches that do not depend on when a tool answers
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The tiny configuration, writing to the test's own folder."""
-    return write_config(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that is started as a user's is, with a hash seed of its own."""

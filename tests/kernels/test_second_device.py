@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.devices import DEVICE
-from tests.helpers.forked_runs import ForkedProcess, run_tests
+from tests.helpers.forked_runs import ForkedProcess, finish, run_tests
 from tests.helpers.second_device import DEVICE as SECOND
 from tests.helpers.second_device import Elsewhere, SecondDevice
 
@@ -32,9 +32,7 @@ needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="tests on a GPU or a seco
 def test_kernel_tests_leave_nothing_on_the_cpu() -> None:
     """Fails if an operator, its test or a helper combines tensors of two devices, as none can on a GPU."""
     chosen = [f"tests/kernels/{file}::{name}" for file, names in CHOSEN.items() for name in names]
-    process = ForkedProcess(run_tests, ["-q", "-p", "no:cacheprovider", *chosen], {"ATPO_TEST_DEVICE": SECOND})
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, output[-4000:]
+    output = finish(ForkedProcess(run_tests, ["-q", "-p", "no:cacheprovider", *chosen], {"ATPO_TEST_DEVICE": SECOND}))
     assert f"{len(chosen)} passed" in output
 
 

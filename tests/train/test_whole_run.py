@@ -10,12 +10,6 @@ import pytest
 from tests.helpers.runs import records, run, write_config
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The tiny configuration, writing to the test's own folder."""
-    return write_config(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run from its cold start to its report."""
@@ -37,8 +31,8 @@ def test_a_run_writes_everything(whole: Path) -> None:
 
 
 # Fails when a rank sees another share of questions or rows than its own, or averages differently.
-def test_two_ranks_take_the_same_step_as_one(config: Path, tmp_path: Path, whole: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_two_ranks_take_the_same_step_as_one(tmp_path: Path, whole: Path) -> None:
+    config, one, two = write_config(tmp_path), tmp_path / "one", tmp_path / "two"
     options = ["train.steps=1", f"model.path={whole / 'cold_start'}"]
     run(config, f"run_dir={one}", *options)
     run(config, f"run_dir={two}", *options, "ranks=2")
