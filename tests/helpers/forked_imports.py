@@ -11,6 +11,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # as in every run of a test; PyTorch and DeepSpeed read both when they are imported
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import deepspeed
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
 import atpo_fast.commands.cli
@@ -23,5 +24,7 @@ import atpo_fast.train.evaluate
 import atpo_fast.train.forest_file
 import atpo_fast.train.loop
 import atpo_fast.train.run  # noqa: F401
+
+assert deepspeed.ops.__compatible_ops__  # looked for when it is first read
 
 gc.freeze()  # a collection in a forked process need not write to, and so copy, what is shared

@@ -92,13 +92,20 @@ def measure(folder: Path, out: Path) -> None:
 
 
 def compare(folder: Path) -> None:
-    """Load the models below a folder as they are trained and as transformers does; weights are the same to the bit."""
+    """Load the models below a folder as they are trained and as transformers does; weights are the same to the bit.
+
+    Each rank compares one dtype: what it gathers are the shares of both.
+    """
     join_process_group(cuda=False)
     for stored in sorted(folder.iterdir()):
-        for dtype in (torch.float32, torch.bfloat16):
+        for rank, dtype in enumerate((torch.float32, torch.bfloat16)):
             mine = load_for_training(settings(str(dtype).removeprefix("torch.")), stored)
             assert all(hasattr(parameter, "ds_id") for parameter in mine.parameters()), stored
-            same(mine, load_model(stored, dtype), dtype)
+            if rank == dist.get_rank():
+                same(mine, load_model(stored, dtype), dtype)
+            else:
+                with gathered(mine):
+                    pass
 
 
 def same(mine: PreTrainedModel, other: PreTrainedModel, dtype: torch.dtype) -> None:

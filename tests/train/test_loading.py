@@ -25,7 +25,7 @@ from tests.helpers.loading import compare, measure, same, settings
 from tests.helpers.lone_rank import lone_rank
 
 MiB = 1 << 20
-SIZES = dict(vocab_size=4096, hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4)
+SIZES = dict(vocab_size=4096, hidden_size=768, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=4)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_rank_holds_its_share_and_a_weight(tmp_path: Path) -> None:
     slack is for what allocators keep. What is loaded in the dtype of the file takes memory only when it is written
     to, as DeepSpeed's broadcast does on all ranks but one.
     """
-    model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=12, head_dim=64, tie_word_embeddings=False, **SIZES))
+    model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=4, head_dim=64, tie_word_embeddings=False, **SIZES))
     whole, largest = sum(p.nbytes for p in model.parameters()), max(p.nbytes for p in model.parameters())
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype).save_pretrained(tmp_path / "models" / str(dtype))
