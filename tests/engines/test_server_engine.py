@@ -256,6 +256,7 @@ def test_a_replica_that_is_killed_and_started_again_loses_no_question(
         if (turns >= 8 and not asked) or (len(asked) == 1 and (replicas == 1 or turns >= 16)):
             servers[0].start() if asked else servers[0].kill()
             asked.append(len(servers[0].bodies))
+            _wait(lambda: engine._pool.replicas[0].up == (len(asked) == 2))
 
     assert_same(roll_out(engine, restart), expected)
     assert asked[1] == asked[0] < len(servers[0].bodies)

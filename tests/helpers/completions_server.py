@@ -7,6 +7,7 @@ give the same trees. `CompletionsServer.fault` decides for each request how it f
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import threading
 import time
@@ -29,6 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atpo_fast.engines.sampling import SamplingTable, sample, uniforms
 from atpo_fast.retrieval.server import listen
 from tests.helpers.network import Host
+
+_LOGITS: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+"""Of the token after a path, (V,), by the digest of the weights: many tests ask servers of one model the same."""
 
 Fault = str | None  # "500", "429", "slow", "cut", "garbage", "no_ids", "no_logprobs"
 
@@ -84,6 +88,7 @@ class CompletionsServer:
     def start(self) -> None:
         """Start, on the same port as before."""
         self.model = self.make_model().eval()
+        self._weights = _digest(self.model)
         self.cached: list[list[int]] = []  # token ids whose prefixes are in the cache
         with self.host.entered() if self.host else nullcontext():  # a socket stays where it was made
             bound = listen(self.host.address if self.host else "127.0.0.1", self.port)
@@ -155,6 +160,7 @@ class CompletionsServer:
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         assert not unexpected and set(missing) <= {"lm_head.weight"}
         self.model.tie_weights()
+        self._weights = _digest(self.model)
         return JSONResponse({"results": [None]})
 
     async def _complete(self, body: dict[str, Any]) -> Response:
@@ -208,7 +214,7 @@ class CompletionsServer:
             tops: list[dict[str, float]] = []
             finish, cause = "length", None
             while len(written) < body["max_tokens"]:
-                logits = self.model(torch.tensor([ids + written])).logits[:, -1]
+                logits = self._logits(ids + written)
                 if self.sampled_rows is not None:
                     logits[:, self.sampled_rows :] = -torch.inf
                 draw = sample(logits, uniforms(seed, np.array([len(written)])), table)
@@ -247,9 +253,23 @@ class CompletionsServer:
         return {"choices": [choice], "usage": {"prompt_tokens_details": {"cached_tokens": known}}}
 
 
+    def _logits(self, ids: list[int]) -> torch.Tensor:  # (1, V), to be overwritten
+        place = self._weights, tuple(ids)
+        if place not in _LOGITS:
+            _LOGITS[place] = self.model(torch.tensor([ids])).logits[0, -1].clone()
+        return _LOGITS[place][None].clone()
+
+
 async def _half(text: str) -> AsyncIterator[bytes]:
     yield text[: len(text) // 2].encode()
     raise ConnectionResetError
+
+
+def _digest(model: PreTrainedModel) -> str:
+    found = hashlib.sha256(model.config.to_json_string().encode())
+    for value in model.state_dict().values():
+        found.update(value.contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _shared(one: list[int], other: list[int]) -> int:
