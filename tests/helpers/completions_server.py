@@ -252,7 +252,6 @@ class CompletionsServer:
         }
         return {"choices": [choice], "usage": {"prompt_tokens_details": {"cached_tokens": known}}}
 
-
     def _logits(self, ids: list[int]) -> torch.Tensor:  # (1, V), to be overwritten
         place = self._weights, tuple(ids)
         if place not in _LOGITS:
