@@ -158,11 +158,12 @@ def test_every_tree_token_is_prefilled_once(tokenizer: PreTrainedTokenizerFast) 
 
 
 @cache
-def uncut() -> list[tuple[int, list[int], list[int]]]:
-    """The trees that an engine writes which has room for all of them."""
+def uncut() -> list[TurnTree]:
+    """The trees that an engine writes which has room for all of them; their log-probs are those of whole paths."""
     trees = roots(6)
     grow(make_engine(numbered(VOCABULARY)), trees)
-    return snapshot(trees)
+    check_logprobs(make_model(), trees, 1e-10)
+    return trees
 
 
 # Every variant must write the same trees: batching, admission in waves, order, eviction, chunked prefill, and
@@ -192,8 +193,10 @@ def test_results_do_not_depend_on_how_the_work_is_cut(
     engine = make_engine(tokenizer, **options)
     trees = roots(6)
     grow(engine, trees, shuffle=shuffle)
-    assert snapshot(trees) == expected
-    check_logprobs(make_model(), trees, 1e-10)
+    assert snapshot(trees) == snapshot(expected)
+    for tree, other in zip(trees, expected, strict=True):
+        for turn, same in zip(tree.turns[1:], other.turns[1:], strict=True):
+            np.testing.assert_allclose(turn.logprobs, same.logprobs, atol=1e-10)
     unique = sum(tree.unique_tokens for tree in trees)
     assert unique > 400  # so that the small caches are too small
     if "cache_tokens" in options:

@@ -87,7 +87,7 @@ def test_it_learns() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)})))
     sampler = PagedEngine(model(), tokenizer, cache_tokens=4096)
     objective, rewards = Objective.preset("at2po"), []
-    for step in range(40):
+    for step in range(26):
         trees = [_sample_tree(sampler, step, question) for question in range(4)]
         rewards.append(np.mean([tree.turns[leaf].reward for tree in trees for leaf in tree.leaves]))
         assign_credit(trees)
