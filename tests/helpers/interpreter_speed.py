@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter as stock
-from triton.runtime.interpreter import InterpreterBuilder, ScanOps, TensorHandle
+from triton.runtime.interpreter import ScanOps, TensorHandle
 
 stock_numpy_type = stock._get_np_dtype
 stock_patch = stock._patch_lang
