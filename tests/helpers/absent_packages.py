@@ -15,7 +15,8 @@ def run_without(absent: Collection[str], code: str, *arguments: str) -> int:
     """Run code where some packages are absent, and nothing of `atpo_kernels` has been imported."""
     for name in [name for name in sys.modules if name.partition(".")[0] in {OURS, *absent}]:
         del sys.modules[name]
-    sys.modules.update(dict.fromkeys(absent))  # None: importing them now raises
+    for name in absent:
+        sys.modules[name] = None  # type: ignore[assignment]  # importing it now raises
     sys.argv = ["-c", *arguments]
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
     return 0
