@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,13 +142,10 @@ def peak_bytes(call: Callable[[], Any], device: str) -> tuple[Any, int]:
         return result, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]  # as in the trace that it writes
     held = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        held += event["args"]["Bytes"]
+    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+        held += event.nbytes()
         peak = max(peak, held)
     return result, peak
 

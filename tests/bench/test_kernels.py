@@ -5,11 +5,7 @@ The test compiles a covering subset; `make resources-check` compiles all variant
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -29,21 +25,14 @@ from bench.kernels.table import (
     row_source,
 )
 from bench.kernels.variants import Address, Job, covering
+from tests.helpers.absent_packages import run_without
+from tests.helpers.compiled_kernels import call_with_compiler
+from tests.helpers.forked_runs import ForkedProcess, finish
 
-ROOT = Path(__file__).resolve().parents[2]
 FITTING = Resources(
     arch="sm_90", kernel="head._sum", label="bf16 64x64", warps=4, stages=3, registers=255, spills=(0, 0),
     shared=227 * 1024, tensor_memory=0, source="0123456789ab",
 )  # fmt: skip
-
-
-def resources(*arguments: str, interpreted: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run `python -m bench resources` in a process of its own: compiling and interpreting exclude each other."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1"}
-    if not interpreted:
-        del environment["TRITON_INTERPRET"]
-    command = [sys.executable, "-m", "bench", "resources", *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1800)
 
 
 def job(found: Resources, source: str | None = None) -> Job:
@@ -57,8 +46,7 @@ def test_every_kernel_compiles_and_fits() -> None:
     RESOURCES.md lacks a variant."""
     if not is_of_this_triton(TABLE.read_text()):
         pytest.skip("RESOURCES.md was made by another Triton, whose registers are others")
-    done = resources("--check", "--covering")
-    assert done.returncode == 0, done.stderr
+    finish(ForkedProcess(call_with_compiler, "bench.__main__", "main", ["resources", "--check", "--covering"]))
 
 
 def test_no_variant_spills_on_sm_90_under_any_triton() -> None:
@@ -76,9 +64,8 @@ def test_no_variant_spills_on_sm_90_under_any_triton() -> None:
 
 def test_interpreted_kernels_are_not_compiled() -> None:
     """Fails if the command dies of something obscure inside Triton, as it would under the interpreter."""
-    done = resources(interpreted=True)
-    assert done.returncode == 1
-    assert "TRITON_INTERPRET" in done.stderr
+    code = "import os; os.environ['TRITON_INTERPRET'] = '1'; from bench.__main__ import main; main(['resources'])"
+    assert "TRITON_INTERPRET is set" in finish(ForkedProcess(run_without, [], code), code=1)
 
 
 def test_excesses_are_named() -> None:

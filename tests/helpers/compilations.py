@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +108,3 @@ def main(calls: int) -> None:
                     operator(dtype)
         found[name] = dict(variants)
     print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -11,9 +11,6 @@ A test module of kernels begins with `import interpreter  # noqa: F401` and make
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from math import prod
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +27,8 @@ from triton.runtime import interpreter as stock  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from tests.helpers import interpreter_speed  # noqa: E402
+
 COMPARISONS = (np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal)
 
 stock_cast = InterpreterBuilder.cast_impl
@@ -39,23 +38,11 @@ stock_fma = InterpreterBuilder.create_fma
 stock_reduce = ReduceOps.apply_impl
 stock_argument = stock._implicit_cvt
 stock_launch = stock.GridExecutor.__call__
-stock_patch = stock._patch_lang
-stock_block = tl.block_type.__init__
-stock_equal = tl.dtype.__eq__
-stock_operands = stock.interpreter_semantic.binary_op_type_checking_impl
-numpy_scalar = cache(stock._get_np_dtype)
-
-PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
-"""Where the interpreter puts its own operations in place of the language's."""
-INTEGERS = frozenset(tl.dtype.SINT_TYPES + tl.dtype.UINT_TYPES)
-ARITHMETIC = INTEGERS | {"fp32", "fp64"}
-"""Types of which an operation of two has the same type; halves are divided in float32."""
-EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def is_bfloat16(handle: TensorHandle) -> bool:
     """Whether the handle's data are the bits of bfloat16 numbers."""
-    return handle.dtype.scalar == tl.bfloat16
+    return handle.dtype.name == "bf16"
 
 
 def widen(handle: TensorHandle) -> TensorHandle:
@@ -133,118 +120,6 @@ def on_cpu(value: Any) -> Any:
     return value.numbers if isinstance(value, Elsewhere) else value
 
 
-def numpy_type(kind: tl.dtype) -> np.dtype:
-    """Numpy's type of a scalar, a block or pointers. Stock: writes a table of them to look one up."""
-    return np.dtype(np.uint64) if kind.scalar.is_ptr() else numpy_scalar(kind.scalar)
-
-
-@cache
-def shape_and_size(sizes: tuple[int, ...]) -> tuple[Any, tl.constexpr]:
-    """The shape of a block of such sizes, as a tensor has it, and its number of elements."""
-    return tl.core.tuple([tl.constexpr(size) for size in sizes]), tl.constexpr(prod(sizes))
-
-
-def make_tensor(made: tl.tensor, handle: TensorHandle, kind: tl.dtype) -> None:
-    """A tensor of the language. Stock: makes an object for each of its sizes, and for each type of them."""
-    made.handle, made.type, made.dtype = handle, kind, kind.scalar
-    made.shape, made.numel = shape_and_size(tuple(kind.shape.values) if kind.is_block() else ())
-
-
-@cache
-def block_parts(element: str, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """What blocks of such sizes and elements of such a name have in common."""
-    made = object.__new__(tl.block_type)
-    stock_block(made, element, list(sizes))
-    return {name: value for name, value in vars(made).items() if name != "element_ty"}
-
-
-def make_block(made: tl.block_type, element: tl.dtype, sizes: Any) -> None:
-    """The type of a block. Stock: checks its sizes and writes its name each time that it is made."""
-    given = getattr(sizes, "values", sizes)
-    plain = tuple(size.value if isinstance(size, tl.constexpr) else size for size in given)
-    vars(made).update(block_parts(element.name, plain), element_ty=element)
-
-
-def operands(left: Any, right: Any, *rules: Any, **more: Any) -> tuple[tl.tensor, tl.tensor]:
-    """The operands of an operation, brought to one type and shape. Stock: looks for what to do where nothing is."""
-    if isinstance(left, tl.tensor) and isinstance(right, tl.tensor):
-        kind = left.type
-        if kind.name == right.type.name and kind.scalar.name in ARITHMETIC:
-            return left, right
-    return stock_operands(left, right, *rules, **more)
-
-
-def is_equal(one: tl.dtype, other: object) -> bool:
-    """Whether two types are the same. Stock: unwraps a constant first."""
-    return one is other or stock_equal(one, other)
-
-
-def is_integer(kind: tl.dtype) -> bool:
-    """Whether a type is one of integers. Stock: joins two lists to look it up."""
-    return kind.name in INTEGERS
-
-
-def put_operation(place: Any, name: str, member: Callable[..., Any], builder: object, scope: Any) -> None:
-    """Put an operation into the language. Stock: it copies its keywords at each call, to leave one out."""
-
-    def operation(*arguments: Any, _semantic: object = None, **options: Any) -> Any:
-        return member(*arguments, **options, _semantic=stock.interpreter_semantic)
-
-    scope.set_attr(place, name, operation)
-
-
-def check_overflow(left: tl.tensor, right: tl.tensor, operation: Callable[..., Any]) -> None:
-    """Checks narrow integers for overflow. Stock: the same in operations of the language, at many times the cost."""
-    kind = left.type.scalar
-    if kind.int_bitwidth >= 64:
-        return
-    exact = EXACT[operation.__name__](left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
-    assert kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value(), (
-        f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
-    )
-
-
-@cache
-def interpreted_operations() -> list[tuple[Any, str, Any]]:
-    """Find what the interpreter puts into the language: (where, name, operation)."""
-    before = [dict(vars(place)) for place in PATCHED]
-    stock_patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    found = [
-        (place, name, value)
-        for place, old in zip(PATCHED, before, strict=True)
-        for name, value in vars(place).items()
-        if old.get(name) is not value
-    ]
-    for place, name, _ in found:
-        old = before[PATCHED.index(place)]
-        setattr(place, name, old[name]) if name in old else delattr(place, name)
-    return found
-
-
-class InterpretedLanguage:
-    """The language while a kernel runs. Stock: patched from the ground up by every function that a kernel calls."""
-
-    running = False
-
-    def __init__(self, function: Callable[..., Any]):
-        self._before: list[tuple[Any, str, Any]] = []
-        if InterpretedLanguage.running:  # the kernel that calls this function has done it
-            return
-        InterpretedLanguage.running = True
-        for place, name, operation in interpreted_operations():
-            self._before.append((place, name, vars(place).get(name)))
-            setattr(place, name, operation)
-
-    def restore(self) -> None:
-        """Put the language's own operations back, when the kernel has ended."""
-        for place, name, operation in self._before:
-            if operation is None:
-                delattr(place, name)
-            else:
-                setattr(place, name, operation)
-        InterpretedLanguage.running = False
-
-
 def repair() -> None:
     """Put the functions above in place of the interpreter's."""
     InterpreterBuilder.cast_impl = cast
@@ -254,15 +129,7 @@ def repair() -> None:
     ReduceOps.apply_impl = reduce
     stock._implicit_cvt = argument
     stock.GridExecutor.__call__ = launch
-    stock._patch_lang = InterpretedLanguage
-    stock._get_np_dtype = numpy_type
-    stock._patch_attr = put_operation
-    tl.tensor.__init__ = make_tensor
-    tl.block_type.__init__ = make_block
-    tl.dtype.is_int = is_integer
-    tl.dtype.__eq__ = is_equal
-    stock.interpreter_semantic.binary_op_type_checking_impl = operands
-    stock.interpreter_semantic.binary_op_sanitize_overflow_impl = check_overflow
+    interpreter_speed.install()
 
 
 if INTERPRETED:

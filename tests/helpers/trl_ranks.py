@@ -11,12 +11,23 @@ import torch
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from atpo_fast.commands.launcher import free_port
 from atpo_kernels.hosts.trl import TurnGRPOConfig, TurnGRPOTrainer
+from tests.helpers.forked_runs import Group
+from tests.helpers.forked_runs import _group as run_group
 from tests.helpers.small_tokenizers import word_level
 
 GROUP, BATCH, T = 2, 4, 9
 LOSSES = ("grpo", "dapo")
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+
+
+def write_all_weights(folder: Path) -> int:
+    """Train on two ranks, then on one: in one batch, and in two micro-batches. Ranks are forks that have TRL."""
+    for ranks, size in ((2, BATCH // 2), (1, BATCH), (1, BATCH // 2)):
+        group = Group(ranks, 0, ranks, "127.0.0.1", free_port())
+        run_group(write_weights, (folder, size, BATCH // (size * ranks)), group)
+    return 0
 
 
 def write_weights(folder: Path, size: int, accumulation: int) -> None:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.helpers.compiled_kernels import call_with_compiler
+from tests.helpers.forked_runs import ForkedProcess, finish
 
-ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton")
 
 
 def test_no_length_finds_a_kernel_uncompiled() -> None:
     """Fails if a kernel is specialised on a number of rows, of ranges or of turns, on a block that lengths decide, or
     on where a slice of a batch begins: ranks would then compile for seconds, each at another step."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "tests.helpers.compilations", "12"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    output = finish(ForkedProcess(call_with_compiler, "tests.helpers.compilations", "main", 12))
+    found = json.loads(output.splitlines()[-1])
     assert found["others"] == {}
     # one for each dtype and: stored or not; without entropy or with it; the sums of a loss; the blocks of a turn;
     # attention alone or with a window, sinks and a cap

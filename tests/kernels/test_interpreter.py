@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tests.helpers import interpreter  # first: it skips this module where there is no Triton
+from tests.helpers import interpreter, interpreter_speed  # first: it skips this module where there is no Triton
 
 DEVICE, INTERPRETED = interpreter.DEVICE, interpreter.INTERPRETED
 HALVES = (torch.bfloat16, torch.float16)
@@ -252,5 +252,5 @@ def test_the_language_is_its_own_again(fails: bool) -> None:
     source = torch.ones(16, dtype=torch.bfloat16 if fails else torch.float32)
     with pytest.raises(triton.runtime.errors.InterpreterError) if fails else nullcontext():
         arithmetic_kernel[(1,)](source, torch.empty_like(source), 16, "sum")
-    operations = interpreter.interpreted_operations()
+    operations = interpreter_speed.interpreted_operations()
     assert operations and not any(vars(place).get(name) is value for place, name, value in operations)

@@ -14,6 +14,8 @@ import torch
 
 import atpo_kernels
 from atpo_kernels.dispatch import choose
+from tests.helpers.absent_packages import run_without
+from tests.helpers.forked_runs import ForkedProcess, finish
 
 OPERATORS = ("linear_logprob", "turn_policy_loss", "linear_turn_policy_loss", "tree_attention")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,12 +33,13 @@ def operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choices_need_no_pytorch() -> None:
     """Fails if reading a configuration, whose choices are listed there, takes the seconds of importing PyTorch."""
-    run("import sys; sys.modules['torch'] = None; from atpo_kernels.choices import Aggregation, Reduction")
+    code = "import sys; sys.modules['torch'] = None; from atpo_kernels.choices import Aggregation, Reduction"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 FOLDERS_FIRST = """
 import importlib, inspect, sys
-sys.modules["triton"] = None  # importing it now raises
 from atpo_kernels import *
 for operator in sys.argv[1:]:
     for name in [name for name in sys.modules if name.partition(".")[0] == "atpo_kernels"]:
@@ -52,7 +55,7 @@ def test_public_names_are_functions_and_need_no_triton() -> None:
     any module imports Triton at import time: a CPU install has none."""
     for operator in OPERATORS:
         assert inspect.isfunction(getattr(atpo_kernels, operator))
-    run(FOLDERS_FIRST, *OPERATORS)
+    finish(ForkedProcess(run_without, ["triton"], FOLDERS_FIRST, *OPERATORS))
 
 
 def test_every_operator_has_the_same_files() -> None:
@@ -62,12 +65,6 @@ def test_every_operator_has_the_same_files() -> None:
         names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.name == "kernels"}
         own = {"block_lists"} if operator == "tree_attention" else set()  # what the mask leaves of its blocks
         assert names == {"__init__", "reference", "torch_impl", "kernels", "launch", "tiles"} | own, operator
-
-
-def run(code: str, *arguments: str) -> None:
-    """Run code in an interpreter of its own, in which nothing has been imported."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, *arguments], env=environment, check=True)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

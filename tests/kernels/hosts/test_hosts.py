@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,8 @@ from atpo_kernels.hosts.credit import return_advantages, tree_advantages, turn_s
 from atpo_kernels.hosts.openrlhf import TurnPolicyLoss
 from atpo_kernels.hosts.plain import LossHead, add_turn_loss
 from atpo_kernels.hosts.verl.loss import policy_loss
+from tests.helpers.absent_packages import run_without
+from tests.helpers.forked_runs import ForkedProcess, finish
 from tests.helpers.policies import make
 
 B, T = 6, 12
@@ -34,20 +35,9 @@ def test_import_without_hosts_and_triton() -> None:
     names = [m.name for m in pkgutil.walk_packages(hosts.__path__, "atpo_kernels.hosts.")]
     names = [n for n in names if not n.endswith((".plugin", ".__main__"))]
     assert "atpo_kernels.hosts.trl.trainers" in names and "atpo_kernels.hosts.slime" in names
-    code = f"""
-import sys
-absent = ("triton", "transformers", "trl", "verl", "skyrl", "openrlhf", "prime_rl", "slime", "numpy")
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in absent[:-1]:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-import importlib
-for name in {names!r}:
-    importlib.import_module(name)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    absent = ("triton", "transformers", "trl", "verl", "skyrl", "openrlhf", "prime_rl", "slime")
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    finish(ForkedProcess(run_without, absent, code, *names))
 
 
 def test_adapters_stay_small() -> None:

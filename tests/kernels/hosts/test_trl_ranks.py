@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("trl")
 
-from tests.helpers.forked_runs import fork_ranks
-from tests.helpers.trl_ranks import BATCH, LOSSES, write_weights
+from tests.helpers.forked_runs import ForkedProcess, finish
+from tests.helpers.trl_ranks import LOSSES, write_all_weights
 
 pytestmark = pytest.mark.distributed
 
@@ -20,9 +20,7 @@ def test_accumulation_and_ranks(tmp_path: Path) -> None:
 
     num_iterations=2: the second step is off-policy, so that the ratio and its clip count.
     """
-    fork_ranks(write_weights, 2, tmp_path, BATCH // 2, 1)
-    for size in (BATCH, BATCH // 2):
-        fork_ranks(write_weights, 1, tmp_path, size, BATCH // size)
+    finish(ForkedProcess(write_all_weights, tmp_path))
     for loss_type in LOSSES:
         whole, accumulated, two_ranks = (
             dict(np.load(tmp_path / f"{loss_type}_{name}.npz")) for name in ("4_1_1", "2_2_1", "2_1_2")
