@@ -23,6 +23,8 @@ from atpo_fast.common.manifest import write_manifest
 from atpo_fast.config import Config, ConfigError, load_config
 from atpo_fast.train.__main__ import main as launched
 from atpo_kernels.hosts.check import Host
+from tests.helpers.forked_launch import TWO_CPU_RANKS, launch_in_fork, variables
+from tests.helpers.forked_runs import ForkedProcess
 from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,25 +232,22 @@ sys.exit(int(rank) * 3 if "fail=1" in sys.argv else 0)
 
 
 @pytest.fixture
-def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def record(tmp_path: Path) -> Path:
     """A program in place of training, started by the real launcher, that writes what it sees into this folder."""
     package = tmp_path / "package" / "atpo_fast" / "train"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package.parent / "__init__.py").touch()
     (package / "__main__.py").write_text(RANK)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "package"))
-    monkeypatch.setenv("RECORD", str(tmp_path))
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.chdir(tmp_path / "package")
     return tmp_path
 
 
-TWO_CPU_RANKS = launcher.Placement("cpu", ["0", "1"])
-
-
-def test_ranks_get_their_arguments_and_environment(record: Path) -> None:
+def test_ranks_get_their_arguments_and_environment(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Fails if overrides, the number of ranks, the CPU accelerator or the path to ninja do not arrive.
+    for name, value in variables(record).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.chdir(record / "package")
     assert launcher.launch("train", "c.yaml", ["seed=1"], TWO_CPU_RANKS) == 0
     for rank in (0, 1):
         accelerator, threads, world, path, *arguments = (record / f"env_{rank}").read_text().split("\n")
@@ -259,7 +258,9 @@ def test_ranks_get_their_arguments_and_environment(record: Path) -> None:
 
 
 def test_the_exit_code_of_a_failed_rank_comes_back(record: Path) -> None:
-    assert launcher.launch("train", "c.yaml", ["fail=1"], TWO_CPU_RANKS) == 3
+    process = ForkedProcess(launch_in_fork, record, "fail=1")
+    process.communicate(timeout=300)
+    assert process.returncode == 3
 
 
 def test_a_signal_is_read_from_the_launchers_exit_code() -> None:
@@ -278,7 +279,12 @@ LAUNCH = (
 def test_ranks_stop_with_the_command(record: Path, number: signal.Signals) -> None:
     # SIGTERM, SIGINT: fails if ranks are not asked exactly once (they save, and stop at once at the second signal), or
     # the exit code hides what happened. SIGKILL: fails if ranks run on as orphans and keep writing the run folder.
-    command = subprocess.Popen([sys.executable, "-c", LAUNCH, str(ROOT)], cwd=record)
+    # The last is the command as it is started; the others are forks.
+    command: Any = (
+        subprocess.Popen([sys.executable, "-c", LAUNCH, str(ROOT)], cwd=record, env=os.environ | variables(record))
+        if number == signal.SIGKILL
+        else ForkedProcess(launch_in_fork, record, "wait=1")
+    )
     ranks: list[psutil.Process] = []
     try:
         wait_for(lambda: (record / "env_0").exists() and (record / "env_1").exists(), seconds=300)
@@ -286,10 +292,12 @@ def test_ranks_stop_with_the_command(record: Path, number: signal.Signals) -> No
         ranks += [process for process in started if "--local_rank" in " ".join(process.cmdline())]
         assert len(ranks) == 2
         command.send_signal(number)
-        code = command.wait(timeout=300)
+        command.communicate(timeout=300)
+        code = command.returncode
         wait_for(lambda: not any(_runs(rank) for rank in ranks), seconds=300)
     finally:  # leave nothing behind when the test fails
-        command.kill()
+        if command.poll() is None:
+            command.send_signal(signal.SIGKILL)
         for rank in ranks:
             if _runs(rank):
                 rank.kill()

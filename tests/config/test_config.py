@@ -184,9 +184,14 @@ def test_recipes_are_legal_short_headed_and_round_trip(
     assert batch_arithmetic(config)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @example(text="1e-6", lr=1e-6, seed=0)
 @example(text="\x85", lr=5e-324, seed=0)
+@example(text="true", lr=0.1, seed=0)
+@example(text="~", lr=1e-5, seed=0)
+@example(text="", lr=1e22, seed=0)
+@example(text="- a: b #", lr=1 / 3, seed=10**12)
+@example(text="12:30", lr=1.0, seed=-1)
 @given(text=st.text(max_size=12), lr=st.floats(1e-300, 1e300), seed=st.integers(-(10**12), 10**12))
 def test_any_text_and_number_round_trips(
     tmp_path_factory: pytest.TempPathFactory, text: str, lr: float, seed: int

@@ -34,8 +34,8 @@ from atpo_fast.retrieval.contents import document_contents
 from atpo_fast.retrieval.scripts import by_script
 from tests.helpers.small_tokenizers import byte_level, normalising
 
-SHORT, TIMES = 6_000, 8
-SECONDS = 0.02  # of the longer text, below which nothing is compared
+SHORT, TIMES = 4_000, 8
+SECONDS = 0.01  # of the longer text, below which nothing is compared
 TOOLS = ("search", "python", "calc")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 ANY = ColumnsConfig()

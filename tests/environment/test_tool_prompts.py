@@ -143,7 +143,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToolsConfig:
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     server = MCPServerConfig(
-        command=[sys.executable, str(Path(__file__).parents[1] / "helpers/mcp_server.py")], tools=["add"]
+        command=[sys.executable, str(Path(__file__).parents[1] / "helpers/written_mcp_server.py")], tools=["add"]
     )
     return ToolsConfig(builtin=["search", "python"], functions=["my_tools:double"], mcp=[server])
 

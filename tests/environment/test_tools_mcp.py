@@ -1,4 +1,4 @@
-"""Tools of MCP servers, with a small real server (`mcp_server.py`)."""
+"""Tools of MCP servers: a small one of the package `mcp`, and one that starts faster (`written_mcp_server.py`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from atpo_fast.environment.mcp_tools import MCPServer
 
 pytest.importorskip("mcp", reason="the extra mcp is not installed")
 
-COMMAND = [sys.executable, str(Path(__file__).resolve().parents[1] / "helpers" / "mcp_server.py")]
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+COMMAND = [sys.executable, str(HELPERS / "mcp_server.py")]
+WRITTEN = [sys.executable, str(HELPERS / "written_mcp_server.py")]
 ALL = ["add", "shout", "fail", "die", "process_id", "wait"]
 
 
@@ -36,7 +38,7 @@ def alive(process: int) -> bool:
 
 @pytest.fixture
 def toolbox() -> Iterator[ToolBox]:
-    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
+    server = MCPServer(MCPServerConfig(command=WRITTEN), timeout_seconds=120)
     with ToolBox(server.tools, retries=0, timeout_seconds=120) as toolbox:
         yield toolbox
 
@@ -115,7 +117,7 @@ def test_servers_that_cannot_be_used(config: MCPServerConfig, message: str) -> N
 
 def test_tools_that_are_not_offered() -> None:
     with pytest.raises(ValueError, match="no tools subtract; it offers add, shout"):
-        MCPServer(MCPServerConfig(command=COMMAND, tools=["add", "subtract"]), timeout_seconds=120)
+        MCPServer(MCPServerConfig(command=WRITTEN, tools=["add", "subtract"]), timeout_seconds=120)
 
 
 def test_over_http() -> None:
@@ -142,9 +144,9 @@ def test_over_http() -> None:
 
 def test_configuration(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(f"tools:\n  builtin: []\n  mcp:\n    - command: {COMMAND}\n      tools: [shout, process.id]\n")
+    path.write_text(f"tools:\n  builtin: []\n  mcp:\n    - command: {WRITTEN}\n      tools: [shout, process.id]\n")
     config = load_config(path).tools
-    assert config.mcp == [MCPServerConfig(command=COMMAND, tools=["shout", "process.id"])]
+    assert config.mcp == [MCPServerConfig(command=WRITTEN, tools=["shout", "process.id"])]
     with make_toolbox(config, []) as toolbox:
         assert toolbox.names == ("shout", "process_id")
         assert ask(toolbox, "shout", "x") == "X"
@@ -156,13 +158,13 @@ def test_configuration(tmp_path: Path) -> None:
 def test_a_server_is_closed_when_another_tool_cannot_be_made() -> None:
     """Fails if a configuration error leaves a server running."""
     before = set(os.listdir("/proc"))
-    twice = MCPServerConfig(command=COMMAND, tools=["add"])
+    twice = MCPServerConfig(command=WRITTEN, tools=["add"])
     with pytest.raises(ValueError, match="two tools are called 'add'"):
         make_toolbox(ToolsConfig(builtin=[], mcp=[twice, twice]), [])
     started = [p for p in set(os.listdir("/proc")) - before if p.isdigit() and alive(int(p))]
     servers = []
     for process in started:
         with contextlib.suppress(OSError):
-            if "mcp_server.py" in Path(f"/proc/{process}/cmdline").read_text():
+            if WRITTEN[1] in Path(f"/proc/{process}/cmdline").read_text():
                 servers.append(process)
     assert not servers

@@ -43,8 +43,9 @@ def own_root(workdir: str, file_mb: int, uid: int, gid: int) -> tuple[str, bool]
     memory = f"size={file_mb}m,nr_inodes=10000,uid={uid},gid={gid},mode=700"
     if kernel.mount(None, "/", None, kernel.MS_REC | kernel.MS_PRIVATE):
         return f"not closed: {kernel.error_text()}", False
-    shown = [(path, os.open(path, os.O_PATH)) for path in visible() if not os.path.islink(path)]
-    links = [(path, os.readlink(path)) for path in visible() if os.path.islink(path)]
+    paths = visible()
+    shown = [(path, os.open(path, os.O_PATH)) for path in paths if not os.path.islink(path)]
+    links = [(path, os.readlink(path)) for path in paths if os.path.islink(path)]
     devices = [(f"/dev/{name}", os.open(f"/dev/{name}", os.O_PATH)) for name in DEVICES]
     root = workdir  # nobody else's; in the new root it is made again
     if kernel.mount("none", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m"):

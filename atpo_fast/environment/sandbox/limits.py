@@ -6,9 +6,12 @@ import contextlib
 import os
 import resource
 import sys
-from typing import Any
 
 from . import kernel
+
+TYPE_CHECKING = False  # as in `main`
+if TYPE_CHECKING:
+    from typing import Any
 
 _MB = 1 << 20
 _OF_EACH = (b"RssAnon:", b"RssShmem:")

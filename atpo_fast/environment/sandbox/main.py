@@ -9,9 +9,12 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from typing import Any
 
 from . import code, files, kernel, limits
+
+TYPE_CHECKING = False  # of a type checker it is true; importing `typing` is a tenth of a start
+if TYPE_CHECKING:
+    from typing import Any
 
 _FIRST_UID = 1_000_000_000  # of the user that code runs as when the trainer is root; the process id is added
 _LOOK_SECONDS = 0.02  # between two looks at the memory
