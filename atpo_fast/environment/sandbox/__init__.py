@@ -1,7 +1,7 @@
 """Run a piece of Python code under limits: the program that the python tool starts for each call (`main.py`).
 
 Only the standard library is imported, and nothing of the package outside of this folder, so that it starts fast: the
-tool sends these modules, compiled, to a bare interpreter, where they are the package `sandbox`. Three processes:
+tool puts the folder above on the path of a bare interpreter and imports it there as `sandbox`. Three processes:
 
 1. the starter cuts itself off (user, mount, network, IPC and process namespaces, where the kernel allows them), unless
    bubblewrap has started it there (`bubblewrap.py`);
