@@ -380,10 +380,10 @@ def test_nothing_leaks(tool: Confined) -> None:
     folders = {path.name for path in Path("/tmp").glob("atpo_python_*")}
     code = f"import os\nos.posix_spawnp('sleep', ['sleep', '{LONG}'], {{}}, setsid=True)\nprint('x' * 100_000)"
     before = tool(code, times=2)
-    after = tool(code, times=6)
-    assert len(after["answers"]) == 6 and all(answer.startswith("xxx") for answer in after["answers"])
+    after = tool(code, times=8)
+    assert len(after["answers"]) == 8 and all(answer.startswith("xxx") for answer in after["answers"])
     assert after["handles"] == before["handles"] and after["threads"] == before["threads"]
-    assert after["memory_kb"] < before["memory_kb"] + 1024  # it stays the same
+    assert after["memory_kb"] < before["memory_kb"] + 2048  # it stays the same, but for an arena of Python's
     assert {path.name for path in Path("/tmp").glob("atpo_python_*")} <= folders
     assert_gone(f"\0{LONG}\0")
 

@@ -121,7 +121,7 @@ def fork_ranks(function: Callable[..., object], ranks: int, *arguments: Any) -> 
     from atpo_fast.commands.launcher import free_port
 
     group = Group(ranks, 0, ranks, "127.0.0.1", free_port())
-    finish(ForkedProcess(_group, function, arguments, group))
+    finish(ForkedProcess(run_group, function, arguments, group))
 
 
 def _call(function: Callable[..., int], arguments: Sequence[Any], output: str, limit_bytes: int | None) -> None:
@@ -163,7 +163,8 @@ class _ForkedLauncher:
         return self._process.exitcode
 
 
-def _group(function: Callable[..., object], arguments: Sequence[Any], group: Group) -> int:
+def run_group(function: Callable[..., object], arguments: Sequence[Any], group: Group) -> int:
+    """Call a function in every rank of a group on this node and wait; ends this process if one fails."""
     _launcher(function, arguments, group)
     return 0
 

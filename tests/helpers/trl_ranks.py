@@ -13,8 +13,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from atpo_fast.commands.launcher import free_port
 from atpo_kernels.hosts.trl import TurnGRPOConfig, TurnGRPOTrainer
-from tests.helpers.forked_runs import Group
-from tests.helpers.forked_runs import _group as run_group
+from tests.helpers.forked_runs import Group, run_group
 from tests.helpers.small_tokenizers import word_level
 
 GROUP, BATCH, T = 2, 4, 9
