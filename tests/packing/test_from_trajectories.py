@@ -58,7 +58,7 @@ def flat_batches(draw: st.DrawFn) -> list[Flat]:
 
 # Fails when tokens with different masks, log-probs or (level turn) unequal turns merge, when a weight is lost where
 # trajectories end inside others or are identical, when split turns count as turns, or a split misses an advantage.
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     flats=flat_batches(),
     level=st.sampled_from(["token", "turn", "sequence"]),

@@ -69,7 +69,7 @@ def stacks(rows: list[PackedTrees]) -> Iterator[tuple[PackedTrees, list[PackedTr
         opened = [*opened, row]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trees=forests(max_turns=12), budget=st.integers(8, 16))
 def test_rows_and_their_prefixes_are_the_trees(trees: list[TurnTree], budget: int) -> None:
     """Fails if a token is in two rows, a prefix is not the path above, or a predictor is not the token before."""
@@ -242,7 +242,7 @@ def row_of_depth(depth: int) -> PackedTrees:
     return row
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_ranks_pass_alike(data: st.DataObject) -> None:
     """Fails if ranks pass rows in different ways at a time, lose a row, or close a row before those below it."""

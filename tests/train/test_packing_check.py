@@ -15,24 +15,21 @@ from tests.helpers.families import FAMILIES, make
 
 CPU = torch.device("cpu")
 WHOLE = ("qwen3", "gemma2", "qwen3_next")
-"""Families that the check sees at its own length in both dtypes: full attention, windows, layers with a state."""
+"""Families that the check sees at its own length: full attention, windows, layers with a state."""
 
 
-def shorten(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Give gradients in bfloat16 a prompt of 48 tokens in place of 272, still eight windows of the tiny models.
-
-    A processor that calculates in float32 takes three quarters of these tests' time for the rest.
-    """
-    if dtype == torch.bfloat16:
-        monkeypatch.setattr(packing_check, "_LONGEST_WITH_GRADIENT", 32)
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give gradients a prompt of 48 tokens in place of 272, still eight windows of the tiny models."""
+    monkeypatch.setattr(packing_check, "_LONGEST_WITH_GRADIENT", 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", list(FAMILIES))
-def test_right_models_pass(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_models_pass(name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
     """Fails if the check stops a run whose trees are right, or leaves the model in another state."""
     if name not in WHOLE:
-        shorten(monkeypatch, dtype)
+        request.getfixturevalue("short")
     policy = Policy(make(name, dtype), temperature=0.7).train()
     logprobs, gradients = check_packing(policy, CPU)
     for found in (logprobs, gradients):
@@ -78,6 +75,7 @@ def test_wrong_attention_is_found(fault: str, dtype: torch.dtype, monkeypatch: p
         check_packing(policy, CPU)
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wrong", [0, 1, 2], ids=["queries", "keys", "values"])
 def test_a_wrong_backward_is_found(wrong: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +88,6 @@ def test_a_wrong_backward_is_found(wrong: int, dtype: torch.dtype, monkeypatch: 
             watched[wrong].register_hook(lambda gradient: gradient / 2)
         return plain(*watched, *tensors[3:], **options)
 
-    shorten(monkeypatch, dtype)
     monkeypatch.setattr(attention, "tree_attention", halved)
     policy = Policy(make("llama", dtype))
     assert compare_logprobs(policy, CPU).passed

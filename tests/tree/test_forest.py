@@ -19,7 +19,7 @@ def below(tree: TurnTree, turn: int) -> list[int]:
     return [n for n in range(len(tree)) if turn in tree.path(n)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trees=forests())
 def test_sums_over_turns(trees: list[TurnTree]) -> None:
     """Fails if a sum runs over the turns of another tree, misses the turn itself, or counts leaves not below it."""
@@ -40,7 +40,7 @@ def test_sums_over_turns(trees: list[TurnTree]) -> None:
         assert forest.nll[at] == tree.turns[n].nll
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), trees=forests(max_trees=5))
 def test_a_part_is_the_table_of_its_trees(data: st.DataObject, trees: list[TurnTree]) -> None:
     """Fails if an index of a part still counts from the whole forest, or a part is one turn, leaf or path off."""
