@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 import pytest
@@ -25,6 +27,7 @@ from atpo_fast.engines.base import PathNode, Request, SamplingParams
 from atpo_fast.engines.paged.engine import PagedEngine
 from atpo_fast.engines.server import pool as server_pool
 from atpo_fast.engines.server.engine import ServerEngine
+from atpo_fast.engines.server.pool import ReplicaPool
 from atpo_fast.engines.server.protocol import ServerError
 from atpo_fast.engines.server.weights import folder_weights, write_weights
 from atpo_fast.environment import ToolBox
@@ -391,6 +394,27 @@ def test_nothing_leaks(serve: Serve, folder: Path) -> None:
     _wait(lambda: _client_sockets(mine, server.port) <= before[1] and server.running == 0)
     assert _our_threads() <= before[0]
     assert len(os.listdir("/proc/self/fd")) <= before[2] + 2
+
+
+def test_a_health_check_that_ends_as_the_engine_closes_is_the_last() -> None:
+    # Fails if a cancellation that comes with an answer is lost: closing an engine then waited for ten seconds.
+    async def close_after(steps: int) -> None:
+        answer = asyncio.get_running_loop().create_future()
+        pool = ReplicaPool(ServerConfig(urls=["http://replica"], health_seconds=3600.0), {}, 1.0)
+        pool._client = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: answer))
+        watch = asyncio.create_task(pool._watch(pool.replicas[0]))
+        pool._watches = [watch]
+        await asyncio.sleep(0.01)
+        answer.set_result(httpx.Response(503))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        closing = asyncio.create_task(pool.close())
+        await asyncio.wait([closing], timeout=60)
+        assert closing.done(), steps
+        assert watch.cancelled()
+
+    for steps in range(12):
+        asyncio.run(close_after(steps))
 
 
 def _our_threads() -> int:

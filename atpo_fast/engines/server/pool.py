@@ -13,9 +13,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any, TypeVar
 
+import anyio
 import httpx
 
 from atpo_fast.config import ServerConfig
@@ -138,8 +138,9 @@ class ReplicaPool:
     ) -> httpx.Response:
         assert self._client is not None
         try:
-            return await asyncio.wait_for(self._client.request(method, replica.url + path, json=body), seconds)
-        except (TimeoutError, asyncio.TimeoutError) as error:
+            with anyio.fail_after(seconds):  # `asyncio.wait_for` loses a cancellation that comes with the answer
+                return await self._client.request(method, replica.url + path, json=body)
+        except TimeoutError as error:
             replica.look.set()
             raise TransientError(f"no answer within {seconds:g} s") from error
         except httpx.HTTPError as error:
@@ -160,8 +161,8 @@ class ReplicaPool:
             if self._patience_is_over():
                 self.router.give_up(self._nobody())
             wait = self.config.health_seconds if replica.up else min(_DOWN_SECONDS, self.config.health_seconds)
-            with suppress(TimeoutError, asyncio.TimeoutError):
-                await asyncio.wait_for(replica.look.wait(), wait)
+            with anyio.move_on_after(wait):
+                await replica.look.wait()
 
     def _out(self, replica: Replica, error: Exception) -> None:
         problem = str(error) or type(error).__name__
