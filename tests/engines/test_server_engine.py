@@ -399,9 +399,13 @@ def test_nothing_leaks(serve: Serve, folder: Path) -> None:
 def test_a_health_check_that_ends_as_the_engine_closes_is_the_last() -> None:
     # Fails if a cancellation that comes with an answer is lost: closing an engine then waited for ten seconds.
     async def close_after(steps: int) -> None:
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[httpx.Response] = asyncio.get_running_loop().create_future()
+
+        async def respond(_: httpx.Request) -> httpx.Response:
+            return await answer
+
         pool = ReplicaPool(ServerConfig(urls=["http://replica"], health_seconds=3600.0), {}, 1.0)
-        pool._client = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: answer))
+        pool._client = httpx.AsyncClient(transport=httpx.MockTransport(respond))
         watch = asyncio.create_task(pool._watch(pool.replicas[0]))
         pool._watches = [watch]
         await asyncio.sleep(0.01)
