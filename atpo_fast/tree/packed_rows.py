@@ -32,6 +32,7 @@ class PackedTrees:
     rollout_logprob: Tensor  # (A,) log-prob of the engine
     ref_logprob: Tensor  # (A,) log-prob under the reference policy (zeros until filled)
     turn_offsets: Tensor  # (N+1,) int32, CSR over the A axis; stays on the CPU
+    # The weights are the loss mask: only action tokens have them, and they are 0 where a token is repeated.
     weight_pos: Tensor  # (A,) W+: sum of w * max(A, 0) over the trajectories through the token
     weight_neg: Tensor  # (A,) W-: sum of w * max(-A, 0)
     weight_all: Tensor  # (A,) W0: sum of w; weighs KL and entropy terms
