@@ -24,7 +24,7 @@ from atpo_fast.config import Config, ConfigError, load_config
 from atpo_fast.train.__main__ import main as launched
 from atpo_kernels.hosts.check import Host
 from tests.helpers.forked_launch import TWO_CPU_RANKS, launch_in_fork, variables
-from tests.helpers.forked_runs import ForkedProcess
+from tests.helpers.forked_runs import ForkedProcess, finish
 from tests.helpers.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -258,9 +258,7 @@ def test_ranks_get_their_arguments_and_environment(record: Path, monkeypatch: py
 
 
 def test_the_exit_code_of_a_failed_rank_comes_back(record: Path) -> None:
-    process = ForkedProcess(launch_in_fork, record, "fail=1")
-    process.communicate(timeout=300)
-    assert process.returncode == 3
+    finish(ForkedProcess(launch_in_fork, record, "fail=1"), code=3)
 
 
 def test_a_signal_is_read_from_the_launchers_exit_code() -> None:

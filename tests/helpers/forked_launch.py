@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from atpo_fast.commands import launcher
-from tests.helpers.forked_runs import FORK
+from tests.helpers.forked_runs import ForkedStart
 
 TWO_CPU_RANKS = launcher.Placement("cpu", ["0", "1"])
 
@@ -23,30 +23,19 @@ def launch_in_fork(record: Path, word: str) -> int:
     """Launch the ranks that lie in `record`; for a `ForkedProcess`, of which DeepSpeed's launcher is a fork."""
     os.environ |= variables(record)
     os.chdir(record / "package")
-    launcher.start_ranks = ForkedLauncher  # type: ignore[assignment,misc]  # the two attributes that are used
+    launcher.start_ranks = _start_ranks  # type: ignore[assignment]  # what it returns has the two attributes that are used
     return launcher.launch("train", "c.yaml", [word], TWO_CPU_RANKS)
 
 
-class ForkedLauncher:
-    """What `launcher.start_ranks` returns: a process, here a fork, that does what its command says."""
+def _start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> ForkedStart:
+    """Start DeepSpeed's launcher as its command says."""
+    return ForkedStart(_run_module, command[2], command[3:], dict(environment), launcher.prepare_child(os.getpid()))
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
-        prepare = launcher.prepare_child(os.getpid())
-        self._process = FORK.Process(target=self._run, args=(command[2], command[3:], dict(environment), prepare))
-        self._process.start()
-        assert self._process.pid is not None
-        self.pid = self._process.pid
 
-    def wait(self) -> int:
-        self._process.join()
-        assert self._process.exitcode is not None
-        return self._process.exitcode
-
-    @staticmethod
-    def _run(module: str, words: list[str], environment: dict[str, str], prepare: Callable[[], None]) -> None:
-        os.setsid()
-        prepare()
-        os.environ.clear()
-        os.environ |= environment
-        sys.argv = [module, *words]
-        runpy.run_module(module, run_name="__main__")
+def _run_module(module: str, words: Sequence[str], environment: dict[str, str], prepare: Callable[[], None]) -> None:
+    os.setsid()
+    prepare()
+    os.environ.clear()
+    os.environ |= environment
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__")

@@ -47,6 +47,13 @@ class Group:
     port: int
 
     @classmethod
+    def alone(cls, ranks: int) -> Group:
+        """Make the group of all ranks of a run on this machine, with a port of its own."""
+        from atpo_fast.commands.launcher import free_port
+
+        return cls(ranks, 0, ranks, "127.0.0.1", free_port())
+
+    @classmethod
     def of_launcher(cls, words: Sequence[str]) -> Group:
         """Read the options of DeepSpeed's launcher."""
         given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--") and "=" in word)
@@ -118,10 +125,7 @@ def run_tests(arguments: list[str], environment: Mapping[str, str]) -> int:
 
 def fork_ranks(function: Callable[..., object], ranks: int, *arguments: Any) -> None:
     """Call a function in every rank of a process group on the CPU; fails if one does."""
-    from atpo_fast.commands.launcher import free_port
-
-    group = Group(ranks, 0, ranks, "127.0.0.1", free_port())
-    finish(ForkedProcess(run_group, function, arguments, group))
+    finish(ForkedProcess(run_group, function, arguments, Group.alone(ranks)))
 
 
 def _call(function: Callable[..., int], arguments: Sequence[Any], output: str, limit_bytes: int | None) -> None:
@@ -139,20 +143,15 @@ def _command(words: Sequence[str], host: Host | None) -> int:
 
     if host is not None:
         host.enter()
-    launcher.start_ranks = _ForkedLauncher  # type: ignore[assignment,misc]  # the two attributes that are used
+    launcher.start_ranks = _start_ranks  # type: ignore[assignment]  # what it returns has the two attributes that are used
     return cli.main(list(words))
 
 
-class _ForkedLauncher:
-    """What `launcher.start_ranks` returns: the parent of the ranks."""
+class ForkedStart:
+    """What stands in for the process that `launcher.start_ranks` returns: a fork that calls a function."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
-        from atpo_fast.commands.launcher import prepare_child
-
-        module = command.index("atpo_fast.train")
-        ranks = command[module + 1 :], dict(environment)
-        group = Group.of_launcher(command[:module])
-        self._process = FORK.Process(target=_launcher, args=(_rank, ranks, group, prepare_child(os.getpid())))
+    def __init__(self, function: Callable[..., object], *arguments: Any):
+        self._process = FORK.Process(target=function, args=arguments)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -161,6 +160,15 @@ class _ForkedLauncher:
         self._process.join()
         assert self._process.exitcode is not None
         return self._process.exitcode
+
+
+def _start_ranks(command: Sequence[str], environment: Mapping[str, str]) -> ForkedStart:
+    """Start the parent of the ranks in the place of DeepSpeed's launcher."""
+    from atpo_fast.commands.launcher import prepare_child
+
+    module = command.index("atpo_fast.train")
+    ranks = command[module + 1 :], dict(environment)
+    return ForkedStart(_launcher, _rank, ranks, Group.of_launcher(command[:module]), prepare_child(os.getpid()))
 
 
 def run_group(function: Callable[..., object], arguments: Sequence[Any], group: Group) -> int:

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from atpo_fast.commands.launcher import free_port
 from atpo_kernels.hosts.trl import TurnGRPOConfig, TurnGRPOTrainer
 from tests.helpers.forked_runs import Group, run_group
 from tests.helpers.small_tokenizers import word_level
@@ -24,8 +23,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "nu
 def write_all_weights(folder: Path) -> int:
     """Train on two ranks, then on one: in one batch, and in two micro-batches. Ranks are forks that have TRL."""
     for ranks, size in ((2, BATCH // 2), (1, BATCH), (1, BATCH // 2)):
-        group = Group(ranks, 0, ranks, "127.0.0.1", free_port())
-        run_group(write_weights, (folder, size, BATCH // (size * ranks)), group)
+        run_group(write_weights, (folder, size, BATCH // (size * ranks)), Group.alone(ranks))
     return 0
 
 
