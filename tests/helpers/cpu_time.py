@@ -1,7 +1,8 @@
 """A plugin: a test run ends with its CPU time and the tests that took most of it, and slow tests must say why.
 
-CPU time is that of this process and of all that it started, running or ended. A fixture counts with the first test that
-uses it, and a grandchild whose parent died before it is not counted.
+CPU time is that of this process and of all that it started, running or ended. It is read after each test, so that what
+pytest does between two counts with the second. A fixture counts with the first test that uses it, and a grandchild whose
+parent died before it is not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Generator
 from contextlib import suppress
-from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import NamedTuple
@@ -39,7 +39,8 @@ def cpu_seconds() -> float:
 def _seconds(process: int) -> float:
     """Return the CPU time of a running process and of all that it started; 0 if it has just ended."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        with open(f"/proc/{process}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return 0.0
     own = sum(int(field) for field in fields[11:15]) / TICKS  # utime, stime, and both of its ended children: proc(5)
@@ -49,9 +50,10 @@ def _seconds(process: int) -> float:
 def _children(process: int) -> list[int]:
     """List the running children of a process; none where the system does not tell."""
     found: list[int] = []
-    for listed in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):  # the thread, or the process, has just ended
-            found += map(int, listed.read_text().split())
+    with suppress(OSError):  # the process has just ended
+        for thread in os.listdir(f"/proc/{process}/task"):
+            with suppress(OSError), open(f"/proc/{process}/task/{thread}/children", "rb") as file:  # or the thread has
+                found += map(int, file.read().split())
     return found
 
 
@@ -60,6 +62,7 @@ class CpuTimes:
 
     def __init__(self) -> None:
         self.costs: list[Cost] = []
+        self._read: float | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Refuse tests that are marked slow without a reason."""
@@ -78,9 +81,10 @@ class CpuTimes:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Measure a test with its setup and teardown."""
-        cpu, wall = cpu_seconds(), perf_counter()
+        before, wall = cpu_seconds() if self._read is None else self._read, perf_counter()
         result = yield
-        self.costs.append(Cost(cpu_seconds() - cpu, perf_counter() - wall, item.nodeid))
+        self._read = cpu_seconds()
+        self.costs.append(Cost(self._read - before, perf_counter() - wall, item.nodeid))
         return result
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:

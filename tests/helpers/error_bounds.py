@@ -76,11 +76,13 @@ class Rule:
 
     def add(self, *errors: Tensor) -> Tensor:
         """Errors of one number."""
-        return sum(errors[1:], errors[0]) if self.worst else torch.stack(torch.broadcast_tensors(*errors)).norm(dim=0)
+        if self.worst:
+            return sum(errors[1:], errors[0])
+        return sum((error.square() for error in errors[1:]), errors[0].square()).sqrt()
 
     def sum(self, errors: Tensor, dim: int) -> Tensor:
         """Errors of the terms of a sum."""
-        return errors.sum(dim) if self.worst else errors.norm(dim=dim)
+        return errors.sum(dim) if self.worst else errors.square().sum(dim).sqrt()
 
     def times(self, errors: Tensor, factor: Tensor) -> Tensor:  # (..., M, K), (..., K, N) -> (..., M, N)
         """Error of a matrix product from the errors of its left side."""

@@ -23,6 +23,7 @@ stock_numpy_type = stock._get_np_dtype
 stock_patch = stock._patch_lang
 stock_block = tl.block_type.__init__
 stock_equal = tl.dtype.__eq__
+stock_where = stock.interpreter_semantic.where
 stock_operands = stock.interpreter_semantic.binary_op_type_checking_impl
 
 PATCHED = (tl, tl.core, tl.math, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
@@ -36,6 +37,18 @@ NUMPY_TYPES = {kind.name: stock_numpy_type(kind) for kind in SCALARS.values()}
 LIMITS = {name: (kind.get_int_min_value(), kind.get_int_max_value()) for name, kind in SCALARS.items() if kind.is_int()}
 EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 LARGEST_BYTES = 8
+RESULTS = {"__add__": np.add, "__sub__": np.subtract, "__mul__": np.multiply, "__truediv__": np.divide}
+"""Of two numbers of one type in float32 or float64."""
+REFLECTED = {"__radd__": "__add__", "__rsub__": "__sub__", "__rmul__": "__mul__", "__rtruediv__": "__truediv__"}
+COMPARISONS = {
+    "__lt__": np.less,
+    "__le__": np.less_equal,
+    "__gt__": np.greater,
+    "__ge__": np.greater_equal,
+    "__eq__": np.equal,
+    "__ne__": np.not_equal,
+}
+"""Of two numbers of one type, floats or integers."""
 
 
 def numpy_type(kind: tl.dtype) -> np.dtype:
@@ -175,6 +188,57 @@ def check_overflow(left: tl.tensor, right: tl.tensor, operation: Callable[..., A
     )
 
 
+def alike(left: tl.tensor, right: Any, kinds: frozenset[str]) -> np.ndarray | None:
+    """The numbers of the right side where both have one of these types, or where it is a number that takes it."""
+    kind = left.dtype.name
+    if kind not in kinds:
+        return None
+    if type(right) is tl.tensor:
+        return right.handle.data if right.dtype.name == kind else None
+    return constant(kind, (), right) if takes(kind, right) else None
+
+
+def sizes_of_both(left: tl.tensor, right: Any) -> tuple[int, ...]:
+    """The sizes of an operation's result."""
+    sizes = left.type.sizes
+    others = right.type.sizes if type(right) is tl.tensor else ()
+    return sizes if sizes == others or not others else joint_sizes(sizes, others)
+
+
+def elementwise(name: str, plain: Callable[..., tl.tensor]) -> Callable[..., tl.tensor]:
+    """An operator of blocks. Stock: looks for types and copies to one shape before numpy, which does so itself."""
+    reflected = name in REFLECTED
+    function = RESULTS.get(REFLECTED.get(name, name)) or COMPARISONS[name]
+    compares = name in COMPARISONS
+    kinds = ARITHMETIC if compares else FLOATS  # sums of integers are checked for overflow
+
+    def operation(left: tl.tensor, right: Any, _semantic: object = None) -> tl.tensor:
+        others = alike(left, right, kinds)
+        if others is None:
+            return plain(left, right)
+        numbers = left.handle.data
+        data = function(others, numbers) if reflected else function(numbers, others)
+        element = left.dtype
+        sizes = sizes_of_both(left, right)
+        kind = tl.int1 if compares else element
+        return tl.tensor(TensorHandle(data, element), block(kind, sizes) if sizes else kind)
+
+    return operation
+
+
+def where(condition: tl.tensor, one: Any, other: Any) -> tl.tensor:
+    """One or the other number. Stock: copies all three to one shape before numpy, which does so itself."""
+    if condition.dtype.name != "int1":
+        return stock_where(condition, one, other)
+    if not isinstance(one, tl.tensor) or not isinstance(other, tl.tensor) or one.type != other.type:
+        one, other = operands(one, other, True, True)
+    numbers, others = one.handle.data, other.handle.data
+    sizes = joint_sizes(condition.type.sizes, one.type.sizes)
+    data = np.where(condition.handle.data, numbers, others)
+    element = one.dtype
+    return tl.tensor(TensorHandle(data, element), block(element, sizes) if sizes else element)
+
+
 def scan(operation: ScanOps, inputs: tuple[tl.tensor, ...]) -> list[tl.tensor]:
     """A scan with a combination of one's own. Stock: one element after the other. Here as on a GPU, where results
     of 1, 2, 4... neighbours are combined, for all elements at once."""
@@ -219,7 +283,9 @@ def interpreted_operations() -> list[tuple[Any, str, Any]]:
     for place, name, _ in found:
         old = before[PATCHED.index(place)]
         setattr(place, name, old[name]) if name in old else delattr(place, name)
-    return found
+    quick = {**RESULTS, **REFLECTED, **COMPARISONS}
+    return [(place, name, elementwise(name, value) if place is tl.tensor and name in quick else value)
+            for place, name, value in found]
 
 
 class InterpretedLanguage:
@@ -264,3 +330,4 @@ def install() -> None:
     semantic.binary_op_type_checking_impl = operands
     semantic.binary_op_sanitize_overflow_impl = check_overflow
     semantic.broadcast_impl_value = broadcast
+    semantic.where = where
