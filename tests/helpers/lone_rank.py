@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from torch import nn
 
 from atpo_fast.commands.launcher import free_port
 from atpo_fast.train.zero import join_process_group
@@ -15,7 +16,8 @@ from atpo_fast.train.zero import join_process_group
 def lone_rank() -> Iterator[pytest.MonkeyPatch]:
     """Join a group of this process alone on the CPU, and leave it.
 
-    DeepSpeed leaves it, not PyTorch: it keeps groups of its own, which the next test to join would be given.
+    DeepSpeed leaves it, not PyTorch: it keeps groups of its own, which the next test to join would be given. It also puts
+    a slower function in place of PyTorch's linear layers under ZeRO-3, and leaves it there.
     """
     from deepspeed import comm
 
@@ -25,5 +27,6 @@ def lone_rank() -> Iterator[pytest.MonkeyPatch]:
             patch.setenv(name, value)
         join_process_group(cuda=False)
         with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(nn.functional, "linear", nn.functional.linear)
             yield inner
         comm.destroy_process_group()
