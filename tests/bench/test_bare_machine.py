@@ -8,22 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.absent_packages import run_without
+from tests.helpers.forked_runs import ForkedProcess, finish
+
 ROOT = Path(__file__).resolve().parents[2]
 MISSING = (
     *("bm25s", "deepspeed", "fastapi", "jsonschema", "liger_kernel", "matplotlib", "mcp", "nvtx", "psutil"),
     *("pyarrow", "pydantic", "pytest", "rich", "trl", "wandb", "xformers"),
 )
-HIDE = f"""
-import sys
-from importlib.machinery import PathFinder
-
-find = PathFinder.find_spec
-hidden = {MISSING!r}
-PathFinder.find_spec = staticmethod(lambda name, path=None, target=None: (
-    None if name.partition(".")[0] in hidden else find(name, path, target)
-))
-"""
 CASES = """
+import os, sys
+
+os.environ |= {"PATH": sys.argv[1], "BENCH_COMMIT": "abcdefg"}
 from bench.__main__ import main
 from bench.update.cases import ModelCase
 from bench.update.models import SHAPES, Shape
@@ -34,23 +30,12 @@ entries = tiny.measure("cpu", 0)["implementations"]
 assert all("ms" in entry for entry in entries.values()), entries
 main(["--device", "cpu", "--cases", "turn_policy_loss-gradient-16x4096", "--seconds", "0", "--results", sys.argv[1]])
 main(["--list", "--device", "cuda"])
-assert not set(hidden) & set(sys.modules)
 """
 
 
 def test_cases_run_on_a_bare_machine(tmp_path: Path) -> None:
     """Fails if what cases import needs more than torch, triton and transformers, or a record needs git."""
-    (tmp_path / "cases.py").write_text(HIDE + CASES)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "PATH": str(tmp_path),
-        "BENCH_COMMIT": "abcdefg",
-    }
-    command = [sys.executable, "cases.py", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "host_preparation" in done.stdout
+    assert "host_preparation" in finish(ForkedProcess(run_without, MISSING, CASES, str(tmp_path)))
     (record,) = (json.loads(path.read_text()) for path in (tmp_path / "cpu").glob("*.json"))
     assert record["commit"] == "abcdefg" and "ms" in record["implementations"]["published_loop"]
 

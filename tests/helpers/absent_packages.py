@@ -1,4 +1,4 @@
-"""An interpreter in which packages are not installed and our kernels were not imported yet, for a `ForkedProcess`.
+"""An interpreter in which packages are not installed and nothing of ours was imported yet, for a `ForkedProcess`.
 
 It is a fork, in which other packages are imported already. An interpreter of its own would import PyTorch first.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 
-OURS = "atpo_kernels"
+OURS = ("atpo_kernels", "atpo_fast", "bench")
 
 
 def run_without(absent: Collection[str], code: str, *arguments: str) -> int:
-    """Run code where some packages are absent, and nothing of `atpo_kernels` has been imported."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in {OURS, *absent}]:
+    """Run code where some packages are absent, and nothing of ours has been imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in {*OURS, *absent}]:
         del sys.modules[name]
     for name in absent:
         sys.modules[name] = None  # type: ignore[assignment]  # importing it now raises
