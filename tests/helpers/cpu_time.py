@@ -1,8 +1,8 @@
 """A plugin: a test run ends with its CPU time and the tests that took most of it, and slow tests must say why.
 
 CPU time is that of this process and of all that it started, running or ended. It is read after each test, so that what
-pytest does between two counts with the second. A fixture counts with the first test that uses it, and a grandchild whose
-parent died before it is not counted.
+pytest does between two of them counts with the second. A fixture counts with the first test that uses it, and a
+grandchild whose parent died before it is not counted.
 """
 
 from __future__ import annotations

@@ -284,8 +284,10 @@ def interpreted_operations() -> list[tuple[Any, str, Any]]:
         old = before[PATCHED.index(place)]
         setattr(place, name, old[name]) if name in old else delattr(place, name)
     quick = {**RESULTS, **REFLECTED, **COMPARISONS}
-    return [(place, name, elementwise(name, value) if place is tl.tensor and name in quick else value)
-            for place, name, value in found]
+    return [
+        (place, name, elementwise(name, value) if place is tl.tensor and name in quick else value)
+        for place, name, value in found
+    ]
 
 
 class InterpretedLanguage:

@@ -16,8 +16,8 @@ from atpo_fast.train.zero import join_process_group
 def lone_rank() -> Iterator[pytest.MonkeyPatch]:
     """Join a group of this process alone on the CPU, and leave it.
 
-    DeepSpeed leaves it, not PyTorch: it keeps groups of its own, which the next test to join would be given. It also puts
-    a slower function in place of PyTorch's linear layers under ZeRO-3, and leaves it there.
+    DeepSpeed leaves it, not PyTorch: it keeps groups of its own, which the next test to join would be given. Under
+    ZeRO-3 it also puts a slower function in the place of PyTorch's for linear layers, and leaves it there.
     """
     from deepspeed import comm
 
