@@ -35,7 +35,7 @@ from atpo_fast.retrieval.scripts import by_script
 from tests.helpers.small_tokenizers import byte_level, normalising
 
 SHORT, TIMES = 2_000, 8
-SECONDS = 0.0025  # of the longer text, below which nothing is compared: a text twice as long would take 0.01 by its square
+SECONDS = 0.0025  # of the longer text, below which nothing is compared; by the square, 0.01 of one twice as long
 TOOLS = ("search", "python", "calc")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
 ANY = ColumnsConfig()
