@@ -13,6 +13,7 @@ import os
 import sys
 import types
 
+_NODES_ONLY: int = _ast.PyCF_ONLY_AST
 _show_error = sys.__excepthook__  # code may put another one in its place
 
 
@@ -24,7 +25,7 @@ def run(code: str) -> int:
     sys.modules["__main__"] = module
     sys.argv = ["-c"]
     try:
-        tree = compile(code, "<string>", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
+        tree = compile(code, "<string>", "exec", _NODES_ONLY, dont_inherit=True)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
         exec(compile(tree, "<string>", "exec"), module.__dict__)
         if isinstance(last, _ast.Expr):
