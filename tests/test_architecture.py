@@ -16,6 +16,7 @@ PACKAGES = ("atpo_fast", "kernels/atpo_kernels", "bench")
 
 SHORT = {
     "atpo_fast/__main__.py": "starts the command line",
+    "atpo_fast/common/certificates.py": "what the clients of search and of model servers share",
     "atpo_fast/common/log.py": "the one set-up of logging, which every entry point calls",
     "atpo_fast/common/ranks.py": "one collective, which credit, packing and policy must not import from the trainer",
     "atpo_fast/common/threads.py": "one setting, which has to be made before PyTorch is imported",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import json
 import logging
+import marshal
 import math
 import os
 import re
@@ -93,7 +94,7 @@ class Confinement:
     @classmethod
     def read(cls, report: bytes) -> Confinement:
         """Read the sandbox's report."""
-        found: dict[str, tuple[str, bool]] = json.loads(report)
+        found: dict[str, tuple[str, bool]] = ast.literal_eval(report.decode())
         return cls({name: how for name, (how, _) in found.items()}, tuple(n for n, (_, ok) in found.items() if not ok))
 
     def described(self, names: Iterable[str] | None = None) -> str:
@@ -238,7 +239,7 @@ class PythonTool:
             "file_mb": self.file_mb,
             "cpu_seconds": math.ceil(self.timeout_seconds) + 1,
         }
-        text = json.dumps(job).encode()
+        text = marshal.dumps(job)
         if len(text) > _MAX_CODE_BYTES:
             raise ToolError(f"Tool(python) was not called: {len(code):,} characters of code are too many.")
         return text

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from atpo_fast.common.certificates import certificates
 from atpo_fast.common.errors import ConfigError, DataError, ToolFailureError
 from atpo_fast.common.secrets import redacted
 from atpo_fast.config.retrieval import MAX_QUERY_CHARS
@@ -140,6 +141,7 @@ class HTTPSearch:
             timeout=timeout_seconds,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),  # the tool box has limits
             trust_env=False,
+            verify=certificates(trust_env=False),
             headers={} if token_variable is None else {"Authorization": f"Bearer {_token(token_variable)}"},
         )
 

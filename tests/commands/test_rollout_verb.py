@@ -212,20 +212,21 @@ def test_servers_write_the_same_trees_and_their_faults_stop_the_job(
     tiny: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
     # Fails if the verb does not reach the servers, or their failure loses what is done or shows a traceback.
+    # Six questions, two batches: one that is kept, and one that the fault ends.
     path = tmp_path / "trees.jsonl"
     with CompletionsServer(lambda: load_model(tiny["model"], torch.float32), tiny["tokenizer"]) as server:
         server.sampled_rows = len(tiny["tokenizer"])  # as the paged engine
-        server.fault = lambda number: "500" if number > 30 else None
+        server.fault = lambda number: "500" if number > 25 else None  # four questions take 21, six 31
         options = ["engine.name=server", f"engine.urls=[{server.url}]", "engine.retries=1"]
-        output = run(tiny, "--questions", "10", "--out", str(path), *options, code=1)
+        output = run(tiny, "--questions", "6", "--out", str(path), *options, code=1)
         held = len(read_forest(path))
-        assert 0 < held < 10 and f"{held} of 10 questions are in {path}; the same command continues" in output
+        assert 0 < held < 6 and f"{held} of 6 questions are in {path}; the same command continues" in output
         assert "error: the engine failed" in output and "HTTP 500" in output and "Traceback" not in output
         server.fault = lambda number: None
-        run(tiny, "--questions", "10", "--out", str(path), *options)
-    assert tokens(path).keys() == tokens(whole).keys()
+        run(tiny, "--questions", "6", "--out", str(path), *options)
+    assert list(tokens(path)) == list(tokens(whole))[:6]
     same = [name for name, tree in tokens(path).items() if tree == tokens(whole)[name]]
-    assert len(same) >= 9  # float32: a batch's size can flip a sample
+    assert len(same) >= 5  # float32: a batch's size can flip a sample
 
 
 @pytest.mark.parametrize(

@@ -237,17 +237,19 @@ def test_sets_without_files_come_from_the_hub(tmp_path: Path) -> None:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
     }
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "atpo_fast", "data", "prepare", "--out", str(tmp_path / "out"), *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
+    # Both in one process of their own, in which the hub's client is told by its environment where the hub is.
+    code = (
+        "import sys; from atpo_fast.commands.cli import main\n"
+        "codes = [main(['data', 'prepare', '--out', sys.argv[1], '--eval', name]) for name in ('bamboogle', 'nq')]\n"
+        "print('exit codes', codes)"
+    )
     try:
-        done = run("--eval", "bamboogle")
-        assert done.returncode == 0, done.stderr[-2000:]
+        command = [sys.executable, "-c", code, str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.stdout.endswith("exit codes [0, 2]\n"), done.stderr[-2000:]
         (question,) = read_questions(tmp_path / "out/eval/bamboogle.jsonl")
         assert (question.text, question.answers, question.source) == ("who was first?", ("ann",), "bamboogle")
-        done = run("--eval", "nq")
-        assert done.returncode == 2 and "name local files: --eval nq=FILE" in done.stderr
+        assert "name local files: --eval nq=FILE" in done.stderr
         assert "Traceback" not in done.stderr
     finally:
         server.shutdown()

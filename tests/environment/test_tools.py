@@ -144,16 +144,23 @@ def test_a_hanging_tool_hangs_nothing() -> None:
     assert results[1].text == "y" and results[1].ok
 
 
-def test_a_hanging_tool_does_not_block_exit() -> None:
-    # Fails (by time-out) if tries run in threads that the interpreter joins at its end.
+@pytest.fixture(scope="module")
+def said_alone() -> list[str]:
+    """Import the tools in a fresh interpreter, let one hang there, and end: heavy modules, and whether it answered."""
     code = (
-        "import threading\n"
+        "import sys, threading\n"
         "from atpo_fast.environment import ToolBox, ToolCall\n"
         "def hang(argument: str) -> str:\n    threading.Event().wait()\n    return ''\n"
+        "print([m for m in ('torch', 'transformers') if m in sys.modules])\n"
         "print(ToolBox([hang], retries=0, timeout_seconds=0.05).run([ToolCall('hang', 'x')])[0].ok)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "False"
+    return done.stdout.splitlines()
+
+
+def test_a_hanging_tool_does_not_block_exit(said_alone: list[str]) -> None:
+    # Fails (by time-out) if tries run in threads that the interpreter joins at its end.
+    assert said_alone[1:] == ["False"]
 
 
 def test_a_tool_that_exits_is_a_failure() -> None:
@@ -205,11 +212,9 @@ def test_bad_calls_are_answered() -> None:
     assert ToolBox([]).run([]) == []
 
 
-def test_the_tools_are_imported_fast() -> None:
+def test_the_tools_are_imported_fast(said_alone: list[str]) -> None:
     """Fails if importing the tools imports transformers or torch, which takes seconds."""
-    code = "import sys, atpo_fast.environment; print([m for m in ('torch', 'transformers') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert said_alone[0] == "[]"
 
 
 def test_names_are_checked() -> None:

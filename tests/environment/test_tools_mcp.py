@@ -91,7 +91,7 @@ def test_a_server_that_dies_is_started_again_once(toolbox: ToolBox, caplog: pyte
 
 def test_the_server_ends_with_the_tool_box() -> None:
     """Fails if a run leaves servers behind."""
-    server = MCPServer(MCPServerConfig(command=COMMAND), timeout_seconds=120)
+    server = MCPServer(MCPServerConfig(command=WRITTEN), timeout_seconds=120)
     with ToolBox(server.tools) as toolbox:
         process = int(ask(toolbox, "process_id", "x"))
         assert alive(process)

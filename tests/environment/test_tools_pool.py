@@ -61,6 +61,14 @@ def memory_mb() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def only_new_garbage() -> Iterator[None]:
+    """Let collections look at what these tests leave, and not at all that the whole run has imported and holds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def no_thread_left() -> Iterator[None]:
     """Fails any test that leaves a thread of the pool or of a tool behind."""

@@ -1,10 +1,10 @@
 """Answers calls of the python tool in a process that may do less than the tests: one JSON line each way.
 
-    python tests/helpers/confined_python.py [--user] [--no-namespaces] [--no-landlock] [--bubblewrap]
+    python tests/helpers/confined_python.py PYTHON [--user] [--no-namespaces] [--no-landlock] [--bubblewrap]
 
-`--user` (needs root): as a user without an account. `--no-namespaces`: the kernel refuses namespaces, as in a container
-without privileges. `--no-landlock`: nor has it Landlock. `--bubblewrap`: bubblewrap may be used where it is installed;
-without this option it never is.
+PYTHON: the interpreter of the code. `--user` (needs root): as a user without an account. `--no-namespaces`: the kernel
+refuses namespaces, as in a container without privileges. `--no-landlock`: nor has it Landlock. `--bubblewrap`:
+bubblewrap may be used where it is installed; without this option it never is.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def show_to_others(folders: list[str]) -> None:
 
 
 def main() -> None:
+    sys.executable = sys.argv[1]
     if "--user" in sys.argv:
         become_user()
     denied = {"unshare": 1} if "--no-namespaces" in sys.argv else {}

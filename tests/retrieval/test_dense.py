@@ -62,9 +62,21 @@ def test_encoding_in_batches_is_encoding_alone(encoder_path: str) -> None:
     assert len({tuple(vector) for vector in vectors.round(3).tolist()}) > 15
 
 
+QUERIES = ["w1 w2 title 3", "zoë", "w40 w40"]
+
+
+@pytest.fixture(scope="module")
+def cosines(encoder_path: str) -> np.ndarray:
+    """Every query against every passage, with their prefixes, for all kinds of indexes."""
+    passages = plain_vectors(encoder_path, ["passage : " + row["contents"] for row in ROWS])
+    return plain_vectors(encoder_path, ["query: " + query for query in QUERIES]) @ passages.T
+
+
 @pytest.mark.parametrize("faiss_kind", ["flat", "ivf", "hnsw"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_search_is_brute_force(tmp_path: Path, encoder_path: str, faiss_kind: Faiss, dtype: VectorDtype) -> None:
+def test_search_is_brute_force(
+    tmp_path: Path, encoder_path: str, cosines: np.ndarray, faiss_kind: Faiss, dtype: VectorDtype
+) -> None:
     """Fails if a prefix is left out, swapped or doubled, if FAISS compares by distance, or if numbers are shifted.
 
     All lists of so small an IVF index are probed, and its graph of neighbours is nearly whole: both are exact here.
@@ -72,10 +84,7 @@ def test_search_is_brute_force(tmp_path: Path, encoder_path: str, faiss_kind: Fa
     corpus = write_corpus(tmp_path / "c.jsonl", ROWS)
     settings = DenseSettings(encoder=encoder_path, faiss=faiss_kind, vector_dtype=dtype, passage_prefix="passage : ")
     build_index(tmp_path / "i", [corpus], settings)
-    queries = ["w1 w2 title 3", "zoë", "w40 w40"]
-    numbers, scores = open_index(tmp_path / "i").index.search(queries, 5)
-    passages = plain_vectors(encoder_path, ["passage : " + row["contents"] for row in ROWS])
-    cosines = plain_vectors(encoder_path, ["query: " + query for query in queries]) @ passages.T
+    numbers, scores = open_index(tmp_path / "i").index.search(QUERIES, 5)
     tolerance = 2e-3 if dtype == "float16" else 1e-5
     np.testing.assert_allclose(scores, -np.sort(-cosines)[:, :5], atol=tolerance)
     np.testing.assert_allclose(np.take_along_axis(cosines, numbers, axis=1), scores, atol=tolerance)

@@ -246,10 +246,6 @@ def command(*arguments: str) -> list[str]:
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-
-
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The verb over a corpus, its index in the default folder, and the address that it printed."""
@@ -270,16 +266,23 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process.communicate()
 
 
-def test_the_verb_builds_serves_and_ends(started: tuple[subprocess.Popen[str], str], tmp_path: Path) -> None:
+def test_the_verb_builds_serves_and_ends(
+    started: tuple[subprocess.Popen[str], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Fails if the printed address does not answer, if Ctrl-C ends in a traceback, or if a port that is in use is told
     by one, or only after the build."""
     process, url = started
     assert HTTPSearch(url)("w3").startswith("Page 1:")
     write_corpus(tmp_path / "d.jsonl", ROWS)
     port = url.split(":")[2].split("/")[0]
-    second = run(tmp_path, "--corpus", "d.jsonl", "--port", port)
-    assert second.returncode == 2
-    assert second.stderr.startswith("error: cannot listen at 127.0.0.1:") and second.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    capfd.readouterr()
+    assert main(["retriever", "--corpus", "d.jsonl", "--port", port]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: cannot listen at 127.0.0.1:") and said.count("\n") == 1
     assert not (tmp_path / "runs" / "indexes" / "d-bm25").exists()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import anyio
 import httpx
 
+from atpo_fast.common.certificates import certificates
 from atpo_fast.config import ServerConfig
 from atpo_fast.engines.server.protocol import ServerError, TransientError, top_logprob
 from atpo_fast.engines.server.routing import Replica, Router
@@ -71,7 +72,9 @@ class ReplicaPool:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
         # The servers stand in the cluster: the environment's proxies are not used, its certificates are.
-        transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=_socket_options())
+        transport = httpx.AsyncHTTPTransport(
+            verify=certificates(trust_env=True), limits=limits, socket_options=_socket_options()
+        )
         self._client = httpx.AsyncClient(transport=transport, timeout=timeout, headers=self._headers)
         self._watches = [asyncio.create_task(self._watch(replica)) for replica in self.replicas]
         while not all(replica.asked for replica in self.replicas) or not any(replica.up for replica in self.replicas):

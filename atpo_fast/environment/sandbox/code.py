@@ -1,15 +1,20 @@
-"""The code itself: run it as `__main__`, and leave."""
+"""The code itself: run it as `__main__`, and leave.
+
+Here and in the rest of the folder little is imported: `ast`, `contextlib`, `json`, `signal` and `traceback`, with what
+they import, were half of a start. The compiler's own nodes and the interpreter's own way to show an error do the same.
+"""
 
 from __future__ import annotations
 
-import ast
+import _ast
 import atexit
 import builtins
-import contextlib
 import os
 import sys
-import traceback
 import types
+
+_NODES_ONLY: int = _ast.PyCF_ONLY_AST
+_show_error = sys.__excepthook__  # code may put another one in its place
 
 
 def run(code: str) -> int:
@@ -20,11 +25,11 @@ def run(code: str) -> int:
     sys.modules["__main__"] = module
     sys.argv = ["-c"]
     try:
-        tree = ast.parse(code, "<string>")
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        tree = compile(code, "<string>", "exec", _NODES_ONLY, dont_inherit=True)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], _ast.Expr) else None
         exec(compile(tree, "<string>", "exec"), module.__dict__)
-        if isinstance(last, ast.Expr):
-            value = eval(compile(ast.Expression(last.value), "<string>", "eval"), module.__dict__)
+        if isinstance(last, _ast.Expr):
+            value = eval(compile(_ast.Expression(last.value), "<string>", "eval"), module.__dict__)
             if value is not None:
                 print(value)
     except SystemExit as error:
@@ -34,9 +39,9 @@ def run(code: str) -> int:
         return 1
     except BaseException as error:
         place = error.__traceback__
-        while place is not None and place.tb_frame.f_code.co_filename in (__file__, ast.__file__):
+        while place is not None and place.tb_frame.f_code.co_filename == __file__:
             place = place.tb_next
-        traceback.print_exception(type(error), error, place)
+        _show_error(type(error), error.with_traceback(place), place)
         return 1
     return 0
 
@@ -47,8 +52,10 @@ def leave(status: int) -> None:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
+        try:
             stream.flush()
+        except Exception:  # of a stream that the code put there, or closed
+            continue
     os._exit(status & 0xFF)
 
 

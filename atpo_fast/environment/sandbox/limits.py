@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import sys
@@ -33,14 +32,19 @@ def set_limits(job: dict[str, Any], own_count: bool) -> None:
         if limit is not None:
             hard = resource.getrlimit(limit)[1]
             bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            with contextlib.suppress(OSError, ValueError):
+            try:
                 resource.setrlimit(limit, (bound, bound))
+            except (OSError, ValueError):
+                continue
 
 
 def be_killed_first() -> None:
     """Let the kernel, where memory runs out, end this process and its children before any other."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+    except OSError:
+        return
 
 
 def drop_privileges(uid: int) -> tuple[str, bool]:
@@ -75,10 +79,12 @@ def shared_memory_of_children() -> int:
 def _below(process: int) -> list[int]:
     """List the processes below one."""
     found: list[int] = []
-    with contextlib.suppress(OSError):
+    try:
         for thread in os.listdir(f"/proc/{process}/task"):
             with open(f"/proc/{process}/task/{thread}/children", "rb") as file:
                 found += map(int, file.read().split())
+    except OSError:
+        pass  # it has ended; what was found before still counts
     return found + [other for child in list(found) for other in _below(child)]
 
 
@@ -97,9 +103,11 @@ def _threads_of_user() -> int:
     """Count the threads that the user runs already; the limit counts them where the user is not the sandbox's own."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else []):
-        with contextlib.suppress(OSError):
+        try:
             if os.stat(f"/proc/{process}").st_uid == os.getuid():
                 count += os.stat(f"/proc/{process}/task").st_nlink - 2
+        except OSError:
+            continue
     return count
 
 

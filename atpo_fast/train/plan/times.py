@@ -7,6 +7,7 @@ quarter of their limit and for all of it. That speed is measured by one product 
 from __future__ import annotations
 
 import time
+from functools import cache
 
 from atpo_fast.config import Config
 from atpo_fast.train.plan.sizes import ModelSize
@@ -50,8 +51,9 @@ def time_line(config: Config, size: ModelSize, *, dtype: str, on_gpu: bool) -> s
     )
 
 
+@cache
 def product_rate(dtype: str) -> float:
-    """Measure the FLOP/s of a product of matrices on this machine's CPU, in a third of a second."""
+    """Measure the FLOP/s of a product of matrices on this machine's CPU, in a third of a second, once in a process."""
     import torch
 
     left, right = (torch.randn(1024, 1024, dtype=getattr(torch, dtype)) for _ in range(2))
