@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from atpo_fast.commands.launcher import free_port
 from atpo_fast.train.zero import join_process_group
@@ -15,7 +16,9 @@ from atpo_fast.train.zero import join_process_group
 def lone_rank() -> Iterator[pytest.MonkeyPatch]:
     """Join a group of this process alone on the CPU, and leave it.
 
-    DeepSpeed leaves it, not PyTorch: it keeps groups of its own, which the next test to join would be given.
+    DeepSpeed leaves it, not PyTorch: it keeps groups of its own, which the next test to join would be given. What it
+    has put in the place of PyTorch's linear function under ZeRO-3 is taken away: it is written in Python, and all later
+    tests would run with it.
     """
     from deepspeed import comm
 
@@ -23,6 +26,7 @@ def lone_rank() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (place | {"MASTER_PORT": str(free_port())}).items():
             patch.setenv(name, value)
+        patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # put back at the end
         join_process_group(cuda=False)
         with pytest.MonkeyPatch.context() as inner:
             yield inner
