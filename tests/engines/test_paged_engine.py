@@ -65,13 +65,20 @@ def make_engine(
     return PagedEngine(model or make_model(), tokenizer, **{"cache_tokens": 100_000, **options})
 
 
-def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[float], list[float]]:
-    """Tokens, log-probs of the distribution drawn from, and log-probs of the policy; everything is forwarded again."""
-    params, tokens = ask.sampling, list(ask.prompt_ids)
+def plain_loop(
+    model: PreTrainedModel, ask: Request, answer: Sequence[int]
+) -> tuple[list[int], list[float], list[float]]:
+    """Tokens, log-probs of the distribution drawn from, and log-probs of the policy; everything is forwarded again.
+
+    One forward over the prompt and the engine's answer has the logits of every token as long as the answer is right;
+    at the first token that is not, the loop ends, and so it does one token after an answer that ended too early.
+    """
+    params, prompt = ask.sampling, list(ask.prompt_ids)
+    with torch.no_grad():
+        every = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    tokens: list[int] = []
     drawn, policy = [], []
-    for index in range(params.max_new_tokens):
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].double().numpy()
+    for index, logits in enumerate(every.double().numpy()[: params.max_new_tokens]):
         logp = np.log(np.exp(x := logits / (params.temperature or 1.0) - logits.max()) / np.exp(x).sum())
         order = np.argsort(-logp, kind="stable")
         order = order[order < VOCABULARY]  # rows beyond the tokenizer are never drawn
@@ -90,9 +97,9 @@ def plain_loop(model: PreTrainedModel, ask: Request) -> tuple[list[int], list[fl
         tokens.append(token)
         drawn.append(logprob)
         policy.append(logp[token])
-        if token == EOS or (token == STOP and "</search>" in params.stop):
+        if token == EOS or (token == STOP and "</search>" in params.stop) or [token] != list(answer[index : index + 1]):
             break
-    return tokens[len(ask.prompt_ids) :], drawn, policy
+    return tokens, drawn, policy
 
 
 def snapshot(trees: Sequence[TurnTree]) -> list[tuple[int, list[int], list[int]]]:
@@ -115,7 +122,7 @@ def test_equals_full_recomputation(family: str, params: SamplingParams, tokenize
     plain = make_model(family)
     asks = [request(t, f"t{i}", 0, s, params, 9 * i + s) for i, t in enumerate(roots(4)) for s in (1, 2, 3)]
     for ask, answer in zip(asks, engine.generate(asks), strict=True):
-        tokens, drawn, policy = plain_loop(plain, ask)
+        tokens, drawn, policy = plain_loop(plain, ask, answer.token_ids)
         assert answer.token_ids == tokens
         np.testing.assert_allclose(answer.logprobs, drawn, atol=1e-10)
         np.testing.assert_allclose(answer.policy_logprobs, policy, atol=1e-10)
@@ -243,7 +250,7 @@ def test_requests_join_while_others_decode(batch_size: int, tokenizer: PreTraine
     for ask in asks:
         answer = done.pop(ask.turn_key)
         if ask.sampling.stop != ("w3", "</search>"):
-            tokens, drawn, _ = plain_loop(plain, ask)
+            tokens, drawn, _ = plain_loop(plain, ask, answer.token_ids)
             assert answer.token_ids == tokens
             np.testing.assert_allclose(answer.logprobs, drawn, atol=1e-10)
         else:
@@ -294,7 +301,8 @@ def test_requests_in_flight_are_protected(tokenizer: PreTrainedTokenizerFast) ->
     with pytest.raises(ValueError, match="cache_tokens=32"):
         drain(engine)
     assert engine.poll() == [] and engine.cache.available == engine.cache.pool.limit
-    assert engine.generate([fits])[0].token_ids == plain_loop(make_model(), fits)[0]
+    (answer,) = engine.generate([fits])
+    assert answer.token_ids == plain_loop(make_model(), fits, answer.token_ids)[0]
 
 
 # After a shortage of room the batch grows back: fails if it stays at the size that once fitted.
@@ -311,7 +319,9 @@ def test_the_batch_grows_again_after_a_shortage(tokenizer: PreTrainedTokenizerFa
         done.update(engine.poll())
     assert engine.counters.evicted_tokens > 0 and min(limits) < 10
     assert any(later == now + 1 for now, later in pairwise(limits))
-    assert all(done[ask.turn_key].token_ids == plain_loop(plain, ask)[0] for ask in asks)
+    for ask in asks:
+        answer = done[ask.turn_key].token_ids
+        assert answer == plain_loop(plain, ask, answer)[0]
 
 
 # A request larger than the whole cache must say so instead of looping for ever; the engine stays usable.
@@ -323,7 +333,8 @@ def test_request_that_cannot_fit_names_the_budget(prompt: int, tokens: int, toke
     with pytest.raises(ValueError, match=r"needs at least \d+ cache entries.*cache_tokens=32"):
         engine.generate([request(tree, "t", 0, 1, params)])
     small = request(TurnTree([3, 4]), "t", 0, 1, SamplingParams(max_new_tokens=3))
-    assert engine.generate([small])[0].token_ids == plain_loop(make_model(), small)[0]
+    (answer,) = engine.generate([small])
+    assert answer.token_ids == plain_loop(make_model(), small, answer.token_ids)[0]
 
 
 # Stale entries, a forgotten tied head, or weights copied into the wrong place fail here.
@@ -344,7 +355,7 @@ def test_update_weights(family: str, with_head: bool, tokenizer: PreTrainedToken
     assert not engine.cache.nodes
     after = engine.generate([ask])[0]
     assert after.logprobs != before.logprobs
-    assert after.token_ids == plain_loop(new, ask)[0]
+    assert after.token_ids == plain_loop(new, ask, after.token_ids)[0]
     wrong: list[tuple[str, Tensor]] = [("model.norm.weight", torch.zeros(3))]
     with pytest.raises(ValueError, match=r"model\.norm\.weight: new weights have shape \(3,\), not \(32,\)"):
         engine.update_weights(wrong)
@@ -367,7 +378,7 @@ def test_sleep_wake_and_the_other_model(tokenizer: PreTrainedTokenizerFast) -> N
         engine.generate([ask])
     engine.wake()
     assert engine.generate([ask])[0] == first
-    assert first.token_ids == plain_loop(trainer.eval(), ask)[0]
+    assert first.token_ids == plain_loop(trainer.eval(), ask, first.token_ids)[0]
 
 
 # bfloat16 weights: logits must still be float32, or log-probs come in coarse steps.

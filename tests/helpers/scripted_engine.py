@@ -48,6 +48,7 @@ class ScriptedEngine(Engine):
     ) -> None:
         self.script, self.polls, self.tops, self.tokenizer = script, polls, tops, tokenizer
         self.counters = EngineCounters()
+        self._tags: dict[str, list[int]] = {}  # ids of the stop strings
         self.batches: list[list[Request]] = []  # as submitted
         self.in_flight: dict[TurnKey, tuple[Request, int]] = {}  # and how many polls are left
         self.live: dict[TurnKey, int] = {}  # turn -> tokens up to its end, observation not included
@@ -83,7 +84,9 @@ class ScriptedEngine(Engine):
         ids = self.encode(self.script(str(self.tokenizer.decode(request.prompt_ids)), request))
         cut = ids[: request.sampling.max_new_tokens]
         self.live[request.turn_key] = ends[-1] + len(cut)
-        stop = next((tag for tag in request.sampling.stop if cut[-1:] == self.encode(tag)), None)
+        for tag in set(request.sampling.stop) - self._tags.keys():
+            self._tags[tag] = self.encode(tag)
+        stop = next((tag for tag in request.sampling.stop if cut[-1:] == self._tags[tag]), None)
         reason: FinishReason = "eos" if cut[-1] == self.tokenizer.eos_token_id else "stop" if stop else "length"
         logprobs = [-0.1 * (1 + i % 3) for i in cut]
         tops = [self.tops(i) for i in cut] if self.tops else [[logprob] for logprob in logprobs]

@@ -30,6 +30,7 @@ from tests.helpers.sessions import (
     questions,
     roll_out,
 )
+from tests.helpers.waiting import wait_for
 
 WORDS = ("one", "two", "three", "four", "five", "six")
 
@@ -204,7 +205,8 @@ def test_sessions_end_with_the_rollout(ending: str) -> None:
         if ending == "stop" and numbers[2] > 30:
             raise KeyboardInterrupt
 
-    growing = begin(make_search(engine(script), sessions, cache_tokens=200), questions(3), on_progress=stop)
+    search = make_search(engine(script), sessions, cache_tokens=200, max_response_tokens=120)
+    growing = begin(search, questions(3), on_progress=stop)
     if ending == "close":
         next(growing)
         growing.close()
@@ -212,6 +214,7 @@ def test_sessions_end_with_the_rollout(ending: str) -> None:
         with pytest.raises((RuntimeError, KeyboardInterrupt)):
             list(growing)
     assert len(Diary.opened) > opened
+    wait_for(lambda: sessions.live == 0, seconds=240.0)
     sessions.close()
 
 

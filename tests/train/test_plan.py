@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import pytest
 from atpo_fast.commands.cli import main
 from atpo_fast.common.errors import InputError
 from atpo_fast.config import Config, load_config, save_config
-from atpo_fast.train.plan import MemoryPlan, model_size, parse_memory, plan_memory
+from atpo_fast.train.plan import MemoryPlan, ModelSize, model_size, parse_memory, plan_memory
 from atpo_fast.train.plan.advice import advise
 from atpo_fast.train.plan.memory import LAYERS, ROLLOUT, STEP
 from atpo_fast.train.plan.records import read_measured, step_time
@@ -42,8 +42,14 @@ def large(*more: str, stage: str = "zero3") -> Config:
     return load_config(None, [*QWEN3_4B, f"deepspeed={ROOT}/configs/deepspeed/{stage}.json", *more])
 
 
+@cache
+def large_size() -> ModelSize:
+    """The sizes of the model of every `large` configuration: what differs between them is no size of a model."""
+    return model_size(large())
+
+
 def plan(config: Config, ranks: int = 8) -> MemoryPlan:
-    return plan_memory(config, model_size(config), ranks=ranks, dtype="bfloat16", on_gpu=True)
+    return plan_memory(config, large_size(), ranks=ranks, dtype="bfloat16", on_gpu=True)
 
 
 def part(found: MemoryPlan, name: str) -> float:
@@ -61,7 +67,7 @@ def test_the_record_is_within_its_bound() -> None:
 def test_zero_divides_the_states(stage: str, shares: int) -> None:
     """Fails if a stage divides what it does not, or the wrong bytes are counted for a parameter."""
     config = large(stage=stage)
-    count, found, number = model_size(config).parameters, plan(config), int(stage[-1])
+    count, found, number = large_size().parameters, plan(config), int(stage[-1])
     assert part(found, "weights") == 2 * count / shares
     assert part(found, "gradients") == 2 * count / (8 if number >= 2 else 1)
     for name, size in (("master weights", 4), ("moments of AdamW", 8)):
@@ -70,7 +76,7 @@ def test_zero_divides_the_states(stage: str, shares: int) -> None:
 
 def test_offload_moves_the_optimizer_to_the_host() -> None:
     found = plan(large(stage="zero3_offload"))
-    assert found.during(STEP, on_host=True) > 12 * model_size(large()).parameters / 8
+    assert found.during(STEP, on_host=True) > 12 * large_size().parameters / 8
     assert found.peak < plan(large()).peak
 
 

@@ -82,12 +82,13 @@ def one_row(policy: Policy) -> PackedTrees:
 
 
 # Fails for a wrong sign anywhere between reward and step, or an engine that keeps its first weights.
+# At this rate 13 steps are enough: the reward is near 1 from the tenth on.
 def test_it_learns() -> None:
-    policy, engine, watch = setup(lr=1e-2)
+    policy, engine, watch = setup(lr=3e-2)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)})))
     sampler = PagedEngine(model(), tokenizer, cache_tokens=4096)
     objective, rewards = Objective.preset("at2po"), []
-    for step in range(26):
+    for step in range(13):
         trees = [_sample_tree(sampler, step, question) for question in range(4)]
         rewards.append(np.mean([tree.turns[leaf].reward for tree in trees for leaf in tree.leaves]))
         assign_credit(trees)
