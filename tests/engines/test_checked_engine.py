@@ -104,10 +104,11 @@ def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedEng
         engine.close()
 
 
-ENGINES = pytest.mark.parametrize("make", [paged, vllm, server], ids=lambda make: make.__name__)
+MAKERS = [paged, vllm, server]
+ENGINES = pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 
 
-@pytest.fixture(params=[paged, vllm, server], ids=lambda make: make.__name__)
+@pytest.fixture(params=MAKERS, ids=lambda make: make.__name__)
 def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[CheckedEngine]:
     make_model().save_pretrained(tmp_path / "model")
     made: Callable[..., Iterator[CheckedEngine]] = request.param
