@@ -93,6 +93,13 @@ def smaller_kernel(a, b, out, N: tl.constexpr):
 
 
 @triton.jit
+def mixed_kernel(a, b, number, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x, y, one = tl.load(a + i), tl.load(b + i), tl.load(number)
+    tl.store(out + i, tl.where(x > y, (x - y) * one, y * x))
+
+
+@triton.jit
 def descriptor_kernel(source, target, row, column):
     block = source.load([row, column])
     tl.debug_barrier()
@@ -185,6 +192,16 @@ def test_comparison_of_bfloat16() -> None:
     out = torch.empty_like(a)
     smaller_kernel[(1,)](a, -a, out, 16)
     assert torch.equal(out, -a.abs())
+
+
+@pytest.mark.parametrize("dtype", (*HALVES, torch.int32, torch.float32))
+def test_operands_of_two_types(dtype: torch.dtype) -> None:
+    """Fails if a block of another type, or a single number of it, is not made float32 first: as bits it is another."""
+    a = torch.arange(-6.5, 9.5, device=DEVICE)
+    b = torch.arange(8, -8, -1, device=DEVICE).to(dtype)
+    out = torch.empty_like(a)
+    mixed_kernel[(1,)](a, b, b[5:6], out, 16)
+    assert torch.equal(out, torch.where(a > b, (a - b) * 3, b * a))  # few binary digits: nothing is rounded
 
 
 @needs_interpreter
