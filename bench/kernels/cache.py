@@ -1,6 +1,6 @@
 """What was compiled before on this machine, by digest, so that a check compiles only what has changed.
 
-One file for each version of Triton, `~/.cache/atpo_fast/resources-VERSION.json` (or in `$XDG_CACHE_HOME`). It holds the
+One file for each version of Triton, `~/.cache/atpo_fast/compiled-VERSION.json` (or in `$XDG_CACHE_HOME`). It holds the
 numbers of a variant, not its code; errors are not kept. Delete the file to compile everything again.
 """
 
@@ -25,7 +25,7 @@ class CompiledCache:
 
     def __init__(self) -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = root / "atpo_fast" / f"resources-{triton.__version__}.json"
+        self.path = root / "atpo_fast" / f"compiled-{triton.__version__}.json"
         self._numbers: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def find(self, job: Job) -> Resources | None:

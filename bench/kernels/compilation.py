@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any, NamedTuple
 
 import triton
@@ -61,9 +61,11 @@ def compile_variant(variant: Variant, arch: str, source: str) -> Resources:
     """Compile for an architecture and read off what the result takes; `source` is the variant's digest."""
     target = ARCHITECTURES[arch].target
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source_of(variant), target=target, options=options)
-    read = nvidia_registers if target.backend == "cuda" else amd_registers
-    registers, spills = read(compiled, target.arch)
+    with redirect_stdout(StringIO()) as printed, triton.knobs.nvidia.scope():
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source_of(variant), target=target, options=options)
+    report = printed.getvalue()
+    registers, spills = nvidia_registers(report) if target.backend == "cuda" else amd_registers(compiled)
     return Resources(
         arch=arch,
         kernel=kernel_name(variant),
@@ -93,21 +95,16 @@ def source_of(variant: Variant) -> Any:
     )
 
 
-def nvidia_registers(compiled: Any, arch: int) -> tuple[int, tuple[int, ...]]:
-    """Ask Triton's own ptxas for the registers of a thread and the bytes that it spills (stores, loads)."""
-    from triton.backends.nvidia.compiler import get_ptxas  # not there in builds for AMD only
+def nvidia_registers(report: str) -> tuple[int, tuple[int, ...]]:
+    """Read the registers of a thread and the bytes that it spills (stores, loads) from what ptxas told Triton.
 
-    name = _first(r"\.target (\w+)", compiled.asm["ptx"])
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(compiled.asm["ptx"])
-        file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    Triton prints it only when it compiles: not for what is in its cache.
+    """
     spills = tuple(int(_first(rf"(\d+) bytes spill {kind}", report)) for kind in ("stores", "loads"))
     return int(_first(r"Used (\d+) registers", report)), spills
 
 
-def amd_registers(compiled: Any, _: Any) -> tuple[int, tuple[int, ...]]:
+def amd_registers(compiled: Any) -> tuple[int, tuple[int, ...]]:
     """Read the vector registers of a thread, and how many it spills, from the assembly."""
     count, spilled = (
         int(_first(rf"\.{key}:\s+(\d+)", compiled.asm["amdgcn"])) for key in ("vgpr_count", "vgpr_spill_count")
