@@ -283,7 +283,7 @@ def interpreted_operations() -> list[tuple[Any, str, Any]]:
     for place, name, _ in found:
         old = before[PATCHED.index(place)]
         setattr(place, name, old[name]) if name in old else delattr(place, name)
-    quick = {**RESULTS, **REFLECTED, **COMPARISONS}
+    quick = RESULTS.keys() | REFLECTED.keys() | COMPARISONS.keys()
     return [
         (place, name, elementwise(name, value) if place is tl.tensor and name in quick else value)
         for place, name, value in found

@@ -49,6 +49,7 @@ def large_size() -> ModelSize:
 
 
 def plan(config: Config, ranks: int = 8) -> MemoryPlan:
+    """Plan the memory of a `large` configuration."""
     return plan_memory(config, large_size(), ranks=ranks, dtype="bfloat16", on_gpu=True)
 
 
